@@ -303,7 +303,8 @@ def _alternatives(texts: Iterable[str]) -> re.Pattern:
 class Renderer:
     """Messages to tokens for one tokenizer and one chat format.
 
-    `stop_ids` are the ids that end a reply, the format's own first. `chat_template` is the Jinja template to save.
+    `stop_ids` are the ids that end a reply, the format's own first; `control_ids` all control tokens that the format
+    writes. `chat_template` is the Jinja template to save.
     Raises ValueError when the tokenizer can't carry the format; the text says which format to use instead.
     """
 
@@ -324,12 +325,15 @@ class Renderer:
             self._layout = lru_cache(4096)(lambda roles: table_layout(row, roles, bos))
         self._backend, self._sentinels = unforgeable_backend(tokenizer)
         self._controls = _alternatives(self._sentinels)
-        self.stop_ids = self._find_stop_ids()
+        layout = self._layout(("user", "assistant"))
+        used = [self._controls.findall(part.text or "") for part in layout]
+        self.control_ids = {self._control_id(name) for names in used for name in names}
+        stop_id = next(self._control_id(names[-1]) for part, names in zip(layout, used, strict=True) if part.ends_turn)
+        eos = tokenizer.eos_token_id
+        self.stop_ids = [stop_id] if eos in (None, stop_id) else [stop_id, eos]
 
-    def _find_stop_ids(self) -> list[int]:
-        ends = [part.text for part in self._layout(("user", "assistant")) if part.ends_turn]
-        stop_id = self._backend.encode(self._literal(ends[0]), add_special_tokens=False).ids[-1]
-        return list(dict.fromkeys([stop_id, self.tokenizer.eos_token_id or stop_id]))
+    def _control_id(self, name: str) -> int:
+        return self._backend.token_to_id(self._sentinels[name])
 
     def _literal(self, text: str) -> str:
         return self._controls.sub(lambda match: self._sentinels[match.group()], text)
@@ -371,6 +375,14 @@ class Renderer:
         texts = ["".join(part.text for part in parts) for parts in laid_out]
         encodings = self._backend.encode_batch(texts, add_special_tokens=False)
         return [_label(parts, encoding, max_length) for parts, encoding in zip(laid_out, encodings, strict=True)]
+
+    def render_or_reason(self, messages: Sequence[dict], *, max_length: int | None = None) -> Rendered:
+        """Render one conversation; what can't be rendered comes back empty, with the reason as its outcome."""
+        try:
+            return self.render(messages, max_length=max_length)
+        except RecordError as error:
+            empty = np.zeros(0, dtype=np.int32)
+            return Rendered(empty, empty, error.reason)
 
     def decode(self, reply_ids: Sequence[int]) -> str:
         """Decode a generated reply up to its first stop token."""

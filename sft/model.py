@@ -1,0 +1,163 @@
+"""Loads the tokenizer and the model of any family: padding, precision, stop ids, adapters.
+
+Facts about a family are read from its config and tokenizer, never from its name. torch and transformers are imported
+where they are used, so that a mistake in the arguments is reported before seconds are spent on imports.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def check_model_path(path: str, names: Sequence[str] = ("config.json",)) -> str | None:
+    """Return what is wrong with a model folder (it must hold one of `names`), or None; a hub name is not looked up."""
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        found = any((folder / name).is_file() for name in names)
+        return None if found else f"{path}: no {' or '.join(names)} in this folder; name a model folder"
+    is_hub_name = path.count("/") <= 1 and not path.startswith((".", "/", "~")) and not path.endswith("/")
+    looks_local = path.split("/")[0] and Path(path.split("/")[0]).is_dir() and "/" in path
+    if is_hub_name and not looks_local:
+        return None
+    return f"{path}: no such folder; name a local model folder or a hub model (owner/name)"
+
+
+def load_tokenizer(path: str, *, trust_remote_code: bool = False):
+    """Load the tokenizer with an existing pad token: its own, else unk, else eos; embeddings are never resized.
+
+    Padding is masked by position and labels are made before padding, so a pad that equals eos does no harm.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def choose_compute(*, bf16: bool, fp16: bool, use_cpu: bool = False) -> dict[str, bool]:
+    """Choose the autocast type when none was asked for: bf16 where a GPU has it, fp16 where it must be, else fp32."""
+    import torch
+
+    on_gpu = torch.cuda.is_available() and not use_cpu
+    if fp16 and not on_gpu:
+        raise ValueError("--fp16 needs a GPU; a CPU ignores it without a word. Use --bf16, or neither for fp32")
+    if bf16 or fp16 or not on_gpu:
+        return {"bf16": bf16, "fp16": fp16}
+    has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    return {"bf16": has_bf16, "fp16": not has_bf16}
+
+
+def check_dtype(dtype: str, *, lora: bool) -> str | None:
+    """Return why this dtype of the weights can't be trained, or None."""
+    if dtype not in DTYPES:
+        return f"--dtype {dtype}: use one of {', '.join(DTYPES)}"
+    if dtype in ("bfloat16", "float16") and not lora:
+        return (
+            f"--dtype {dtype}: full fine-tuning of {dtype} weights rounds AdamW's updates away; leave --dtype at auto "
+            "(fp32 masters, --bf16 for the computing), or add --lora"
+        )
+    return None
+
+
+def load_model(
+    path: str,
+    *,
+    dtype: str = "auto",
+    compute: str = "float32",
+    lora: bool = False,
+    load_in_4bit: bool = False,
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+):
+    """Load the base for training. Trainable weights are fp32; under LoRA the frozen base has the compute type."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    if dtype == "auto":
+        dtype = compute if lora else "float32"
+    options = {"dtype": getattr(torch, dtype), "trust_remote_code": trust_remote_code}
+    if attn_implementation:
+        options["attn_implementation"] = attn_implementation
+    if load_in_4bit:
+        options |= _four_bit(compute)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, **options)
+    except OSError as error:
+        raise ValueError(f"{path}: the model can't be loaded: {str(error).splitlines()[0]}") from None
+    model.config.use_cache = False
+    return model
+
+
+def _four_bit(compute: str) -> dict:
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    if not torch.cuda.is_available():
+        raise ValueError("--load_in_4bit needs a CUDA GPU and bitsandbytes; on a CPU use --lora without it")
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, compute),
+    )
+    return {"quantization_config": config, "device_map": {"": int(os.environ.get("LOCAL_RANK", 0))}}
+
+
+def add_lora(
+    model, *, rank: int, alpha: int, dropout: float, untrained_ids: Sequence[int] = (), gradient_checkpointing: bool = False
+):
+    """Put LoRA on all linear layers, in fp32, and make the embedding and head rows of `untrained_ids` trainable.
+
+    ChatML's `<|im_end|>` has an untrained row in base Qwen and Yi: with frozen embeddings the model might never stop.
+    """
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+
+    if getattr(model, "is_loaded_in_4bit", False):
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=gradient_checkpointing)
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules="all-linear",
+        trainable_token_indices=_token_rows(model, untrained_ids) or None,
+    )
+    model = get_peft_model(model, config)
+    if gradient_checkpointing:
+        model.enable_input_require_grads()
+    return model
+
+
+def _token_rows(model, token_ids: Sequence[int]) -> dict[str, list[int]]:
+    if not token_ids:
+        return {}
+    names = {id(module): name for name, module in model.named_modules()}
+    modules = [model.get_input_embeddings()]
+    if not model.config.get_text_config().tie_word_embeddings:
+        modules.append(model.get_output_embeddings())
+    return {names[id(module)].split(".")[-1]: sorted(token_ids) for module in modules}
+
+
+def untrained_ids(tokenizer, renderer) -> list[int]:
+    """The format's control tokens that a base may never have seen: all but its own bos and eos."""
+    seen = {tokenizer.bos_token_id, tokenizer.eos_token_id}
+    return sorted(renderer.control_ids - seen)
+
+
+def set_generation_config(model, tokenizer, stop_ids: Sequence[int]) -> None:
+    """Save every stop id with the model, and no length cap: a server would cap each request with it."""
+    settings = model.generation_config
+    settings.eos_token_id = list(stop_ids)
+    settings.pad_token_id = tokenizer.pad_token_id
+    settings.bos_token_id = tokenizer.bos_token_id
+    settings.max_new_tokens = settings.max_length = None
+
+
+def count_parameters(model) -> tuple[int, int]:
+    """Return (trainable, all) parameters; under ZeRO-3 a parameter's full size is counted, not this rank's share."""
+    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
+    return sum(size for size, trainable in sizes if trainable), sum(size for size, _ in sizes)

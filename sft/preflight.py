@@ -1,0 +1,108 @@
+"""What a run would do, said before it starts: all mistakes in the arguments at once, and a row with its trained tokens."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from sft.chat_format import FORMAT_NAMES, IGNORE_INDEX
+from sft.checkpoint import check_output_dir
+from sft.dataset import find_files
+from sft.model import check_dtype, check_model_path
+
+GREEN, DIM, RESET = "\033[32m", "\033[2m", "\033[0m"
+
+
+def check_arguments(arguments: dict) -> list[str]:
+    """Return every mistake in the parsed arguments, one line each, before anything is loaded."""
+    required = [f"--{name} is required" for name in ("model_name_or_path", "data_path", "output_dir") if not arguments[name]]
+    if required:
+        return required
+    resume = bool(arguments["resume_from_checkpoint"])
+    checks = [
+        check_model_path(arguments["model_name_or_path"]),
+        check_dtype(arguments["dtype"], lora=arguments["lora"]),
+        check_output_dir(arguments["output_dir"], resume=resume),
+        *_check_data(arguments),
+        *_check_numbers(arguments),
+        *check_deepspeed_config(arguments["deepspeed"]),
+    ]
+    if arguments["chat_format"] not in FORMAT_NAMES:
+        checks.append(f"--chat_format {arguments['chat_format']}: use one of {', '.join(FORMAT_NAMES)}")
+    if arguments["load_in_4bit"] and not arguments["lora"]:
+        checks.append("--load_in_4bit: 4-bit weights can't be trained; add --lora")
+    return [problem for problem in checks if problem]
+
+
+def _check_data(arguments: dict) -> list[str]:
+    problems = []
+    for name in ("data_path", "eval_data_path"):
+        for path in arguments[name] or ():
+            try:
+                find_files([path])
+            except (ValueError, OSError) as error:
+                problems.append(f"--{name} {error}")
+    if not problems:
+        try:
+            find_files(arguments["data_path"], arguments["eval_data_path"] or ())
+        except ValueError as error:
+            problems.append(str(error))
+    try:
+        "".encode(arguments["encoding"])
+    except LookupError:
+        problems.append(f"--encoding {arguments['encoding']}: no such encoding; try utf-8, gb18030, big5 or utf-16")
+    return problems
+
+
+def _check_numbers(arguments: dict) -> list[str]:
+    positive = ("max_length", "per_device_train_batch_size", "gradient_accumulation_steps", "lora_rank", "lora_alpha")
+    problems = [f"--{name} {arguments[name]}: must be at least 1" for name in positive if arguments[name] < 1]
+    problems += [f"--{name} {arguments[name]}: must be above 0" for name in ("learning_rate",) if not arguments[name] > 0]
+    for name in ("max_lost", "lora_dropout"):
+        if not 0 <= arguments[name] <= 1:
+            problems.append(f"--{name} {arguments[name]}: must be a share between 0 and 1")
+    if arguments["num_train_epochs"] <= 0 and arguments["max_steps"] <= 0:
+        problems.append("--num_train_epochs must be above 0 (or give --max_steps)")
+    return problems
+
+
+def check_deepspeed_config(path: str | None) -> list[str]:
+    """Return what is wrong in a DeepSpeed file: settings that would fail late or change the training without a word."""
+    if not path:
+        return []
+    if not Path(path).is_file():
+        return [f"--deepspeed {path}: no such file; use ds_zero2.json or ds_zero3.json"]
+    try:
+        config = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        return [f"--deepspeed {path}: not valid JSON ({error})"]
+    if not isinstance(config, dict):
+        return [f"--deepspeed {path}: must hold a JSON object"]
+    problems = [
+        f"--deepspeed {path}: remove the {block!r} block; the flags of train.py set it, and the block would override them"
+        for block in ("optimizer", "scheduler")
+        if block in config
+    ]
+    zero = config.get("zero_optimization")
+    zero = zero if isinstance(zero, dict) else {}
+    if zero.get("stage") == 3 and zero.get("stage3_gather_16bit_weights_on_model_save") is not True:
+        problems.append(f"--deepspeed {path}: set stage3_gather_16bit_weights_on_model_save to true, else no weights are saved")
+    if "gradient_clipping" not in config:
+        problems.append(f'--deepspeed {path}: add "gradient_clipping": "auto", else --max_grad_norm is ignored')
+    return problems
+
+
+def paint(tokenizer, input_ids: np.ndarray, labels: np.ndarray, *, colour: bool | None = None) -> str:
+    """Return a row as text with its trained stretches in green, or in ⟦ ⟧ where there is no colour (a pipe, NO_COLOR)."""
+    if colour is None:
+        colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    trained, plain = ((GREEN, RESET), (DIM, RESET)) if colour else (("⟦", "⟧"), ("", ""))
+    in_loss = np.asarray(labels) != IGNORE_INDEX
+    edges = np.flatnonzero(np.diff(in_loss)) + 1
+    stretches = []
+    for ids, flags in zip(np.split(np.asarray(input_ids), edges), np.split(in_loss, edges), strict=True):
+        before, after = trained if flags[0] else plain
+        stretches.append(before + tokenizer.decode(ids.tolist()) + after)
+    return "".join(stretches)

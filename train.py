@@ -1,0 +1,387 @@
+"""Fine-tune a chat model: arguments -> tokenizer, format -> data -> model -> Trainer -> save.
+
+    python train.py --model_name_or_path Qwen/Qwen2.5-0.5B --data_path data_proj/opendata --output_dir runs/my_run
+
+base_run.sh and ds_all.sh call this file with the usual settings. `python train.py --help` lists every flag.
+"""
+
+import math
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import HfArgumentParser, ProgressCallback, set_seed
+
+from sft import model as models
+from sft.chat import GREEDY, Chat, Reply
+from sft.chat_format import IGNORE_INDEX, Renderer, check_contract
+from sft.checkpoint import find_checkpoint, move_into_place, saved_shapes, verify_saved
+from sft.collate import PaddingCollator
+from sft.conversation import read_conversations
+from sft.dataset import Examples, check_losses, file_hashes, find_files, ledger_lines, tokenise
+from sft.preflight import check_arguments, paint
+from sft.report import plot_losses, provenance, write_json
+
+FIXED_PROMPTS = ("你好", "Hello", "写一首关于春天的诗", "What is the capital of France?")
+
+
+@dataclass
+class ModelArguments:
+    model_name_or_path: str | None = field(default=None, metadata={"help": "A local model folder or a hub model."})
+    dtype: str = field(default="auto", metadata={"help": "Type of the weights: auto is fp32 masters (LoRA: frozen base in bf16)."})
+    attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa or flash_attention_2."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
+    lora: bool = field(default=False, metadata={"help": "Train LoRA adapters on all linear layers instead of all weights."})
+    lora_rank: int = field(default=16, metadata={"help": "Rank of the adapters."})
+    lora_alpha: int = field(default=32, metadata={"help": "Scale of the adapters; twice the rank is usual."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout in the adapters."})
+    load_in_4bit: bool = field(default=False, metadata={"help": "QLoRA: keep the frozen base in 4 bits (CUDA)."})
+
+
+@dataclass
+class DataArguments:
+    data_path: list[str] | None = field(
+        default=None, metadata={"help": "Files, folders or globs, canonical or raw; an eval.json beside train.json is held out."}
+    )
+    eval_data_path: list[str] | None = field(default=None, metadata={"help": "Held-out files; never trained on."})
+    encoding: str = field(default="utf-8", metadata={"help": "Encoding of the data files."})
+    chat_format: str = field(default="auto", metadata={"help": "auto, blossom, chatml, alpaca, mistral, or base (its own)."})
+    max_length: int = field(default=2048, metadata={"help": "Longest row, in tokens."})
+    max_lost: float = field(default=0.05, metadata={"help": "Stop when a larger share of the conversations would be lost."})
+    num_reply_prompts: int = field(
+        default=16, metadata={"help": "Questions of the data answered at the end for the stop rate, beside four fixed prompts."}
+    )
+    max_new_tokens: int = field(default=128, metadata={"help": "Longest reply before and after training, in tokens."})
+
+
+@dataclass
+class TrainingArguments(transformers.TrainingArguments):
+    """transformers' own, with defaults for fine-tuning."""
+
+    learning_rate: float = field(default=1e-5, metadata={"help": "Peak learning rate; LoRA likes ten times as much."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule of the learning rate."})
+    warmup_steps: float = field(default=0.03, metadata={"help": "Steps of warm-up, or a share of all steps when below 1."})
+    logging_steps: float = field(default=10, metadata={"help": "Steps between log lines."})
+    save_total_limit: int | None = field(default=3, metadata={"help": "Checkpoints to keep."})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide non-finite losses from the log."})
+    include_num_input_tokens_seen: str = field(default="non_padding", metadata={"help": "Count tokens, padding left out."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Not used: rows hold what the model takes."})
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    started = time.time()
+    model_arguments, data_arguments, training_arguments = parse_arguments(arguments)
+    set_seed(training_arguments.seed)
+    tokenizer, renderer = load_renderer(model_arguments, data_arguments)
+    train_files, eval_files = find_files(data_arguments.data_path, data_arguments.eval_data_path or ())
+    settings = {"max_length": data_arguments.max_length, "encoding": data_arguments.encoding}
+    examples, ledger = tokenise(train_files, renderer, **settings)
+    check_losses(ledger, data_arguments.max_lost)
+    held_out, eval_ledger = tokenise(eval_files, renderer, **settings)
+    checkpoint = checkpoint_to_resume(training_arguments)
+
+    model = build_model(model_arguments, training_arguments, tokenizer, renderer)
+    trainer = Trainer(
+        model=model,
+        args=with_evaluation(training_arguments, held_out),
+        train_dataset=examples,
+        eval_dataset=held_out if len(held_out) else None,
+        data_collator=PaddingCollator(tokenizer.pad_token_id),
+        processing_class=tokenizer,
+        compute_metrics=token_accuracy,
+        preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1),
+    )
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(ProgressWithSpeed)
+    record = {
+        **provenance(),
+        "model": model_arguments.model_name_or_path,
+        "chat_format": renderer.name,
+        "seed": training_arguments.seed,
+        "data": {"train": file_hashes(train_files), "eval": file_hashes(eval_files)},
+        "ledger": {"train": ledger, "eval": eval_ledger},
+    }
+    say_opening(trainer, renderer, ledger, eval_ledger, examples)
+    questions = pick_questions(train_files, data_arguments)
+    before = reply_all(trainer, renderer, questions, data_arguments.max_new_tokens)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    metrics = trainer.evaluate() if len(held_out) else {}
+    save(trainer, renderer)
+    after = reply_all(trainer, renderer, questions, data_arguments.max_new_tokens)
+    if trainer.is_world_process_zero():
+        finish(trainer, record, metrics, questions, before, after, seconds=time.time() - started)
+
+
+# --- arguments ----------------------------------------------------------------------------------------------------
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> tuple[ModelArguments, DataArguments, TrainingArguments]:
+    """Parse, and exit with every mistake at once before anything is loaded."""
+    parser = HfArgumentParser((ModelArguments, DataArguments, TrainingArguments), prog="train.py")
+    parser.error = lambda message: fail([message])
+    given, unknown = parser.parse_known_args(sys.argv[1:] if arguments is None else list(arguments))
+    given = vars(given)
+    problems = [f"unknown argument {name}" for name in unknown if name.startswith("-")]
+    problems += [f"unknown argument {name}" for name in unknown if not problems]
+    problems += check_arguments(given)
+    if problems:
+        fail(problems)
+    try:
+        on_cpu = given["use_cpu"] or not torch.cuda.is_available()
+        given |= models.choose_compute(bf16=given["bf16"], fp16=given["fp16"], use_cpu=on_cpu)
+        if given["deepspeed"] and on_cpu:
+            given["accelerator_config"] = start_deepspeed_on_cpu()
+        groups = []
+        for group in (ModelArguments, DataArguments, TrainingArguments):
+            names = {entry.name for entry in fields(group) if entry.init}
+            groups.append(group(**{name: value for name, value in given.items() if name in names}))
+    except (ValueError, TypeError, ImportError) as error:
+        fail([str(error)])
+    return tuple(groups)
+
+
+def fail(problems: Sequence[str]) -> None:
+    """Print each problem on a line and exit with code 2."""
+    for problem in problems:
+        print(f"train.py: {problem}", file=sys.stderr)
+    sys.exit(2)
+
+
+def start_deepspeed_on_cpu() -> dict:
+    """Let accelerate run DeepSpeed without a GPU, over gloo; return the accelerator_config that goes with it.
+
+    For accelerate 1.15 and deepspeed 0.19: accelerate knows no DeepSpeed backend for a CPU, so the state is made here.
+    """
+    for name, value in (
+        ("ACCELERATE_USE_DEEPSPEED", "true"),
+        ("DS_ACCELERATOR", "cpu"),
+        ("ACCELERATE_TORCH_DEVICE", "cpu"),
+    ):
+        os.environ[name] = value
+    from accelerate import PartialState
+
+    PartialState(backend="gloo")
+    return {"use_configured_state": True}
+
+
+def with_evaluation(arguments: TrainingArguments, held_out: Examples) -> TrainingArguments:
+    """Evaluate each epoch when there are held-out rows and nothing else was asked for."""
+    if len(held_out) and arguments.eval_strategy == "no":
+        arguments.eval_strategy = transformers.IntervalStrategy.EPOCH
+    arguments.label_names = ["labels"]
+    return arguments
+
+
+def checkpoint_to_resume(arguments: TrainingArguments) -> str | None:
+    """Return the checkpoint to continue from: the named one, or with "auto" the newest complete one."""
+    if arguments.resume_from_checkpoint not in ("auto", "True", "true"):
+        return arguments.resume_from_checkpoint
+    checkpoint, skipped = find_checkpoint(arguments.output_dir)
+    for line in skipped:
+        say(line)
+    say(f"resuming from {checkpoint}" if checkpoint else f"no checkpoint in {arguments.output_dir}; starting anew")
+    return checkpoint
+
+
+# --- tokenizer and model ------------------------------------------------------------------------------------------
+
+
+def load_renderer(model_arguments: ModelArguments, data_arguments: DataArguments):
+    """Load the tokenizer, bind the chat format to it, and stop if training and serving would differ."""
+    tokenizer = models.load_tokenizer(
+        model_arguments.model_name_or_path, trust_remote_code=model_arguments.trust_remote_code
+    )
+    renderer = Renderer(tokenizer, data_arguments.chat_format)
+    problems = check_contract(renderer)
+    if problems:
+        raise ValueError(
+            f"chat format {renderer.name!r} doesn't fit this tokenizer: {'; '.join(problems[:3])}; choose another --chat_format"
+        )
+    tokenizer.chat_template = renderer.chat_template
+    return tokenizer, renderer
+
+
+def build_model(model_arguments: ModelArguments, arguments: TrainingArguments, tokenizer, renderer: Renderer):
+    """Load the base (fp32 masters), add the adapters if asked, and set the stop ids."""
+    compute = "bfloat16" if arguments.bf16 else "float16" if arguments.fp16 else "float32"
+    model = models.load_model(
+        model_arguments.model_name_or_path,
+        dtype=model_arguments.dtype,
+        compute=compute,
+        lora=model_arguments.lora,
+        load_in_4bit=model_arguments.load_in_4bit,
+        attn_implementation=model_arguments.attn_implementation,
+        trust_remote_code=model_arguments.trust_remote_code,
+    )
+    models.set_generation_config(model, tokenizer, renderer.stop_ids)
+    if not model_arguments.lora:
+        return model
+    return models.add_lora(
+        model,
+        rank=model_arguments.lora_rank,
+        alpha=model_arguments.lora_alpha,
+        dropout=model_arguments.lora_dropout,
+        untrained_ids=models.untrained_ids(tokenizer, renderer),
+        gradient_checkpointing=bool(arguments.gradient_checkpointing),
+    )
+
+
+# --- training -----------------------------------------------------------------------------------------------------
+
+
+class Trainer(transformers.Trainer):
+    """transformers' Trainer that logs tokens per second and perplexity, and stops at a loss that is not finite."""
+
+    _last = (0, 0.0)
+
+    def log(self, logs: dict, start_time: float | None = None) -> None:
+        tokens, last = self.state.num_input_tokens_seen, self._last
+        now = time.perf_counter()
+        if "loss" in logs:
+            if last[1] and tokens > last[0]:
+                logs["tokens_per_second"] = round((tokens - last[0]) / (now - last[1]))
+            self._last = (tokens, now)
+        if "eval_loss" in logs:
+            logs["eval_perplexity"] = math.exp(min(logs["eval_loss"], 700))
+        super().log(logs, start_time)
+        for name in ("loss", "grad_norm", "eval_loss"):
+            if not math.isfinite(logs.get(name, 0.0)):
+                raise ValueError(f"{name} is {logs[name]} at step {self.state.global_step}; stopped, no model saved")
+
+
+class ProgressWithSpeed(ProgressCallback):
+    """The progress bar, with the loss and the tokens per second beside it."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        super().on_log(args, state, control, logs=logs, **kwargs)
+        if self.training_bar is not None and "loss" in (logs or {}):
+            speed = logs.get("tokens_per_second")
+            self.training_bar.set_postfix_str(f"loss {logs['loss']:.3f}" + (f", {speed:,} tokens/s" if speed else ""))
+
+
+def token_accuracy(prediction) -> dict[str, float]:
+    """Share of trained tokens that the model ranks first; predictions and labels (batch, length), unshifted."""
+    guesses, labels = prediction.predictions[:, :-1], prediction.label_ids[:, 1:]
+    in_loss = labels != IGNORE_INDEX
+    return {"token_accuracy": float((guesses == labels)[in_loss].mean())}
+
+
+def save(trainer: Trainer, renderer: Renderer) -> None:
+    """Save beside, reopen and check every tensor, then move the files into the output folder."""
+    folder = Path(trainer.args.output_dir)
+    staged = folder / ".final"
+    shapes = saved_shapes(trainer.accelerator.unwrap_model(trainer.model))
+    trainer.accelerator.unwrap_model(trainer.model).config.use_cache = True
+    trainer.save_model(str(staged))
+    if trainer.is_world_process_zero():
+        verify_saved(staged, shapes)
+        (staged / "training_args.bin").unlink(missing_ok=True)  # a pickle that holds the hub token
+        move_into_place(staged, folder)
+    trainer.accelerator.wait_for_everyone()
+
+
+# --- what a person sees -------------------------------------------------------------------------------------------
+
+
+def say(text: str) -> None:
+    """Print once, from the first process."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(text, flush=True)
+
+
+def say_opening(trainer: Trainer, renderer: Renderer, ledger: dict, eval_ledger: dict, examples: Examples) -> None:
+    """Print what goes in: ledger, one row with its trained tokens, tokens, steps, parameters."""
+    arguments, tokens = trainer.args, int(examples.lengths.sum())
+    rows = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    steps = arguments.max_steps if arguments.max_steps > 0 else math.ceil(len(examples) / rows * arguments.num_train_epochs)
+    trainable, total = models.count_parameters(trainer.model)
+    say("\n".join(f"data: {line}" for line in ledger_lines(ledger)))
+    if eval_ledger["total"]:
+        say("\n".join(f"held out: {line}" for line in ledger_lines(eval_ledger)))
+    say(f"first row, trained tokens marked (chat format {renderer.name}):")
+    say(paint(renderer.tokenizer, **examples[0]))
+    say(f"tokens: {tokens:,}, trained {examples.num_trained_tokens:,} ({examples.num_trained_tokens / tokens:.0%})")
+    say(f"steps: {steps:,} of {rows} rows each; stop ids: {renderer.stop_ids}")
+    say(f"parameters: {total:,}, trained {trainable:,} ({trainable / total:.1%})")
+
+
+def pick_questions(files: Sequence[str], data_arguments: DataArguments) -> list[tuple[str, str | None]]:
+    """Return (question, answer in the data or None): the fixed prompts, then some of the data, evenly over the files."""
+    answers: dict[str, str] = {}
+    share = math.ceil(data_arguments.num_reply_prompts / len(files))
+    chosen = []
+    for file in files:
+        pool = []
+        for conversation, error, _file, _line in read_conversations([file], encoding=data_arguments.encoding):
+            if error is None and [message["role"] for message in conversation["messages"]] == ["user", "assistant"]:
+                question, answer = (message["content"].strip() for message in conversation["messages"])
+                answers[question] = answer
+                pool.append(question)
+            if len(pool) >= 1000:
+                break
+        chosen += pool[:: max(1, len(pool) // share)][:share] if share else []
+    questions = dict.fromkeys([*FIXED_PROMPTS, *chosen[: data_arguments.num_reply_prompts]])
+    return [(question, answers.get(question)) for question in questions]
+
+
+def reply_all(trainer: Trainer, renderer: Renderer, questions: list, max_new_tokens: int) -> list[Reply]:
+    """Reply greedily to each question, on the first process; nothing under ZeRO-3, where each rank holds a part."""
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    if is_deepspeed_zero3_enabled():
+        say("replies: not shown under ZeRO-3; ask the saved model with python -m sft.chat")
+        return []
+    if not trainer.is_world_process_zero():
+        return []
+    model = trainer.accelerator.unwrap_model(trainer.model).to(trainer.args.device)
+    sampling = replace(GREEDY, max_new_tokens=max_new_tokens)
+    chat = Chat(model, renderer)
+    replies = []
+    for start in range(0, len(questions), 8):
+        batch = [[{"role": "user", "content": question}] for question, _answer in questions[start : start + 8]]
+        replies += chat.reply_batch(batch, sampling)
+    return replies
+
+
+def finish(trainer: Trainer, record: dict, metrics: dict, questions: list, before: list, after: list, *, seconds: float) -> None:
+    """Write training_loss.png and run.json, show the replies, and sum the run up in a line."""
+    folder, history = Path(trainer.args.output_dir), trainer.state.log_history
+    plot_losses(history, folder / "training_loss.png")
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    summary = {
+        "steps": trainer.state.global_step,
+        "first_loss": losses[0] if losses else None,
+        "last_loss": losses[-1] if losses else None,
+        "seconds": round(seconds, 1),
+        "tokens_seen": trainer.state.num_input_tokens_seen,
+        **{name: metrics[name] for name in ("eval_loss", "eval_perplexity", "eval_token_accuracy") if name in metrics},
+    }
+    if after:
+        known = [(reply.text, answer) for reply, (_question, answer) in zip(after, questions, strict=True) if answer]
+        summary["stop_rate"] = sum(reply.ended for reply in after) / len(after)
+        summary["replies_as_in_data"] = f"{sum(text == answer for text, answer in known)} of {len(known)}"
+    replies = [
+        {"question": question, "answer_in_data": answer, "before": old.text, "after": new.text, "ended": new.ended}
+        for (question, answer), old, new in zip(questions, before, after, strict=False)
+    ]
+    write_json(folder / "run.json", {**record, "metrics": summary, "replies": replies, "log_history": history})
+    for reply in replies[: len(FIXED_PROMPTS)]:
+        say(f"\n> {reply['question']}\n  before: {reply['before'][:80]!r}\n  after:  {reply['after']}")
+    say("\ndone: " + ", ".join(f"{name} {_short(value)}" for name, value in summary.items() if value is not None))
+    say(f"chat with it: python -m sft.chat --model_path {folder}")
+
+
+def _short(value) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        fail([str(error)])
