@@ -33,10 +33,14 @@ FIXED_PROMPTS = ("你好", "Hello", "写一首关于春天的诗", "What is the 
 @dataclass
 class ModelArguments:
     model_name_or_path: str | None = field(default=None, metadata={"help": "A local model folder or a hub model."})
-    dtype: str = field(default="auto", metadata={"help": "Type of the weights: auto is fp32 masters (LoRA: frozen base in bf16)."})
+    dtype: str = field(
+        default="auto", metadata={"help": "Type of the weights: auto is fp32 masters (LoRA: frozen base in bf16)."}
+    )
     attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa or flash_attention_2."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
-    lora: bool = field(default=False, metadata={"help": "Train LoRA adapters on all linear layers instead of all weights."})
+    lora: bool = field(
+        default=False, metadata={"help": "Train LoRA adapters on all linear layers instead of all weights."}
+    )
     lora_rank: int = field(default=16, metadata={"help": "Rank of the adapters."})
     lora_alpha: int = field(default=32, metadata={"help": "Scale of the adapters; twice the rank is usual."})
     lora_dropout: float = field(default=0.05, metadata={"help": "Dropout in the adapters."})
@@ -46,15 +50,21 @@ class ModelArguments:
 @dataclass
 class DataArguments:
     data_path: list[str] | None = field(
-        default=None, metadata={"help": "Files, folders or globs, canonical or raw; an eval.json beside train.json is held out."}
+        default=None,
+        metadata={"help": "Files, folders or globs, canonical or raw; an eval.json beside train.json is held out."},
     )
     eval_data_path: list[str] | None = field(default=None, metadata={"help": "Held-out files; never trained on."})
     encoding: str = field(default="utf-8", metadata={"help": "Encoding of the data files."})
-    chat_format: str = field(default="auto", metadata={"help": "auto, blossom, chatml, alpaca, mistral, or base (its own)."})
+    chat_format: str = field(
+        default="auto", metadata={"help": "auto, blossom, chatml, alpaca, mistral, or base (its own)."}
+    )
     max_length: int = field(default=2048, metadata={"help": "Longest row, in tokens."})
-    max_lost: float = field(default=0.05, metadata={"help": "Stop when a larger share of the conversations would be lost."})
+    max_lost: float = field(
+        default=0.05, metadata={"help": "Stop when a larger share of the conversations would be lost."}
+    )
     num_reply_prompts: int = field(
-        default=16, metadata={"help": "Questions of the data answered at the end for the stop rate, beside four fixed prompts."}
+        default=16,
+        metadata={"help": "Questions of the data answered at the end for the stop rate, beside four fixed prompts."},
     )
     max_new_tokens: int = field(default=128, metadata={"help": "Longest reply before and after training, in tokens."})
 
@@ -65,16 +75,21 @@ class TrainingArguments(transformers.TrainingArguments):
 
     learning_rate: float = field(default=1e-5, metadata={"help": "Peak learning rate; LoRA likes ten times as much."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule of the learning rate."})
-    warmup_steps: float = field(default=0.03, metadata={"help": "Steps of warm-up, or a share of all steps when below 1."})
+    warmup_steps: float = field(
+        default=0.03, metadata={"help": "Steps of warm-up, or a share of all steps when below 1."}
+    )
     logging_steps: float = field(default=10, metadata={"help": "Steps between log lines."})
     save_total_limit: int | None = field(default=3, metadata={"help": "Checkpoints to keep."})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide non-finite losses from the log."})
-    include_num_input_tokens_seen: str = field(default="non_padding", metadata={"help": "Count tokens, padding left out."})
+    include_num_input_tokens_seen: str = field(
+        default="non_padding", metadata={"help": "Count tokens, padding left out."}
+    )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Not used: rows hold what the model takes."})
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     started = time.time()
+    transformers.utils.logging.disable_progress_bar()
     model_arguments, data_arguments, training_arguments = parse_arguments(arguments)
     set_seed(training_arguments.seed)
     tokenizer, renderer = load_renderer(model_arguments, data_arguments)
@@ -88,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model = build_model(model_arguments, training_arguments, tokenizer, renderer)
     trainer = Trainer(
         model=model,
-        args=with_evaluation(training_arguments, held_out),
+        args=complete(training_arguments, held_out),
         train_dataset=examples,
         eval_dataset=held_out if len(held_out) else None,
         data_collator=PaddingCollator(tokenizer.pad_token_id),
@@ -96,8 +111,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         compute_metrics=token_accuracy,
         preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1),
     )
-    trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(ProgressWithSpeed)
+    if trainer.pop_callback(ProgressCallback):
+        trainer.add_callback(ProgressWithSpeed)
     record = {
         **provenance(),
         "model": model_arguments.model_name_or_path,
@@ -169,11 +184,12 @@ def start_deepspeed_on_cpu() -> dict:
     return {"use_configured_state": True}
 
 
-def with_evaluation(arguments: TrainingArguments, held_out: Examples) -> TrainingArguments:
-    """Evaluate each epoch when there are held-out rows and nothing else was asked for."""
+def complete(arguments: TrainingArguments, held_out: Examples) -> TrainingArguments:
+    """Fill in what depends on the data and the machine: evaluate each epoch when there are held-out rows."""
     if len(held_out) and arguments.eval_strategy == "no":
         arguments.eval_strategy = transformers.IntervalStrategy.EPOCH
     arguments.label_names = ["labels"]
+    arguments.dataloader_pin_memory &= torch.cuda.is_available()
     return arguments
 
 
@@ -200,7 +216,8 @@ def load_renderer(model_arguments: ModelArguments, data_arguments: DataArguments
     problems = check_contract(renderer)
     if problems:
         raise ValueError(
-            f"chat format {renderer.name!r} doesn't fit this tokenizer: {'; '.join(problems[:3])}; choose another --chat_format"
+            f"chat format {renderer.name!r} doesn't fit this tokenizer: {'; '.join(problems[:3])}; "
+            "choose another --chat_format"
         )
     tokenizer.chat_template = renderer.chat_template
     return tokenizer, renderer
@@ -235,17 +252,9 @@ def build_model(model_arguments: ModelArguments, arguments: TrainingArguments, t
 
 
 class Trainer(transformers.Trainer):
-    """transformers' Trainer that logs tokens per second and perplexity, and stops at a loss that is not finite."""
-
-    _last = (0, 0.0)
+    """transformers' Trainer that logs perplexity, and stops at a loss that is not finite."""
 
     def log(self, logs: dict, start_time: float | None = None) -> None:
-        tokens, last = self.state.num_input_tokens_seen, self._last
-        now = time.perf_counter()
-        if "loss" in logs:
-            if last[1] and tokens > last[0]:
-                logs["tokens_per_second"] = round((tokens - last[0]) / (now - last[1]))
-            self._last = (tokens, now)
         if "eval_loss" in logs:
             logs["eval_perplexity"] = math.exp(min(logs["eval_loss"], 700))
         super().log(logs, start_time)
@@ -260,8 +269,8 @@ class ProgressWithSpeed(ProgressCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         super().on_log(args, state, control, logs=logs, **kwargs)
         if self.training_bar is not None and "loss" in (logs or {}):
-            speed = logs.get("tokens_per_second")
-            self.training_bar.set_postfix_str(f"loss {logs['loss']:.3f}" + (f", {speed:,} tokens/s" if speed else ""))
+            speed = logs.get("train_tokens_per_second", 0)
+            self.training_bar.set_postfix_str(f"loss {logs['loss']:.3f}, {speed:,.0f} tokens/s")
 
 
 def token_accuracy(prediction) -> dict[str, float]:
@@ -298,7 +307,8 @@ def say_opening(trainer: Trainer, renderer: Renderer, ledger: dict, eval_ledger:
     """Print what goes in: ledger, one row with its trained tokens, tokens, steps, parameters."""
     arguments, tokens = trainer.args, int(examples.lengths.sum())
     rows = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
-    steps = arguments.max_steps if arguments.max_steps > 0 else math.ceil(len(examples) / rows * arguments.num_train_epochs)
+    per_epoch = math.ceil(len(trainer.get_train_dataloader()) / arguments.gradient_accumulation_steps)
+    steps = arguments.max_steps if arguments.max_steps > 0 else math.ceil(per_epoch * arguments.num_train_epochs)
     trainable, total = models.count_parameters(trainer.model)
     say("\n".join(f"data: {line}" for line in ledger_lines(ledger)))
     if eval_ledger["total"]:
@@ -311,7 +321,7 @@ def say_opening(trainer: Trainer, renderer: Renderer, ledger: dict, eval_ledger:
 
 
 def pick_questions(files: Sequence[str], data_arguments: DataArguments) -> list[tuple[str, str | None]]:
-    """Return (question, answer in the data or None): the fixed prompts, then some of the data, evenly over the files."""
+    """Return (question, answer in the data or None): the fixed prompts, then some of the data, from every file."""
     answers: dict[str, str] = {}
     share = math.ceil(data_arguments.num_reply_prompts / len(files))
     chosen = []
@@ -348,7 +358,9 @@ def reply_all(trainer: Trainer, renderer: Renderer, questions: list, max_new_tok
     return replies
 
 
-def finish(trainer: Trainer, record: dict, metrics: dict, questions: list, before: list, after: list, *, seconds: float) -> None:
+def finish(
+    trainer: Trainer, record: dict, metrics: dict, questions: list, before: list, after: list, *, seconds: float
+) -> None:
     """Write training_loss.png and run.json, show the replies, and sum the run up in a line."""
     folder, history = Path(trainer.args.output_dir), trainer.state.log_history
     plot_losses(history, folder / "training_loss.png")

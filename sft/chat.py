@@ -54,11 +54,11 @@ class Chat:
     model: object
     renderer: Renderer
 
-    def reply(self, messages: Sequence[dict], sampling: Sampling = Sampling()) -> Reply:  # noqa: B008 (frozen)
+    def reply(self, messages: Sequence[dict], sampling: Sampling = Sampling()) -> Reply:
         """Reply to messages that end with the user's turn."""
         return self.reply_batch([messages], sampling)[0]
 
-    def reply_batch(self, batch: Sequence[Sequence[dict]], sampling: Sampling = Sampling()) -> list[Reply]:  # noqa: B008
+    def reply_batch(self, batch: Sequence[Sequence[dict]], sampling: Sampling = Sampling()) -> list[Reply]:
         """Reply to several conversations in one generation, padded on the left."""
         import torch
 
@@ -73,7 +73,7 @@ class Chat:
         return [self._to_reply(row) for row in new_ids]
 
     def stream_reply(
-        self, messages: Sequence[dict], sampling: Sampling = Sampling(), stop: threading.Event | None = None  # noqa: B008
+        self, messages: Sequence[dict], sampling: Sampling = Sampling(), stop: threading.Event | None = None
     ) -> Iterator[Reply]:
         """Yield the growing reply. Closing the generator, or setting `stop`, ends the model's work within a token."""
         import torch
@@ -110,7 +110,9 @@ class Chat:
         prompt = self.renderer.prompt(messages)
         window = self.context_window
         if window and len(prompt) + 1 > window:
-            raise ValueError(f"the conversation has {len(prompt):,} tokens, the model's context window {window:,}; shorten it")
+            raise ValueError(
+                f"the conversation has {len(prompt):,} tokens, the model's context window {window:,}; shorten it"
+            )
         return prompt
 
     @property
@@ -135,6 +137,7 @@ class Chat:
             max_new_tokens=min(sampling.max_new_tokens, room),
             eos_token_id=self.renderer.stop_ids,
             pad_token_id=self.renderer.tokenizer.pad_token_id,
+            use_cache=True,
             **drawing,
         )
         device = self.model.device
@@ -146,7 +149,6 @@ class Chat:
                     input_ids=ids.to(device),
                     attention_mask=mask.to(device),
                     generation_config=config,
-                    use_cache=True,
                     streamer=streamer,
                     stopping_criteria=StoppingCriteriaList([Stopped()] if stop else []),
                 )
@@ -238,8 +240,17 @@ def _prompts(source: str) -> Iterator[list[dict]]:
 
 def to_prompt(record: object, *, source: str = "record", line: int = 1) -> list[dict]:
     """Read a question: a record of any raw form, without its last reply, or an object with a lone prompt."""
-    lone = [record[key] for key in ("prompt", "instruction", "query", "question") if key in record] if isinstance(record, dict) else []
-    if isinstance(record, dict) and len(lone) == 1 and isinstance(lone[0], str) and not any(record.get(k) for k in ("output", "input", "completion", "response", "answer")):
+    lone = (
+        [record[key] for key in ("prompt", "instruction", "query", "question") if key in record]
+        if isinstance(record, dict)
+        else []
+    )
+    if (
+        isinstance(record, dict)
+        and len(lone) == 1
+        and isinstance(lone[0], str)
+        and not any(record.get(k) for k in ("output", "input", "completion", "response", "answer"))
+    ):
         return [{"role": "user", "content": lone[0]}]
     messages = read_record(record, source=source, line=line)["messages"]
     while messages and messages[-1]["role"] == "assistant":
@@ -281,7 +292,9 @@ def _typed() -> Iterator[str]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m sft.chat", description="Talk to a checkpoint.")
-    parser.add_argument("--model_path", required=True, help="a folder that train.py wrote, any model folder, or a hub model")
+    parser.add_argument(
+        "--model_path", required=True, help="a folder that train.py wrote, any model folder, or a hub model"
+    )
     parser.add_argument("--message", action="append", help="a question; repeat it for several turns")
     parser.add_argument("--system", help="the system message")
     parser.add_argument("--input", help="a JSON file of questions or conversations, answered in batches")

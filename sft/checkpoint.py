@@ -18,14 +18,14 @@ def check_output_dir(output_dir: str, *, resume: bool) -> str | None:
         return f"--output_dir {output_dir}: {existing} can't be written to"
     if folder.is_dir() and any(folder.iterdir()) and not resume:
         return (
-            f"--output_dir {output_dir}: is not empty, and nothing in it will be overwritten; name a new folder, or continue "
-            "the run in it with --resume_from_checkpoint auto"
+            f"--output_dir {output_dir}: is not empty, and nothing in it will be overwritten; name a new folder, or "
+            "continue the run in it with --resume_from_checkpoint auto"
         )
     return None
 
 
 def find_checkpoint(output_dir: str) -> tuple[str | None, list[str]]:
-    """Return the newest complete checkpoint of a run, and one line for each newer one that was skipped, with the reason."""
+    """Return the newest complete checkpoint, and one line for each newer one that was skipped, with the reason."""
     numbered = []
     for folder in Path(output_dir).glob("checkpoint-*"):
         step = folder.name.removeprefix("checkpoint-")
@@ -41,7 +41,7 @@ def find_checkpoint(output_dir: str) -> tuple[str | None, list[str]]:
 
 
 def incomplete(folder: Path) -> str | None:
-    """Return what a checkpoint lacks for an exact resume, or None. Transformers would restart silently without some of it."""
+    """Return what a checkpoint lacks for an exact resume, or None; transformers restarts silently without some of it."""
     try:
         json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -11,8 +11,8 @@ from sft.chat_format import IGNORE_INDEX
 class PaddingCollator:
     """Pad examples on the right to one length, a multiple of `multiple_of` tokens (tensor cores like 8).
 
-    Returns `input_ids`, `labels` and `attention_mask`, each (batch, length) int64. The mask follows positions, not ids, so pad may
-    be the same token as eos.
+    Returns `input_ids`, `labels` and `attention_mask`, each (batch, length) int64. The mask follows positions, not
+    ids, so pad may be the same token as eos.
     """
 
     def __init__(self, pad_token_id: int, multiple_of: int = 8):

@@ -26,8 +26,8 @@ CHUNK = 256 << 10
 PROBE = 1 << 20
 
 EXTENSIONS = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
-# What sft.opendata writes beside its conversations; never read as data.
-OWN_FILES = ("ledger.json", "rejects.jsonl")
+# Never read as data: what sft.opendata writes beside its conversations, and what the hub keeps beside a data set.
+NOT_DATA = ("ledger.json", "rejects.jsonl", "dataset_info.json", "dataset_infos.json")
 
 ROLES = {
     "system": "system",
@@ -93,7 +93,7 @@ class RawRecord(NamedTuple):
 def list_files(path_or_glob: str | os.PathLike) -> list[str]:
     """List the data files of a file, a folder (all the way down) or a glob, sorted.
 
-    In a folder only names with one of `EXTENSIONS` count; hidden files and `OWN_FILES` do not. Raises ValueError when
+    In a folder only names with one of `EXTENSIONS` count; hidden files and `NOT_DATA` do not. Raises ValueError when
     nothing is there.
     """
     path = os.fspath(path_or_glob)
@@ -104,7 +104,7 @@ def list_files(path_or_glob: str | os.PathLike) -> list[str]:
         if not found:
             raise ValueError(f"{path}: the folder holds no {', '.join(EXTENSIONS)} file")
         return found
-    matches = sorted(match for match in glob.glob(path, recursive=True) if os.path.basename(match) not in OWN_FILES)
+    matches = sorted(match for match in glob.glob(path, recursive=True) if os.path.basename(match) not in NOT_DATA)
     found = {file for match in matches for file in ([match] if os.path.isfile(match) else _walk(match))}
     if not found:
         raise ValueError(f"{path}: no such file or folder, and as a glob it matches no data file")
@@ -115,7 +115,7 @@ def _walk(folder: str) -> list[str]:
     found = []
     for parent, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        names = [name for name in files if name.endswith(EXTENSIONS) and name not in OWN_FILES]
+        names = [name for name in files if name.endswith(EXTENSIONS) and name not in NOT_DATA]
         found += [os.path.join(parent, name) for name in names if not name.startswith(".")]
     return sorted(found)
 
@@ -183,7 +183,7 @@ def split_file(
     except RecordError:
         raise
     except OSError as error:
-        raise ValueError(f"{path}: {error.strerror or error}") from error
+        raise ValueError(f"{path}: {error.strerror or error}; check the path and its permissions") from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -426,9 +426,11 @@ def _next_restart(text: _Text, offset: int, key: re.Match | None) -> int:
         if length:
             return offset + length if _find_form(_scan_once(piece, 0)[0]) is None else 0
         if error.reason != "truncated" or size > MAX_RECORD or (len(piece) < size and not text.grow()):
+            if error.reason == "too_deep":
+                # Nothing good can start within the next hundreds of brackets.
+                return offset + 900
             begins_alike = key and (first := _FIRST_KEY.match(piece)) and first.group() == key.group()
-            # Nothing good can start within the next hundreds of brackets.
-            return 0 if begins_alike else offset + (900 if error.reason == "too_deep" else 1)
+            return 0 if begins_alike else offset + 1
         size *= 8
 
 
@@ -552,8 +554,7 @@ def _unknown_form(record: dict) -> RecordError:
             return RecordError("nested", f'the records are inside "{key}"; {advice}')
     keys = ", ".join(f'"{key}"' for key, value in list(record.items())[:8] if value is not None) or "no values"
     known = ", ".join([*MESSAGE_LISTS, *dict.fromkeys(f"{pair[0]}/{pair[2]}" for pair in PAIRS)])
-    shown = keys.encode("ascii", "backslashreplace").decode()[:200]
-    return RecordError("unknown_form", f"no known form has {shown}; use one of {known}")
+    return RecordError("unknown_form", f"no known form has {keys[:200]}; use one of {known}")
 
 
 def _kind(value: object) -> str:
@@ -631,10 +632,10 @@ def _read_pair(record: dict, form: tuple, notes: Counter[str]) -> list[Message]:
     question, context, answer = form
     asked, reply = _text(record[question], question), _text(record[answer], answer)
     extra = _text(record[context], context) if context and record.get(context) is not None else ""
-    if extra.strip().casefold() in NO_INPUT:
-        notes["input_placeholder"] += bool(extra.strip())
-    else:
+    if extra.strip().casefold() not in NO_INPUT:
         asked = f"{asked}\n{extra}" if asked else extra
+    elif extra.strip():
+        notes["input_placeholder"] += 1
     turns = _read_belle_turns(asked, question, notes)
     return [*_read_history(record.get("history")), *turns, {"role": "assistant", "content": reply}]
 

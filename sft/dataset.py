@@ -54,7 +54,9 @@ def find_files(data_path: Sequence[str], eval_data_path: Sequence[str] = ()) -> 
     train = [file for file in dict.fromkeys(train) if file not in beside]
     both = {str(Path(file).resolve()) for file in train} & {str(Path(file).resolve()) for file in held_out}
     if both:
-        raise ValueError(f"{min(both)}: is in --data_path and in --eval_data_path; a held-out file must not be trained on")
+        raise ValueError(
+            f"{min(both)}: is in --data_path and in --eval_data_path; a held-out file must not be trained on"
+        )
     return train, held_out or beside
 
 
@@ -63,8 +65,8 @@ def tokenise(
 ) -> tuple[Examples, dict]:
     """Read, render and label every conversation of `files`; return the examples and the ledger.
 
-    The ledger counts for each file `in` = `kept` + each way to be lost, and among the kept those that lost turns or were cut; `first`
-    names the first place of each loss.
+    The ledger counts for each file `in` = `kept` + each way to be lost, and among the kept those that lost turns or
+    were cut; `first` names the first place of each loss.
     """
     ledger = {"max_length": max_length, "files": {file: Counter() for file in files}, "first": {}}
     input_ids, labels, starts = array("i"), array("i"), array("q", [0])

@@ -108,7 +108,13 @@ def _four_bit(compute: str) -> dict:
 
 
 def add_lora(
-    model, *, rank: int, alpha: int, dropout: float, untrained_ids: Sequence[int] = (), gradient_checkpointing: bool = False
+    model,
+    *,
+    rank: int,
+    alpha: int,
+    dropout: float,
+    untrained_ids: Sequence[int] = (),
+    gradient_checkpointing: bool = False,
 ):
     """Put LoRA on all linear layers, in fp32, and make the embedding and head rows of `untrained_ids` trainable.
 
@@ -155,6 +161,7 @@ def set_generation_config(model, tokenizer, stop_ids: Sequence[int]) -> None:
     settings.pad_token_id = tokenizer.pad_token_id
     settings.bos_token_id = tokenizer.bos_token_id
     settings.max_new_tokens = settings.max_length = None
+    model.config.pad_token_id = tokenizer.pad_token_id
 
 
 def count_parameters(model) -> tuple[int, int]:

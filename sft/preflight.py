@@ -1,4 +1,4 @@
-"""What a run would do, said before it starts: all mistakes in the arguments at once, and a row with its trained tokens."""
+"""What a run would do, said before it starts: all mistakes in the arguments at once, a row with its trained tokens."""
 
 import json
 import os
@@ -17,7 +17,9 @@ GREEN, DIM, RESET = "\033[32m", "\033[2m", "\033[0m"
 
 def check_arguments(arguments: dict) -> list[str]:
     """Return every mistake in the parsed arguments, one line each, before anything is loaded."""
-    required = [f"--{name} is required" for name in ("model_name_or_path", "data_path", "output_dir") if not arguments[name]]
+    required = [
+        f"--{name} is required" for name in ("model_name_or_path", "data_path", "output_dir") if not arguments[name]
+    ]
     if required:
         return required
     resume = bool(arguments["resume_from_checkpoint"])
@@ -59,7 +61,9 @@ def _check_data(arguments: dict) -> list[str]:
 def _check_numbers(arguments: dict) -> list[str]:
     positive = ("max_length", "per_device_train_batch_size", "gradient_accumulation_steps", "lora_rank", "lora_alpha")
     problems = [f"--{name} {arguments[name]}: must be at least 1" for name in positive if arguments[name] < 1]
-    problems += [f"--{name} {arguments[name]}: must be above 0" for name in ("learning_rate",) if not arguments[name] > 0]
+    problems += [
+        f"--{name} {arguments[name]}: must be above 0" for name in ("learning_rate",) if not arguments[name] > 0
+    ]
     for name in ("max_lost", "lora_dropout"):
         if not 0 <= arguments[name] <= 1:
             problems.append(f"--{name} {arguments[name]}: must be a share between 0 and 1")
@@ -88,14 +92,16 @@ def check_deepspeed_config(path: str | None) -> list[str]:
     zero = config.get("zero_optimization")
     zero = zero if isinstance(zero, dict) else {}
     if zero.get("stage") == 3 and zero.get("stage3_gather_16bit_weights_on_model_save") is not True:
-        problems.append(f"--deepspeed {path}: set stage3_gather_16bit_weights_on_model_save to true, else no weights are saved")
+        problems.append(
+            f"--deepspeed {path}: set stage3_gather_16bit_weights_on_model_save to true; no weights are saved else"
+        )
     if "gradient_clipping" not in config:
         problems.append(f'--deepspeed {path}: add "gradient_clipping": "auto", else --max_grad_norm is ignored')
     return problems
 
 
 def paint(tokenizer, input_ids: np.ndarray, labels: np.ndarray, *, colour: bool | None = None) -> str:
-    """Return a row as text with its trained stretches in green, or in ⟦ ⟧ where there is no colour (a pipe, NO_COLOR)."""
+    """Return a row as text, trained stretches in green, or in ⟦ ⟧ where there is no colour (a pipe, NO_COLOR)."""
     if colour is None:
         colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     trained, plain = ((GREEN, RESET), (DIM, RESET)) if colour else (("⟦", "⟧"), ("", ""))

@@ -29,7 +29,19 @@ QWEN_SPLIT = (
 )
 FALCON_FIRST_TOKENS = [
     f">>{name}<<"
-    for name in "TITLE ABSTRACT INTRODUCTION SUMMARY COMMENT ANSWER QUESTION DOMAIN PREFIX SUFFIX MIDDLE".split()
+    for name in [
+        "TITLE",
+        "ABSTRACT",
+        "INTRODUCTION",
+        "SUMMARY",
+        "COMMENT",
+        "ANSWER",
+        "QUESTION",
+        "DOMAIN",
+        "PREFIX",
+        "SUFFIX",
+        "MIDDLE",
+    ]
 ] + ["<|endoftext|>"]
 
 
@@ -44,7 +56,9 @@ class TinyFamily:
     config: dict = field(default_factory=dict)
 
 
-def byte_level_bpe(texts: Iterable[str], *, vocab_size: int, first: list[str], pre_tokenizer, normalizer=None) -> Tokenizer:
+def byte_level_bpe(
+    texts: Iterable[str], *, vocab_size: int, first: list[str], pre_tokenizer, normalizer=None
+) -> Tokenizer:
     """Train a byte-level BPE; the tokens in `first` get the ids from 0 on, every byte gets one after them."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizer

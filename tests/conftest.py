@@ -1,0 +1,49 @@
+"""Tiny bases, built once per session; nothing here touches a network."""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from sft.tiny import FAMILIES, build_tiny
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory) -> Callable[[str], Path]:
+    """Return a function that gives the folder of a tiny base of a family, building it the first time."""
+    folder, built = tmp_path_factory.mktemp("bases"), {}
+
+    def base(family: str) -> Path:
+        if family not in built:
+            built[family] = build_tiny(family, folder / family, hidden_size=64, num_layers=2)
+        return built[family]
+
+    return base
+
+
+@pytest.fixture(scope="session")
+def tokenizer_of(tiny_base):
+    """Return a function that gives the tokenizer of a family's tiny base."""
+    from sft.model import load_tokenizer
+
+    loaded = {}
+
+    def tokenizer(family: str):
+        if family not in loaded:
+            loaded[family] = load_tokenizer(str(tiny_base(family)))
+        return loaded[family]
+
+    return tokenizer
+
+
+@pytest.fixture(params=list(FAMILIES))
+def family(request) -> str:
+    return request.param
