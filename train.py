@@ -9,6 +9,7 @@ import math
 import os
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -90,6 +91,7 @@ class TrainingArguments(transformers.TrainingArguments):
 def main(arguments: Sequence[str] | None = None) -> None:
     started = time.time()
     transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning)
     model_arguments, data_arguments, training_arguments = parse_arguments(arguments)
     set_seed(training_arguments.seed)
     tokenizer, renderer = load_renderer(model_arguments, data_arguments)
@@ -244,7 +246,9 @@ def build_model(model_arguments: ModelArguments, arguments: TrainingArguments, t
         alpha=model_arguments.lora_alpha,
         dropout=model_arguments.lora_dropout,
         untrained_ids=models.untrained_ids(tokenizer, renderer),
-        gradient_checkpointing=bool(arguments.gradient_checkpointing),
+        gradient_checkpointing=bool(
+            arguments.gradient_checkpointing or getattr(arguments, "activation_checkpointing", False)
+        ),
     )
 
 
@@ -284,12 +288,15 @@ def save(trainer: Trainer, renderer: Renderer) -> None:
     """Save beside, reopen and check every tensor, then move the files into the output folder."""
     folder = Path(trainer.args.output_dir)
     staged = folder / ".final"
-    shapes = saved_shapes(trainer.accelerator.unwrap_model(trainer.model))
-    trainer.accelerator.unwrap_model(trainer.model).config.use_cache = True
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    model.config.use_cache = True
+    shapes = saved_shapes(model)
     trainer.save_model(str(staged))
     if trainer.is_world_process_zero():
         verify_saved(staged, shapes)
-        (staged / "training_args.bin").unlink(missing_ok=True)  # a pickle that holds the hub token
+        model.generation_config.save_pretrained(staged)  # an adapter comes without
+        for name in ("training_args.bin", "README.md"):  # a pickle that holds the hub token; peft's empty model card
+            (staged / name).unlink(missing_ok=True)
         move_into_place(staged, folder)
     trainer.accelerator.wait_for_everyone()
 

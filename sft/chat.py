@@ -208,6 +208,12 @@ def load_chat(
     return Chat(model.to(device).eval(), Renderer(tokenizer, chat_format))
 
 
+def newest_run(root: str | Path) -> str | None:
+    """Return the model folder of the newest finished run under `root` (`*/model` with a run.json), or None."""
+    finished = sorted(Path(root).glob("*/model/run.json"), key=lambda path: path.stat().st_mtime)
+    return str(finished[-1].parent) if finished else None
+
+
 def reply_to_file(chat: Chat, source: str, output: str, *, sampling: Sampling, batch_size: int = 8) -> int:
     """Answer every conversation of a JSON file (any raw form; a trailing reply in it is ignored); return how many.
 

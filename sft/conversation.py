@@ -166,6 +166,7 @@ def split_file(
 
     `open_file` opens a file that is not on this machine; `path` then only names it.
     """
+    check_encoding(encoding)
     try:
         with (open_file or functools.partial(open, path, "rb"))() as stream:
             magic = stream.read(4)
@@ -177,9 +178,9 @@ def split_file(
             head = b""
             with contextlib.suppress(RecordError):
                 head = next(_read_chunks(stream, zipped, PROBE), b"")
-            encoding = _check_encoding(head, encoding)
+            codec = _choose_codec(head, encoding)
             stream.seek(0)
-            yield from _split_text(_Text(_decode(_read_chunks(stream, zipped, CHUNK), encoding)))
+            yield from _split_text(_Text(_decode(_read_chunks(stream, zipped, CHUNK), codec)))
     except RecordError:
         raise
     except OSError as error:
@@ -210,12 +211,16 @@ def _split_parquet(stream: BinaryIO) -> Iterator[RawRecord]:
         raise ValueError(f"not a readable Parquet file after row {row}: {str(error).splitlines()[0]}") from error
 
 
-def _check_encoding(head: bytes, encoding: str) -> str:
-    """The codec to read with. Raises ValueError, naming the likely encoding, when UTF-8 is plainly wrong."""
+def check_encoding(encoding: str) -> None:
+    """Raise ValueError unless Python knows a text encoding of this name."""
     try:
         "".encode(encoding)
     except LookupError as error:
-        raise ValueError(f"unknown encoding {encoding!r}; use utf-8, gb18030, big5, utf-16 or the like") from error
+        raise ValueError(f"--encoding {encoding}: unknown; use utf-8, gb18030, big5, utf-16 or the like") from error
+
+
+def _choose_codec(head: bytes, encoding: str) -> str:
+    """The codec to read with. Raises ValueError, naming the likely encoding, when UTF-8 is plainly wrong."""
     text = codecs.getincrementaldecoder("utf-8")("surrogateescape").decode(head)
     num_bad = len(text) - len(text.encode("utf-8", "ignore").decode())
     num_good = len(text) - len(text.encode("ascii", "ignore")) - num_bad

@@ -157,6 +157,7 @@ def untrained_ids(tokenizer, renderer) -> list[int]:
 def set_generation_config(model, tokenizer, stop_ids: Sequence[int]) -> None:
     """Save every stop id with the model, and no length cap: a server would cap each request with it."""
     settings = model.generation_config
+    settings._from_model_config = False  # transformers 5.23 may else derive the ids anew from the model's config
     settings.eos_token_id = list(stop_ids)
     settings.pad_token_id = tokenizer.pad_token_id
     settings.bos_token_id = tokenizer.bos_token_id

@@ -1,4 +1,4 @@
-"""The second step of the flow: raw files -> cleaned, de-duplicated, split canonical files, and a ledger of every record.
+"""The second step of the flow: raw files -> cleaned, de-duplicated and split canonical files, and a ledger of it all.
 
     python -m sft.opendata INPUT... --output data_proj/opendata
 
@@ -19,7 +19,9 @@ import json
 import os
 import pickle
 import re
+import signal
 import sys
+import textwrap
 import threading
 import time
 import unicodedata
@@ -29,6 +31,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from itertools import pairwise
 from multiprocessing import parent_process
 from typing import Any, BinaryIO, NamedTuple
@@ -40,6 +43,7 @@ from sft.conversation import (
     Message,
     RawRecord,
     RecordError,
+    check_encoding,
     check_file,
     list_files,
     parse_record,
@@ -130,25 +134,31 @@ _SELF_IDENTITY = re.compile(
     rf"|\bI (?:was|am|have been) {_MADE} by (?:a team at )?OpenAI",
     re.IGNORECASE,
 )
+# No match without "AI" or one of these; looking for them first is ten times as fast.
+_SELF_HINTS = ("人工智能", "语言模型", "机器人", "助手", "计算机程序", "gpt", "openai", "文心一言", "通义千问")
+_SELF_HINTS += ("artificial", "language model", "virtual assistant", "chatbot", "computer program")
 
 
 def drop_self_identity(messages: list[Message]) -> None:
-    """Drop replies in which another model speaks of itself; ChatGPT as a subject is fine, and so is what the user says."""
+    """Drop conversations in which a reply claims to be some model; ChatGPT as a subject is fine."""
     for question, number, reply in _replies(messages):
-        match = _SELF_IDENTITY.search(reply)
+        lower = reply.lower()
+        hinted = (" ai" if reply.isascii() else "ai") in lower or any(hint in lower for hint in _SELF_HINTS)
+        match = hinted and _SELF_IDENTITY.search(reply)
         if match and not _SELF_IDENTITY.search(question):
             raise RecordError("self_identity", f'messages[{number}] claims to be a model: "{match.group()[:60]}"')
 
 
 _DANGLING_MARKER = re.compile(r"\n[ \t]*(?:\d{1,3}[.、)）]|[-•])$")
 _HAN = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff]")
+_LATIN_WORD = re.compile(r"[A-Za-z]{2,}")
 
 
 def drop_cut_off(messages: list[Message]) -> None:
     """Drop conversations whose last reply stops in the middle, as at a token limit."""
     *_, (_, number, reply) = _replies(messages)
     reply = reply.rstrip()
-    if sum(line.lstrip().startswith("```") for line in reply.splitlines()) % 2:
+    if "```" in reply and len(re.findall(r"^[ \t]*```", reply, re.MULTILINE)) % 2:
         raise RecordError("cut_off", f"messages[{number}] opens a ``` block that it does not close")
     if _DANGLING_MARKER.search(reply):
         raise RecordError("cut_off", f"messages[{number}] ends in a list number without its text")
@@ -160,11 +170,13 @@ def drop_cut_off(messages: list[Message]) -> None:
 
 def _stops_in_prose(line: str) -> bool:
     """Whether a line is long running text that ends in a word; titles, names, tags, links and formulas are not."""
+    if not line[-1:].isalnum():
+        return False
     last_word = line.rpartition(" ")[2]
     if "://" in line or last_word.startswith(("#", "@", "www.")) or re.search(r"[\"”] ?[-–—~] ?.{0,40}$", line):
         return False
     if len(_HAN.findall(line)) >= 30:
-        return bool(re.search(r"[，。；！？]", line)) and bool(_HAN.match(line[-1]) or line[-1].isalnum())
+        return bool(re.search(r"[，。；！？]", line))
     sentences = re.search(r"[a-z]{2}[.,;?!] ", line)
     return len(line) >= 80 and bool(sentences) and line[-1].isascii() and line[-1].isalpha() and line.count(" ") >= 10
 
@@ -179,25 +191,34 @@ _ASKS_FOR_LANGUAGE = re.compile(
 def drop_language_mismatch(messages: list[Message]) -> None:
     """Drop conversations with a Chinese question and a reply without any Chinese, or the other way round."""
     for question, number, reply in _replies(messages):
-        asked, said = _language(question), _language(reply)
+        in_chinese = _has_han(question)
+        if in_chinese == _has_han(reply) or "```" in reply or _ASKS_FOR_LANGUAGE.search(question):
+            continue
         # A Chinese question about an English word may well be answered in English.
-        exempt = _ASKS_FOR_LANGUAGE.search(question) or (asked == "Chinese" and re.search(r"[a-z]{3}", question))
-        if {asked, said} == {"Chinese", "English"} and not exempt and "```" not in reply:
-            raise RecordError("language_mismatch", f"messages[{number}] answers a {asked} question in {said}")
+        if in_chinese and not re.search(r"[a-z]{3}", question) and _is_chinese(question) and _is_english(reply):
+            raise RecordError("language_mismatch", f"messages[{number}] answers a Chinese question in English")
+        if not in_chinese and _is_english(question) and _is_chinese(reply):
+            raise RecordError("language_mismatch", f"messages[{number}] answers an English question in Chinese")
 
 
-def _language(text: str) -> str:
-    """Chinese or English where it is plainly one of them, else nothing: short texts, mixtures, code, numbers."""
-    num_han, num_words = len(_HAN.findall(text)), len(re.findall(r"[A-Za-z]{2,}", text))
-    if num_han >= 6 and num_han > 3 * num_words:
-        return "Chinese"
-    symbols = len(re.findall(r"[{}()\[\]<>=;_\\/|$#]", text))
-    return "English" if num_words >= 8 and not num_han and symbols < num_words / 3 else ""
+def _has_han(text: str) -> bool:
+    return not text.isascii() and _HAN.search(text) is not None
+
+
+def _is_chinese(text: str) -> bool:
+    num_han = len(_HAN.findall(text))
+    return num_han >= 6 and num_han > 3 * len(_LATIN_WORD.findall(text))
+
+
+def _is_english(text: str) -> bool:
+    """Whether a text without Chinese is prose, and not just a few words, code or numbers."""
+    num_words, num_symbols = len(_LATIN_WORD.findall(text)), len(re.findall(r"[{}()\[\]<>=;_\\/|$#]", text))
+    return num_words >= 8 and num_symbols < num_words / 3
 
 
 _ROLE_WORDS = re.compile(
-    r"^[ \t]*(?:(?:Human|Assistant|User|用户|助手)[ \t]*[:：]|\|(?:Human|Bot)\|[:：]|### ?(?:Instruction|Response|Input):"
-    r"|<\|im_(?:start|end)\|>)",
+    r"^[ \t]*(?:(?:Human|Assistant|User|用户|助手)[ \t]*[:：]|\|(?:Human|Bot)\|[:：]"
+    r"|### ?(?:Instruction|Response|Input):|<\|im_(?:start|end)\|>)",
     re.MULTILINE,
 )
 
@@ -222,7 +243,7 @@ RULES = (*CHANGES, *DROPS)
 
 
 def clean(messages: list[Message], rules: Collection[str] = RULES) -> tuple[list[Message], list[str]]:
-    """Apply the named rules in order; return the messages and the rules that changed them. Raises RecordError to drop."""
+    """Apply the named rules in order; return the messages and which rules changed them. Raises RecordError to drop."""
     changed = []
     for name, change in CHANGES.items():
         if name in rules and (after := change(messages)) != messages:
@@ -248,7 +269,7 @@ class Outcome(NamedTuple):
     in_eval: bool = False
     num_characters: int = 0
     changed: tuple[str, ...] = ()
-    notes: dict[str, int] = {}
+    notes: dict[str, int] | None = None
     minhash: Any = None
 
 
@@ -403,6 +424,8 @@ def resolve_inputs(inputs: Iterable[str], *, skip: Collection[str] = ()) -> tupl
 
 
 def _resolve(text: str) -> list[Source]:
+    if text.startswith("--mix "):
+        raise ValueError(f"{text}: there are {', '.join(MIXES)}")
     path, sample = _split_sample(text)
     if re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not path.endswith(EXTENSIONS) and not os.path.exists(path):
         return _list_hub(path, text, sample)
@@ -422,13 +445,13 @@ def _split_sample(text: str) -> tuple[str, int | float | None]:
 
 
 def _list_hub(name: str, group: str, sample: int | float | None) -> list[Source]:
-    import httpx
     from huggingface_hub import HfApi, HfFileSystem
+    from huggingface_hub.errors import HTTPError  # of its HTTP client, whichever that is
 
     endpoint = os.environ.get("HF_ENDPOINT") or None
     try:
         info = HfApi(endpoint=endpoint).dataset_info(name, timeout=20)
-    except (OSError, ValueError, httpx.HTTPError) as error:
+    except (OSError, ValueError, HTTPError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"{name}: no such path here, and no data set the hub would give us ({reason})") from error
     paths = sorted(file.rfilename for file in info.siblings or [])
@@ -450,26 +473,24 @@ def _list_hub(name: str, group: str, sample: int | float | None) -> list[Source]
 
 def _short_names(paths: list[str]) -> dict[str, str]:
     """Each path's file name, with as many folders before it as it takes to tell it from the others."""
-    names = {}
-    for path in paths:
-        parts = path.split(os.sep)
-        for num in range(1, len(parts) + 1):
-            tail = os.sep.join(parts[-num:])
-            if sum(("/" + other).endswith("/" + tail) for other in paths) == 1:
-                break
-        names[path] = os.fsencode(tail).decode("utf-8", "backslashreplace")
-    return names
+    depths = dict.fromkeys(paths, 1)
+    while True:
+        names = {path: os.sep.join(path.split(os.sep)[-depth:]) for path, depth in depths.items()}
+        num_uses = Counter(names.values())
+        if num_uses.total() == len(num_uses):
+            return {path: os.fsencode(name).decode("utf-8", "backslashreplace") for path, name in names.items()}
+        depths = {path: depth + (num_uses[names[path]] > 1) for path, depth in depths.items()}
 
 
 def _split_source(source: Source, encoding: str) -> Iterator[RawRecord]:
     if source.open_file is None:
         yield from split_file(source.path, encoding=encoding)
         return
-    import httpx
+    from huggingface_hub.errors import HTTPError
 
     try:
         yield from split_file(source.name, encoding=encoding, open_file=source.open_file)
-    except httpx.HTTPError as error:
+    except HTTPError as error:
         raise ValueError(f"{source.name}: the connection to the hub broke ({error}); run again") from error
 
 
@@ -535,7 +556,9 @@ class FileLedger:
             self.lengths[outcome.num_characters] += 1
 
     def __add__(self, other: "FileLedger") -> "FileLedger":
-        return FileLedger(*(mine + theirs for mine, theirs in zip(vars(self).values(), vars(other).values(), strict=True)))
+        return FileLedger(
+            *(mine + theirs for mine, theirs in zip(vars(self).values(), vars(other).values(), strict=True))
+        )
 
     def as_dict(self) -> dict[str, Any]:
         row = {name: self.counts[name] for name in ("in", *COUNTED)}
@@ -591,25 +614,28 @@ def build_opendata(
     encoding: str = "utf-8",
     reasoning: str = "drop",
     seed: int = 42,
+    max_rejected: float = 0.01,
     workers: int | None = None,
 ) -> dict[str, Any]:
     """Turn raw files into train.json, eval.json, rejects.jsonl and ledger.json in `output`; return the ledger.
 
     `without` names cleaning rules to leave out. Raises ValueError with one line per mistake before anything is written.
-    Nothing in `output` changes until all is done, and then only these four files.
+    Nothing in `output` changes until all is done, and then only these four files. Ask `find_problem` whether what was
+    written can be used.
     """
     report = report or os.path.join(output, LEDGER)
     targets = {name: os.path.join(output, name) for name in (TRAIN, EVAL, REJECTS)} | {LEDGER: report}
     skip = {os.path.abspath(path) for path in targets.values()}
     sources, mistakes = resolve_inputs(inputs, skip=skip)
-    mistakes += _check_files(sources, encoding) if not mistakes else []
-    mistakes += _check_settings(without, near_duplicates, eval_share, reasoning, workers)
+    mistakes += _check_files(sources, encoding)
+    mistakes += _check_settings(without, near_duplicates, eval_share, max_rejected, reasoning, workers)
     mistakes += _check_targets(targets, overwrite)
     if mistakes or not sources:
         raise ValueError("\n".join(mistakes or ["no input: name a file, a folder, a glob, a data set or --mix"]))
     rules = tuple(rule for rule in RULES if rule not in without)
     options = {"rules": rules, "reasoning": reasoning, "eval_share": eval_share, "near": near_duplicates is not None}
-    settings = {"eval_share": eval_share, "near_duplicates": near_duplicates, "reasoning": reasoning, "rules": rules}
+    settings = {"max_rejected": max_rejected, "near_duplicates": near_duplicates, "encoding": encoding, "seed": seed}
+    settings |= {"eval_share": eval_share, "reasoning": reasoning, "rules": rules}
     with _staging(output) as folder:
         files, outputs = _run(
             sources,
@@ -620,16 +646,343 @@ def build_opendata(
             seed=seed,
             workers=workers or os.cpu_count() or 1,
         )
-        total = sum(files.values(), FileLedger())
         ledger = {
-            "settings": {**settings, "encoding": encoding, "seed": seed},
+            "settings": settings,
             "files": {name: ledger.as_dict() for name, ledger in files.items()},
-            "total": total.as_dict(),
+            "total": sum(files.values(), FileLedger()).as_dict(),
             "outputs": outputs,
         }
-        writer = _Writer(folder, LEDGER)
-        writer.write(json.dumps(ledger, ensure_ascii=False, indent=2, sort_keys=True) + "\n")
-        writer.close()
-        _check_again(targets, overwrite)
-        _move_into_place(folder, targets)
+        if mistakes := _check_targets(targets, overwrite):
+            raise ValueError("\n".join(mistakes))
+        _move_into_place(folder, targets, json.dumps(ledger, ensure_ascii=False, indent=2, sort_keys=True) + "\n")
     return ledger
+
+
+def _check_files(sources: list[Source], encoding: str) -> list[str]:
+    mistakes = []
+    try:
+        check_encoding(encoding)
+    except ValueError as error:
+        return [str(error)]
+    for source in sources:
+        try:
+            if source.open_file is None:
+                check_file(source.path, encoding=encoding)
+        except ValueError as error:
+            mistakes.append(str(error))
+    return mistakes
+
+
+def _check_settings(
+    without: Collection[str],
+    near_duplicates: float | None,
+    eval_share: float,
+    max_rejected: float,
+    reasoning: str,
+    workers: int | None,
+) -> list[str]:
+    known = f"there are {', '.join(RULES)}"
+    mistakes = [f"no cleaning rule is called {name!r}; {known}" for name in without if name not in RULES]
+    if not 0 <= eval_share < 1:
+        mistakes.append(f"--eval_share {eval_share}: give a share from 0 up to, but without, 1")
+    if not 0 <= max_rejected <= 1:
+        mistakes.append(f"--max_rejected {max_rejected}: give a share from 0 to 1")
+    if near_duplicates is not None:
+        if not 0 < near_duplicates <= 1:
+            mistakes.append(f"--near_duplicates {near_duplicates}: give a similarity above 0 and up to 1, such as 0.8")
+        if find_spec("rensa") is None:
+            mistakes.append("--near_duplicates needs rensa; run: pip install rensa")
+    if reasoning not in ("drop", "keep"):
+        mistakes.append(f"--reasoning {reasoning}: use drop or keep")
+    if workers is not None and workers < 1:
+        mistakes.append(f"--workers {workers}: give at least 1")
+    return mistakes
+
+
+def _check_targets(targets: dict[str, str], overwrite: bool) -> list[str]:
+    mistakes = []
+    existing = [path for path in targets.values() if os.path.lexists(path)]
+    if existing and not overwrite:
+        mistakes.append(f"{', '.join(existing)}: already there; use --overwrite to replace, or another --output")
+    mistakes += [f"{path}: is a folder, and a file has to go there" for path in existing if os.path.isdir(path)]
+    for folder in dict.fromkeys(os.path.dirname(os.path.abspath(path)) for path in targets.values()):
+        while not os.path.lexists(folder):
+            folder = os.path.dirname(folder)
+        if not os.path.isdir(folder) or not os.access(folder, os.W_OK | os.X_OK):
+            mistakes.append(f"{folder}: can't be written to; choose another --output or --report")
+    return mistakes
+
+
+@contextlib.contextmanager
+def _staging(output: str) -> Iterator[str]:
+    """A hidden folder in `output` to write in, locked. What a killed run left there is written over, and then removed.
+
+    It is inside and not beside `output` so that moving a file into place never crosses to another disk.
+    """
+    created = not os.path.isdir(output)
+    folder = os.path.join(output, STAGING)
+    try:
+        os.makedirs(folder, exist_ok=True)
+        lock = open(os.path.join(folder, LOCK), "w")  # noqa: SIM115
+    except OSError as error:
+        raise ValueError(f"{output}: can't be written to ({error.strerror}); choose another --output") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ValueError(f"{output}: another run is writing there; wait, or choose another --output") from error
+        try:
+            yield folder
+        finally:
+            for name in (TRAIN, EVAL, REJECTS, SPILL, LOCK):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(os.path.join(folder, name))
+            with contextlib.suppress(OSError):
+                os.rmdir(folder)
+                if created:
+                    os.rmdir(output)
+
+
+def _move_into_place(folder: str, targets: dict[str, str], ledger: str) -> None:
+    """Move the files from staging, the ledger last: it holds the digests of the others."""
+    for name in (TRAIN, EVAL, REJECTS):
+        os.replace(os.path.join(folder, name), targets[name])
+    parent, name = os.path.split(os.path.abspath(targets[LEDGER]))
+    os.makedirs(parent, exist_ok=True)
+    draft = os.path.join(parent, f".{name}.tmp")
+    with open(draft, "w", encoding="utf-8") as file:
+        file.write(ledger)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(draft, targets[LEDGER])
+    for path in {os.path.dirname(folder), parent}:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
+def _run(
+    sources: list[Source],
+    folder: str,
+    *,
+    function: Callable[[str, list[RawRecord]], list[Outcome]],
+    near: NearDuplicates | None,
+    encoding: str,
+    seed: int,
+    workers: int,
+) -> tuple[dict[str, FileLedger], dict[str, dict]]:
+    """Stream every file through `function` and write what comes out; return the ledgers and what was written."""
+    files = {source.name: FileLedger() for source in sources}
+    writers = {name: _Writer(folder, name) for name in (TRAIN, EVAL, REJECTS)}
+    digests: set[int] = set()
+    progress = _Progress()
+    with open(os.path.join(folder, SPILL), "w+b") as spill:
+        drawn, num_seen = draw_samples(sources, spill, seed=seed, encoding=encoding)
+        for name, places in drawn.items():
+            _skip(files[name], num_seen[name] - len(places))
+        records = _records(sources, drawn, spill, files, seed=seed, encoding=encoding)
+        for name, outcomes in _map_in_order(function, _batches(records), workers):
+            for outcome in outcomes:
+                files[name].count(outcome, _write(outcome, writers, digests, near))
+            progress.show(name, len(outcomes))
+    progress.end()
+    return files, {name: writer.close() for name, writer in writers.items()}
+
+
+def _skip(ledger: FileLedger, num: int) -> None:
+    ledger.counts.update({"in": num, "not_sampled": num})
+
+
+def _write(outcome: Outcome, writers: dict[str, _Writer], digests: set[int], near: NearDuplicates | None) -> str:
+    """Write an outcome where it belongs; return what it counts as."""
+    if outcome.kind != "kept":
+        writers[REJECTS].write(outcome.line)
+        return outcome.kind
+    if outcome.digest in digests:
+        return "duplicates"
+    digests.add(outcome.digest)
+    writer = writers[EVAL if outcome.in_eval else TRAIN]
+    if near and near.find_or_add(outcome, writer.file, writer.num_bytes):
+        return "near_duplicates"
+    writer.write(outcome.line)
+    return "eval" if outcome.in_eval else "train"
+
+
+def _records(
+    sources: list[Source], drawn: dict, spill: BinaryIO, files: dict[str, FileLedger], *, seed: int, encoding: str
+) -> Iterator[tuple[str, RawRecord]]:
+    """Every sampled record in canonical order, with its source's name."""
+    for source in sources:
+        if source.name in drawn:
+            for _, offset in drawn[source.name]:
+                spill.seek(offset)
+                yield source.name, pickle.load(spill)
+            continue
+        for number, raw in enumerate(_split_source(source, encoding)):
+            if source.sample is None or _sample_key(seed, source, number) < source.sample:
+                yield source.name, raw
+            else:
+                _skip(files[source.name], 1)
+
+
+def _batches(records: Iterator[tuple[str, RawRecord]]) -> Iterator[tuple[str, list[RawRecord]]]:
+    """Records of one source at a time, in batches bounded by number and by text."""
+    name, batch, num_characters = "", [], 0
+    for source, raw in records:
+        if batch and (source != name or len(batch) >= BATCH_RECORDS or num_characters >= BATCH_CHARACTERS):
+            yield name, batch
+            batch, num_characters = [], 0
+        name = source
+        batch.append(raw)
+        num_characters += len(raw.raw)
+    if batch:
+        yield name, batch
+
+
+def _map_in_order(
+    function: Callable[[str, list[RawRecord]], list[Outcome]], batches: Iterator[tuple[str, list]], workers: int
+) -> Iterator[tuple[str, list[Outcome]]]:
+    """Apply `function` in `workers` processes, never more than a few batches ahead of what was taken out."""
+    if workers == 1:
+        for name, batch in batches:
+            yield name, function(name, batch)
+        return
+    pending: deque = deque()
+    pool = ProcessPoolExecutor(workers, initializer=_start_worker)
+    try:
+        for name, batch in batches:
+            pending.append((name, pool.submit(function, name, batch)))
+            if len(pending) > 2 * workers:
+                name, future = pending.popleft()
+                yield name, future.result()
+        for name, future in pending:
+            yield name, future.result()
+    except BrokenProcessPool as error:
+        raise ValueError("a worker was killed, maybe for lack of memory; try --workers 1") from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _start_worker() -> None:
+    """Leave Ctrl-C to the parent, and end with it even if it is killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
+
+
+class _Progress:
+    """One line on stderr, if that is a terminal."""
+
+    def __init__(self):
+        self.began = self.shown = time.monotonic()
+        self.num_records, self.visible = 0, sys.stderr.isatty()
+
+    def show(self, name: str, num: int) -> None:
+        self.num_records += num
+        now = time.monotonic()
+        if self.visible and now - self.shown > 0.5:
+            self.shown = now
+            rate = self.num_records / (now - self.began)
+            print(f"\r\033[K{self.num_records:,} records, {rate:,.0f} a second, {name}", end="", file=sys.stderr)
+
+    def end(self) -> None:
+        if self.visible:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+
+# --- The ledger as a table, and the command line
+
+
+def find_problem(ledger: dict[str, Any]) -> str | None:
+    """Say why the data can't be trusted: too many malformed records, or nothing kept; None if all is well."""
+    total, limit = ledger["total"], ledger["settings"]["max_rejected"]
+    num_rejected, num_read = sum(total["rejected"].values()), total["in"] - total["not_sampled"]
+    if num_rejected > limit * num_read:
+        share = f"{num_rejected:,} of {num_read:,} records ({num_rejected / num_read:.1%}) are malformed"
+        return f"{share}, more than --max_rejected {limit:g}"
+    return None if total["train"] + total["eval"] else "nothing was kept"
+
+
+def print_ledger(ledger: dict[str, Any]) -> None:
+    """Print a row for each file and the total, and what was lost or changed by which rule; at most 120 columns."""
+    head = ["file", "in", "train", "eval", "dupl.", "near", "unsampled", "dropped", "rejected", "p50", "p90", "p99"]
+    rows = [head] + [_row(name, row) for name, row in (*ledger["files"].items(), ("total", ledger["total"]))]
+    widths = [max(map(_width, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        name, *numbers = row
+        cells = [name + " " * (widths[0] - _width(name))]
+        print("  ".join(cells + [number.rjust(width) for number, width in zip(numbers, widths[1:], strict=True)]))
+    print("p50, p90, p99: characters in a kept conversation")
+    for title in ("dropped", "rejected", "changed", "notes"):
+        counts = sorted(ledger["total"][title].items(), key=lambda item: (-item[1], item[0]))
+        if counts:
+            text = ", ".join(f"{name} {count:,}" for name, count in counts)
+            print(textwrap.fill(f"{title}: {text}", 120, subsequent_indent="  "))
+
+
+def _row(name: str, row: dict[str, Any]) -> list[str]:
+    lost = [sum(row[title].values()) for title in ("dropped", "rejected")]
+    numbers = [*(row[column] for column in ("in", *COUNTED)), *lost, *row["characters"].values()]
+    while _width(name) > 30:
+        name = "…" + name[2:]
+    return [name, *(f"{number:,}" for number in numbers)]
+
+
+def _width(text: str) -> int:
+    """Columns in a terminal: Chinese characters take two."""
+    return sum(2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in text)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m sft.opendata", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "inputs", nargs="*", metavar="INPUT", help="file, folder, glob or hub data set, maybe @N or @N%%"
+    )
+    parser.add_argument("--mix", action="append", default=[], help=f"a known mix of data sets: {', '.join(MIXES)}")
+    parser.add_argument("--output", required=True, help="folder for train.json, eval.json, rejects.jsonl, ledger.json")
+    parser.add_argument("--overwrite", action="store_true", help="replace these four files if they are there")
+    parser.add_argument("--report", help="where the ledger goes instead")
+    parser.add_argument("--encoding", default="utf-8", help="of files that are not UTF-8, such as gb18030")
+    parser.add_argument(
+        "--reasoning", default="drop", help="what to do with reasoning_content: drop, or keep as <think>"
+    )
+    parser.add_argument("--seed", type=int, default=42, help="of the samples")
+    parser.add_argument("--eval_share", type=float, default=0.02, help="held out, by a hash of the first question")
+    parser.add_argument(
+        "--near_duplicates", type=float, help="also drop what is this similar, such as 0.8 (needs rensa)"
+    )
+    parser.add_argument(
+        "--max_rejected", type=float, default=0.01, help="exit with 1 above this share of malformed records"
+    )
+    parser.add_argument("--workers", type=int, help="processes; all cores unless told")
+    for name, rule in (CHANGES | DROPS).items():
+        parser.add_argument(f"--{name}", action="store_true", default=True, help=rule.__doc__.splitlines()[0])
+        parser.add_argument(f"--no_{name}", dest=name, action="store_false", help=argparse.SUPPRESS)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; return 2 for mistakes in it, 1 for data that can't be trusted, 130 when interrupted."""
+    args = vars(_parser().parse_args(arguments))
+    without = [rule for rule in RULES if not args.pop(rule)]
+    inputs = args.pop("inputs") + [text for name in args.pop("mix") for text in MIXES.get(name, (f"--mix {name}",))]
+    try:
+        ledger = build_opendata(inputs, without=without, **args)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"{error.filename or args['output']}: {error.strerror}; nothing was changed", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; nothing was changed", file=sys.stderr)
+        return 130
+    print_ledger(ledger)
+    if problem := find_problem(ledger):
+        print(f"{problem}; see {os.path.join(args['output'], REJECTS)}", file=sys.stderr)
+    return 1 if problem else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

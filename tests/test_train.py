@@ -1,0 +1,233 @@
+"""train.py end to end, in this process, on tiny bases; and every mistake in its arguments, before anything is loaded."""
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train
+from sft.chat import GREEDY, load_chat
+from sft.conversation import read_conversations
+from tests.conftest import ROOT
+
+QUESTIONS = {"你好": "你好！", "Hello": "Hi there.", "1+1等于几？": "2", "What is 2+2?": "**4**"}
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """A folder as sft.opendata writes it: four conversations to learn, and two of them held out."""
+    folder = tmp_path_factory.mktemp("opendata")
+    lines = [
+        {
+            "id": str(i),
+            "source": "test",
+            "messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}],
+        }
+        for i, (q, a) in enumerate(QUESTIONS.items())
+    ]
+    for name, chosen in (("train.json", lines), ("eval.json", lines[:2])):
+        (folder / name).write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in chosen))
+    return folder
+
+
+def run(base, data, output, *flags: str):
+    """Call train.py's main; the common flags can be overridden."""
+    settings = {"--learning_rate": "1e-2", "--max_steps": "20", "--per_device_train_batch_size": "4"}
+    settings |= {"--max_new_tokens": "8", "--num_reply_prompts": "4", "--disable_tqdm": "true", "--logging_steps": "5"}
+    for name, value in zip(flags[::2], flags[1::2], strict=True):
+        settings[name] = value
+    arguments = [word for pair in settings.items() for word in pair]
+    train.main(
+        ["--model_name_or_path", str(base), "--data_path", str(data), "--output_dir", str(output), *arguments]
+    )
+    return output
+
+
+def test_each_family_learns_saves_reloads_with_transformers_alone_and_stops(family, tiny_base, data, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    output = run(tiny_base(family), data, tmp_path / "run", "--max_steps", "60")
+    chat = load_chat(str(output))
+    for question, answer in QUESTIONS.items():
+        reply = chat.reply([{"role": "user", "content": question}], GREEDY)
+        assert (reply.text, reply.ended) == (answer, True)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(output), AutoTokenizer.from_pretrained(output)
+    assert model.generation_config.eos_token_id == chat.renderer.stop_ids
+    messages = [{"role": "user", "content": "Hello"}]
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    served = model.generate(**prompt, do_sample=False, max_new_tokens=16)[0, prompt["input_ids"].shape[1] :]
+    assert tokenizer.decode(served, skip_special_tokens=True).strip() == "Hi there."
+    assert served[-1] in chat.renderer.stop_ids
+    assert next(model.parameters()).dtype == torch.float32
+
+
+@pytest.fixture(scope="session")
+def finished(tiny_base, data, tmp_path_factory):
+    """A finished run of the qwen2 base."""
+    return run(tiny_base("qwen2"), data, tmp_path_factory.mktemp("runs") / "run", "--save_steps", "10")
+
+
+def test_the_output_folder_holds_what_the_readme_names(finished):
+    names = {path.name for path in finished.iterdir()}
+    assert names == {
+        "checkpoint-10",
+        "checkpoint-20",
+        "chat_template.jinja",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "run.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "training_loss.png",
+    }
+    assert (finished / "training_loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_run_json_tells_how_the_run_was_made_and_how_it_went(finished, data):
+    record = json.loads((finished / "run.json").read_text())
+    assert record["seed"] == 42
+    assert record["chat_format"] == "blossom"
+    assert record["versions"]["torch"] == torch.__version__
+    assert list(record["data"]["train"]) == [str(data / "train.json")]
+    assert len(record["data"]["train"][str(data / "train.json")]) == 64
+    assert record["ledger"]["train"]["total"] == {"in": 4, "kept": 4}
+    assert record["ledger"]["eval"]["total"] == {"in": 2, "kept": 2}
+    metrics = record["metrics"]
+    assert metrics["steps"] == 20
+    assert metrics["last_loss"] < metrics["first_loss"]
+    assert math.isclose(metrics["eval_perplexity"], math.exp(metrics["eval_loss"]))
+    assert 0 <= metrics["eval_token_accuracy"] <= 1
+    assert [reply["question"] for reply in record["replies"][:2]] == ["你好", "Hello"]
+
+
+def test_a_resumed_run_ends_in_the_same_bits_as_one_that_never_stopped(finished, tiny_base, data, tmp_path):
+    shutil.copytree(finished / "checkpoint-10", tmp_path / "again" / "checkpoint-10")
+    (tmp_path / "again" / "checkpoint-15").mkdir()
+    flags = ("--save_steps", "10", "--resume_from_checkpoint", "auto")
+    again = run(tiny_base("qwen2"), data, tmp_path / "again", *flags)
+    first, second = (load_file(folder / "model.safetensors") for folder in (finished, again))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    losses = [
+        [(e["step"], e["loss"]) for e in json.loads((f / "run.json").read_text())["log_history"] if "loss" in e]
+        for f in (finished, again)
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_lora_trains_the_rows_of_untrained_control_tokens_and_merges_to_equal_logits(tiny_base, data, tmp_path):
+    from sft.export import export_merged
+
+    for family in ("qwen2", "qwen3"):
+        base = tiny_base(family)
+        flags = ("--lora", "true", "--chat_format", "chatml", "--gradient_checkpointing", "true")
+        output = run(base, data, tmp_path / family, *flags)
+        merged = load_file(export_merged(str(output), str(tmp_path / f"{family}-merged")) / "model.safetensors")
+        original = load_file(base / "model.safetensors")
+        stop = load_chat(str(output)).renderer.stop_ids[0]
+        for name in [n for n in ("model.embed_tokens.weight", "lm_head.weight") if n in original]:
+            changed = (merged[name] != original[name].float()).any(dim=1)
+            assert changed[stop]
+            assert not changed[: stop - 2].any()
+        settings = json.loads((output / "generation_config.json").read_text())
+        assert settings["eos_token_id"] == load_chat(str(output)).renderer.stop_ids
+
+
+def test_the_trainer_starts_from_fp32_masters_whatever_the_file_holds(tiny_base):
+    from sft.model import load_model
+
+    assert {p.dtype for p in load_model(str(tiny_base("bloom"))).parameters()} == {torch.float32}
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_without_a_model(tiny_base, data, tmp_path):
+    with pytest.raises(ValueError, match="is nan at step 1; stopped, no model saved"):
+        run(tiny_base("qwen2"), data, tmp_path / "run", "--learning_rate", "1e30", "--logging_steps", "1")
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+def problems_of(capsys, *arguments: str) -> list[str]:
+    with pytest.raises(SystemExit) as exit_:
+        train.parse_arguments(list(arguments))
+    assert exit_.value.code == 2
+    return capsys.readouterr().err.splitlines()
+
+
+def test_all_mistakes_are_said_at_once_each_in_a_line(capsys, tmp_path):
+    (tmp_path / "bad.json").write_text("{")
+    lines = problems_of(
+        capsys,
+        *("--model_name_or_path", str(tmp_path / "nowhere"), "--data_path", str(tmp_path / "none.json")),
+        *("--output_dir", str(tmp_path / "run"), "--chat_format", "vicuna", "--max_length", "0"),
+        *("--deepspeed", str(tmp_path / "bad.json"), "--dtype", "bfloat16", "--learnig_rate", "1"),
+    )
+    expected = [
+        "train.py: unknown argument --learnig_rate",
+        f"train.py: {tmp_path}/nowhere: no such folder; name a local model folder or a hub model (owner/name)",
+        "train.py: --dtype bfloat16: full fine-tuning of bfloat16 weights rounds AdamW's updates away; leave --dtype at "
+        "auto (fp32 masters, --bf16 for the computing), or add --lora",
+        f"train.py: --data_path {tmp_path}/none.json: no such file or folder, and as a glob it matches no data file",
+        "train.py: --max_length 0: must be at least 1",
+        "train.py: --chat_format vicuna: use one of auto, blossom, chatml, alpaca, mistral, base",
+    ]
+    assert [line for line in lines if line in expected] == expected
+    assert any(line.startswith(f"train.py: --deepspeed {tmp_path}/bad.json: not valid JSON") for line in lines)
+    assert len(lines) == len(expected) + 1
+
+
+def test_missing_arguments_are_named(capsys):
+    assert problems_of(capsys) == [
+        "train.py: --model_name_or_path is required",
+        "train.py: --data_path is required",
+        "train.py: --output_dir is required",
+    ]
+
+
+def test_a_folder_with_somebodys_files_is_not_written_to(capsys, tiny_base, data, tmp_path):
+    (tmp_path / "thesis.txt").write_text("precious")
+    (line,) = problems_of(
+        capsys,
+        *("--model_name_or_path", str(tiny_base("qwen2")), "--data_path", str(data), "--output_dir", str(tmp_path)),
+    )
+    assert line.startswith(f"train.py: --output_dir {tmp_path}: is not empty, and nothing in it will be overwritten")
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_fp16_on_a_cpu_and_flags_that_transformers_refuses_are_one_line(capsys, tiny_base, data, tmp_path):
+    base = ("--model_name_or_path", str(tiny_base("qwen2")), "--data_path", str(data), "--output_dir", str(tmp_path / "r"))
+    if not torch.cuda.is_available():
+        assert problems_of(capsys, *base, "--fp16", "true") == [
+            "train.py: --fp16 needs a GPU; a CPU ignores it without a word. Use --bf16, or neither for fp32"
+        ]
+    assert len(problems_of(capsys, *base, "--eval_strategy", "sometimes")) == 1
+    assert len(problems_of(capsys, *base, "--max_steps", "many")) >= 1
+
+
+def test_questions_come_evenly_from_every_file_with_their_answers(data):
+    arguments = train.DataArguments(num_reply_prompts=2)
+    questions = train.pick_questions([str(data / "train.json")], arguments)
+    assert questions[:2] == [("你好", "你好！"), ("Hello", "Hi there.")]
+    assert questions[2:] == [("写一首关于春天的诗", None), ("What is the capital of France?", None), ("1+1等于几？", "2")]
+
+
+@pytest.mark.slow
+def test_the_script_itself_fails_in_one_line_without_a_traceback(tmp_path, tiny_base):
+    (tmp_path / "bad.json").write_text('{"no": "form"}\n')
+    command = [sys.executable, "train.py", "--model_name_or_path", str(tiny_base("qwen2"))]
+    command += ["--data_path", str(tmp_path / "bad.json"), "--output_dir", str(tmp_path / "run")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "train.py: no conversation to train on in" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_sample_is_read_whole_but_for_its_deliberate_dirt():
+    results = list(read_conversations([str(path) for path in sorted((ROOT / "data_proj/sample").glob("*.json*"))]))
+    malformed = [e.reason for _c, e, _f, _l in results if e is not None and e.reason not in ("empty", "role_order")]
+    assert sorted(malformed) == ["malformed_json", "not_text"]
