@@ -244,20 +244,15 @@ def _prompts(source: str) -> Iterator[list[dict]]:
             raise ValueError(f"{source} line {raw.line}: {error}") from None
 
 
+ASKING, ANSWERING = ("prompt", "instruction", "query", "question"), ("input", "output", "completion", "response", "answer")
+
+
 def to_prompt(record: object, *, source: str = "record", line: int = 1) -> list[dict]:
     """Read a question: a record of any raw form, without its last reply, or an object with a lone prompt."""
-    lone = (
-        [record[key] for key in ("prompt", "instruction", "query", "question") if key in record]
-        if isinstance(record, dict)
-        else []
-    )
-    if (
-        isinstance(record, dict)
-        and len(lone) == 1
-        and isinstance(lone[0], str)
-        and not any(record.get(k) for k in ("output", "input", "completion", "response", "answer"))
-    ):
-        return [{"role": "user", "content": lone[0]}]
+    if isinstance(record, dict) and not any(record.get(key) for key in ANSWERING):
+        lone = [record[key] for key in ASKING if isinstance(record.get(key), str)]
+        if len(lone) == 1:
+            return [{"role": "user", "content": lone[0]}]
     messages = read_record(record, source=source, line=line)["messages"]
     while messages and messages[-1]["role"] == "assistant":
         messages = messages[:-1]

@@ -102,6 +102,8 @@ def check_deepspeed_config(path: str | None) -> list[str]:
 
 def paint(tokenizer, input_ids: np.ndarray, labels: np.ndarray, *, colour: bool | None = None) -> str:
     """Return a row as text, trained stretches in green, or in ⟦ ⟧ where there is no colour (a pipe, NO_COLOR)."""
+    if not len(input_ids):
+        return ""
     if colour is None:
         colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     trained, plain = ((GREEN, RESET), (DIM, RESET)) if colour else (("⟦", "⟧"), ("", ""))

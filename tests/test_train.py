@@ -37,8 +37,9 @@ def data(tmp_path_factory):
 
 def run(base, data, output, *flags: str):
     """Call train.py's main; the common flags can be overridden."""
-    settings = {"--learning_rate": "1e-2", "--max_steps": "20", "--per_device_train_batch_size": "4"}
+    settings = {"--learning_rate": "5e-3", "--max_steps": "20", "--per_device_train_batch_size": "4"}
     settings |= {"--max_new_tokens": "8", "--num_reply_prompts": "4", "--disable_tqdm": "true", "--logging_steps": "5"}
+    settings |= {"--eval_strategy": "steps", "--eval_steps": "10"}
     for name, value in zip(flags[::2], flags[1::2], strict=True):
         settings[name] = value
     arguments = [word for pair in settings.items() for word in pair]
@@ -51,7 +52,7 @@ def run(base, data, output, *flags: str):
 def test_each_family_learns_saves_reloads_with_transformers_alone_and_stops(family, tiny_base, data, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    output = run(tiny_base(family), data, tmp_path / "run", "--max_steps", "60")
+    output = run(tiny_base(family), data, tmp_path / "run", "--max_steps", "80")
     chat = load_chat(str(output))
     for question, answer in QUESTIONS.items():
         reply = chat.reply([{"role": "user", "content": question}], GREEDY)
@@ -146,7 +147,7 @@ def test_the_trainer_starts_from_fp32_masters_whatever_the_file_holds(tiny_base)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_without_a_model(tiny_base, data, tmp_path):
-    with pytest.raises(ValueError, match="is nan at step 1; stopped, no model saved"):
+    with pytest.raises(ValueError, match=r"loss is nan at step \d; stopped, no model saved"):
         run(tiny_base("qwen2"), data, tmp_path / "run", "--learning_rate", "1e30", "--logging_steps", "1")
     assert not (tmp_path / "run" / "model.safetensors").exists()
 
