@@ -149,6 +149,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> tuple[ModelArguments, Da
     if problems:
         fail(problems)
     try:
+        if given["disable_tqdm"] is None:
+            given["disable_tqdm"] = not sys.stderr.isatty()
         on_cpu = given["use_cpu"] or not torch.cuda.is_available()
         given |= models.choose_compute(bf16=given["bf16"], fp16=given["fp16"], use_cpu=on_cpu)
         if given["deepspeed"] and on_cpu:
@@ -327,9 +329,9 @@ def say_opening(trainer: Trainer, renderer: Renderer, ledger: dict, eval_ledger:
     say(f"parameters: {total:,}, trained {trainable:,} ({trainable / total:.1%})")
 
 
-def pick_questions(files: Sequence[str], data_arguments: DataArguments) -> list[tuple[str, str | None]]:
-    """Return (question, answer in the data or None): the fixed prompts, then some of the data, from every file."""
-    answers: dict[str, str] = {}
+def pick_questions(files: Sequence[str], data_arguments: DataArguments) -> list[tuple[str, list[str]]]:
+    """Return (question, its answers in the data): the fixed prompts, then some of the data, from every file."""
+    answers: dict[str, list[str]] = {}
     share = math.ceil(data_arguments.num_reply_prompts / len(files))
     chosen = []
     for file in files:
@@ -337,13 +339,13 @@ def pick_questions(files: Sequence[str], data_arguments: DataArguments) -> list[
         for conversation, error, _file, _line in read_conversations([file], encoding=data_arguments.encoding):
             if error is None and [message["role"] for message in conversation["messages"]] == ["user", "assistant"]:
                 question, answer = (message["content"].strip() for message in conversation["messages"])
-                answers[question] = answer
+                answers.setdefault(question, []).append(answer)
                 pool.append(question)
             if len(pool) >= 1000:
                 break
         chosen += pool[:: max(1, len(pool) // share)][:share] if share else []
     questions = dict.fromkeys([*FIXED_PROMPTS, *chosen[: data_arguments.num_reply_prompts]])
-    return [(question, answers.get(question)) for question in questions]
+    return [(question, answers.get(question, [])) for question in questions]
 
 
 def reply_all(trainer: Trainer, renderer: Renderer, questions: list, max_new_tokens: int) -> list[Reply]:
@@ -360,7 +362,7 @@ def reply_all(trainer: Trainer, renderer: Renderer, questions: list, max_new_tok
     chat = Chat(model, renderer)
     replies = []
     for start in range(0, len(questions), 8):
-        batch = [[{"role": "user", "content": question}] for question, _answer in questions[start : start + 8]]
+        batch = [[{"role": "user", "content": question}] for question, _answers in questions[start : start + 8]]
         replies += chat.reply_batch(batch, sampling)
     return replies
 
@@ -381,12 +383,12 @@ def finish(
         **{name: metrics[name] for name in ("eval_loss", "eval_perplexity", "eval_token_accuracy") if name in metrics},
     }
     if after:
-        known = [(reply.text, answer) for reply, (_question, answer) in zip(after, questions, strict=True) if answer]
+        known = [(reply.text, answers) for reply, (_question, answers) in zip(after, questions, strict=True) if answers]
         summary["stop_rate"] = sum(reply.ended for reply in after) / len(after)
-        summary["replies_as_in_data"] = f"{sum(text == answer for text, answer in known)} of {len(known)}"
+        summary["replies_as_in_data"] = f"{sum(text in answers for text, answers in known)} of {len(known)}"
     replies = [
-        {"question": question, "answer_in_data": answer, "before": old.text, "after": new.text, "ended": new.ended}
-        for (question, answer), old, new in zip(questions, before, after, strict=False)
+        {"question": question, "answers_in_data": answers, "before": old.text, "after": new.text, "ended": new.ended}
+        for (question, answers), old, new in zip(questions, before, after, strict=False)
     ]
     write_json(folder / "run.json", {**record, "metrics": summary, "replies": replies, "log_history": history})
     for reply in replies[: len(FIXED_PROMPTS)]:

@@ -212,8 +212,8 @@ def test_fp16_on_a_cpu_and_flags_that_transformers_refuses_are_one_line(capsys, 
 def test_questions_come_evenly_from_every_file_with_their_answers(data):
     arguments = train.DataArguments(num_reply_prompts=2)
     questions = train.pick_questions([str(data / "train.json")], arguments)
-    assert questions[:2] == [("你好", "你好！"), ("Hello", "Hi there.")]
-    assert questions[2:] == [("写一首关于春天的诗", None), ("What is the capital of France?", None), ("1+1等于几？", "2")]
+    assert questions[:2] == [("你好", ["你好！"]), ("Hello", ["Hi there."])]
+    assert questions[2:] == [("写一首关于春天的诗", []), ("What is the capital of France?", []), ("1+1等于几？", ["2"])]
 
 
 @pytest.mark.slow
