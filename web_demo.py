@@ -48,47 +48,34 @@ SLIDERS = {  # lowest, highest, step; the defaults are Sampling's
     "max_new_tokens": (1, 4096, 1),
 }
 EXAMPLES = ("写一首关于春天的诗", "一年有几个季节？", "What is the capital of France?", "What is 8+9?")
-ENGLISH = {
-    "title": "Chat with your model",
-    "message": "Type a message",
-    "settings": "Settings",
-    "system": "System prompt",
-    "temperature": "Temperature (0: always the likeliest token)",
-    "top_p": "Top p",
-    "top_k": "Top k",
-    "repetition_penalty": "Repetition penalty",
-    "max_new_tokens": "Longest reply, in tokens",
+TEXTS = {
+    "title": ("Chat with your model", "和你的模型对话"),
+    "message": ("Type a message", "输入消息"),
+    "settings": ("Settings", "设置"),
+    "system": ("System prompt", "系统提示"),
+    "temperature": ("Temperature (0: always the likeliest token)", "温度（0：总取最可能的词元）"),
+    "top_p": ("Top p", "Top p（核采样）"),
+    "top_k": ("Top k", "Top k（候选词元数）"),
+    "repetition_penalty": ("Repetition penalty", "重复惩罚"),
+    "max_new_tokens": ("Longest reply, in tokens", "回复最多的词元数"),
+    # gradio 6.31's own Chinese texts lack these two.
+    "chatbot.copy_message": ("Copy message", "复制消息"),
+    "chatbot.copied_message": ("Copied message", "已复制"),
 }
-CHINESE = {
-    "title": "和你的模型对话",
-    "message": "输入消息",
-    "settings": "设置",
-    "system": "系统提示",
-    "temperature": "温度（0：总取最可能的词元）",
-    "top_p": "Top p（核采样）",
-    "top_k": "Top k（候选词元数）",
-    "repetition_penalty": "重复惩罚",
-    "max_new_tokens": "回复最多的词元数",
-    # gradio 6.31's own Chinese texts lack these.
-    "chatbot.copy_message": "复制消息",
-    "chatbot.copied_message": "已复制",
-}
-TEXTS = gr.I18n(**{"en": ENGLISH, "zh": CHINESE, "zh-CN": CHINESE, "zh-TW": CHINESE})
-# A reply can't draw over the page.
-CSS = ".message-wrap .message { contain: paint; }"
-LATEX = [
-    {"left": left, "right": right, "display": display}
-    for left, right, display in (("$$", "$$", True), (r"\[", r"\]", True), (r"\(", r"\)", False))
-]
+ENGLISH, CHINESE = ({key: pair[place] for key, pair in TEXTS.items()} for place in (0, 1))
+I18N = gr.I18n(**{"en": ENGLISH, "zh": CHINESE, "zh-CN": CHINESE, "zh-TW": CHINESE})
+LATEX = (("$$", "$$", True), (r"\[", r"\]", True), (r"\(", r"\)", False))  # left, right, on a line of its own
+# A reply can't draw over the page; an error is a note in the corner, not a sheet over the conversation.
+CSS = ".message { contain: paint } [data-testid=status-tracker]:has(> .error) { display: none !important }"
 
 # --- the conversation: messages on the server, and what the page shows of them ------------------------------------
 
-# A fenced code block as marked, the page's Markdown reader, finds it; or a `<` that could open a tag or a comment.
-FENCE_OR_TAG = re.compile(
-    r"^( {0,3})(`{3,}(?=[^`\n]*$)|~{3,})[^\n]*(?:\n|\Z)(?:[\s\S]*?\n)??(?: {0,3}\2[~`]* *$|\Z)|<(?=[A-Za-z/!?])", re.M
-)
+# A `<` that could open a tag or a comment, a `!` that could open an image; and a fenced code block as marked, the
+# page's Markdown reader, sees it.
+OPENER = r"<(?=[A-Za-z/!?])|!(?=\[)"
+FENCE = r"^(`{3,}(?=[^`\n]*$)|~{3,})[^\n]*(?:\n|\Z)(?:[\s\S]*?\n)??(?: {0,3}\1[~`]* *$|\Z)"
 THINKING = re.compile(r"\s*<think>(.*?)(</think>|\Z)", re.S)
-OPENED, INERT = "<", "<\u2060"
+JOINER = "\u2060"  # invisible
 
 
 def answered(conversation: list[dict]) -> list[dict]:
@@ -115,22 +102,20 @@ def to_page(conversation: list[dict]) -> list[dict]:
 
 
 def _plain(text: str) -> list[dict]:
-    """Keep Markdown, but let no `<` open a tag: a word joiner follows it, except in code, which people copy.
+    """Keep Markdown, but not HTML and images: a word joiner parts what opens them, except in code, which people copy.
 
-    The page looks for LaTeX before it looks for code, so beside LaTeX no code is safe to leave as it is.
+    The page looks for LaTeX before it looks for code, so beside LaTeX code is no exception. What slips through meets
+    gradio's sanitizer and the content security policy.
     """
     text = re.sub(r"\r\n?", "\n", text)
-    has_latex = any(mark["left"] in text for mark in LATEX)
-    if has_latex:
-        text = text.replace(OPENED, INERT)
-    else:
-        text = FENCE_OR_TAG.sub(lambda found: INERT if found[0] == OPENED else found[0], text)
+    pattern = OPENER if any(left in text for left, _right, _display in LATEX) else f"{FENCE}|{OPENER}"
+    text = re.sub(pattern, lambda found: found[0] + JOINER * (len(found[0]) == 1), text, flags=re.M)
     return [{"type": "text", "text": text}]
 
 
 def check(chat: Chat, conversation: list[dict], system: str) -> list[dict]:
     """Return the messages to answer; raise gr.Error, in both languages, when they are too long."""
-    messages = [{"role": "system", "content": _clean(system)}] if system.strip() else []
+    messages = [{"role": "system", "content": _clean(system)}] if system and system.strip() else []
     messages += conversation
     lengths = [len(message["content"]) for message in messages]
     typed = [length for length, message in zip(lengths, messages, strict=True) if message["role"] != "assistant"]
@@ -149,7 +134,7 @@ def check(chat: Chat, conversation: list[dict], system: str) -> list[dict]:
 
 
 def _refusal(chinese: str, english: str) -> gr.Error:
-    return gr.Error(f"{chinese} · {english}", print_exception=False)
+    return gr.Error(f"{chinese} · {english}", title="提示 · Note", print_exception=False)
 
 
 def _clean(text: str) -> str:
@@ -171,6 +156,8 @@ class Handlers:
         """Put the user's message into the conversation; one that is refused stays in the box."""
         if not message.strip():
             raise _refusal("请先输入消息", "type a message first")
+        if len(self.page._queue) >= MAX_WAITING:
+            raise _refusal("排队的人太多，请稍后再试", "too many are waiting; try again later")
         conversation = [*answered(conversation), {"role": "user", "content": _clean(message)}]
         check(self.chat, conversation, system)
         return gr.Textbox("", interactive=False, submit_btn=False, stop_btn=True), to_page(conversation), conversation
@@ -187,28 +174,14 @@ class Handlers:
         """Replace a user's message and drop what followed it."""
         shown = to_page(conversation)[: change.index if isinstance(change.index, int) else change.index[0]]
         place = _questions(conversation)[len(_questions(shown))]
-        try:
-            return self.say(str(change.value).replace(INERT, OPENED), conversation[:place], system)
-        except gr.Error as refusal:  # the page shows the edited text already: put the old one back
-            gr.Warning(refusal.message)
-            return settle(conversation)
+        return self.say(str(change.value).replace(JOINER, ""), conversation[:place], system)
 
-    def reply(
-        self,
-        conversation: list[dict],
-        system: str,
-        temperature: float,
-        top_p: float,
-        top_k: int,
-        repetition_penalty: float,
-        max_new_tokens: int,
-        request: gr.Request,
-    ) -> Iterator[tuple[list[dict], list[dict]]]:
+    def reply(self, request: gr.Request, conversation: list[dict], system: str, *values: float) -> Iterator[tuple]:
         """Yield (what the page shows, conversation) as the reply grows; closing it ends the model's work."""
         if not conversation or conversation[-1]["role"] != "user":
             return
         messages = check(self.chat, conversation, system)
-        sampling = Sampling(temperature, top_p, int(top_k), repetition_penalty, int(max_new_tokens))
+        sampling = Sampling(**dict(zip(SLIDERS, values, strict=True)))
         shown_at = 0.0
         try:
             with closing(self.chat.stream_reply(messages, sampling)) as stream:
@@ -264,34 +237,38 @@ def build_page(chat: Chat) -> gr.Blocks:
     """Build the page; `serve` opens it."""
     with gr.Blocks(title="SFT chat", analytics_enabled=False, fill_height=True) as page:
         conversation = gr.State([])
-        gr.Markdown(f"## {TEXTS('title')}")
+        gr.Markdown(f"## {I18N('title')}")
         shown = gr.Chatbot(
             show_label=False,
             scale=1,
             editable="user",
             buttons=["copy"],
-            latex_delimiters=LATEX,
+            latex_delimiters=[dict(zip(("left", "right", "display"), row, strict=True)) for row in LATEX],
             sanitize_html=True,
             feedback_options=None,
             examples=[{"text": example} for example in EXAMPLES],
         )
-        box = gr.Textbox(show_label=False, placeholder=TEXTS("message"), autofocus=True, submit_btn=True, lines=1)
-        with gr.Accordion(TEXTS("settings"), open=False):
-            system = gr.Textbox(label=TEXTS("system"), lines=2)
-            sliders = [
-                gr.Slider(low, high, getattr(Sampling(), name), step=step, label=TEXTS(name))
-                for name, (low, high, step) in SLIDERS.items()
-            ]
+        box = gr.Textbox(show_label=False, placeholder=I18N("message"), autofocus=True, submit_btn=True, max_lines=8)
+        with gr.Accordion(I18N("settings"), open=False):
+            system = gr.Textbox("", label=I18N("system"), lines=2)
+            with gr.Row():
+                sliders = [_slider(name, *bounds) for name, bounds in SLIDERS.items()]
         _connect(Handlers(chat, page), conversation, shown, box, system, sliders)
-    return page.queue(max_size=MAX_WAITING, default_concurrency_limit=1, api_open=False)
+    return page.queue(max_size=2 * MAX_WAITING, default_concurrency_limit=1, api_open=False)
+
+
+def _slider(name: str, low: float, high: float, step: float) -> gr.Slider:
+    precision = 0 if isinstance(step, int) else None
+    return gr.Slider(low, high, getattr(Sampling(), name), step=step, precision=precision, label=I18N(name))
 
 
 def _connect(handlers: Handlers, conversation, shown, box, system, sliders) -> None:
     """Wire the buttons: each way to ask puts the question down at once, then waits in the queue for its reply."""
-    quick = {"queue": False, "show_progress": "hidden", "outputs": [box, shown, conversation]}
-    hidden = {**quick, "api_visibility": "private"}
+    # Only what goes through the queue can tell the page why it was refused.
+    now = {"concurrency_limit": None, "show_progress": "hidden", "outputs": [box, shown, conversation]}
+    hidden = {**now, "api_visibility": "private"}
     asked = [
-        box.submit(handlers.say, [box, conversation, system], api_name="say", **quick),
+        box.submit(handlers.say, [box, conversation, system], api_name="say", **now),
         shown.retry(handlers.say_again, [conversation, system], **hidden),
         shown.edit(handlers.say_edited, [conversation, system], **hidden),
         shown.example_select(handlers.say_example, [conversation, system], **hidden),
@@ -310,6 +287,8 @@ def _connect(handlers: Handlers, conversation, shown, box, system, sliders) -> N
     ]
     for event in replies:
         event.then(settle, conversation, **hidden)
+    for event in (*asked, *replies):
+        event.failure(settle, conversation, **hidden)
     box.stop(None, cancels=replies)
     shown.undo(undo, conversation, cancels=replies, **hidden)
     shown.clear(lambda: (_ready(), [], []), cancels=replies, **hidden)
@@ -374,7 +353,7 @@ def serve(page: gr.Blocks, *, host: str, port: int, auth: tuple[str, str] | None
         ssr_mode=False,
         pwa=False,
         mcp_server=False,
-        i18n=TEXTS,
+        i18n=I18N,
         css=CSS,
         app_kwargs={"middleware": [Middleware(Gate)]},
         prevent_thread_lock=True,
@@ -411,12 +390,8 @@ def main(arguments: list[str] | None = None) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="web_demo.py", description="A chat page for a checkpoint.")
     parser.error = _fail
-    parser.add_argument(
-        "--model_path", help="a model folder or a hub model (default: the newest run in runs/)"
-    )
-    parser.add_argument(
-        "--host", default="127.0.0.1", help="any but this machine's own needs WEB_DEMO_AUTH"
-    )
+    parser.add_argument("--model_path", help="a model folder or a hub model (default: the newest run in runs/)")
+    parser.add_argument("--host", default="127.0.0.1", help="any but this machine's own needs WEB_DEMO_AUTH")
     parser.add_argument("--port", type=int, default=7860)
     parser.add_argument("--chat_format", default="auto", choices=FORMAT_NAMES)
     parser.add_argument("--device", help="cuda, cuda:1, cpu ... (default: a GPU if there is one)")

@@ -244,7 +244,10 @@ def _prompts(source: str) -> Iterator[list[dict]]:
             raise ValueError(f"{source} line {raw.line}: {error}") from None
 
 
-ASKING, ANSWERING = ("prompt", "instruction", "query", "question"), ("input", "output", "completion", "response", "answer")
+ASKING, ANSWERING = (
+    ("prompt", "instruction", "query", "question"),
+    ("input", "output", "completion", "response", "answer"),
+)
 
 
 def to_prompt(record: object, *, source: str = "record", line: int = 1) -> list[dict]:

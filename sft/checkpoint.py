@@ -41,7 +41,7 @@ def find_checkpoint(output_dir: str) -> tuple[str | None, list[str]]:
 
 
 def incomplete(folder: Path) -> str | None:
-    """Return what a checkpoint lacks for an exact resume, or None; transformers restarts silently without some of it."""
+    """Return what a checkpoint lacks for an exact resume, or None; transformers restarts silently without some."""
     try:
         json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -24,6 +24,8 @@ MAX_RAW = 1 << 20
 # Bytes read at a time, and bytes looked at to tell the encoding.
 CHUNK = 256 << 10
 PROBE = 1 << 20
+# Characters that are enough to tell a cut escape, literal or exponent from a broken one.
+LOOKAHEAD = 12
 
 EXTENSIONS = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
 # Never read as data: what sft.opendata writes beside its conversations, and what the hub keeps beside a data set.
@@ -371,8 +373,8 @@ def _scan(text: _Text) -> int:
             raise error
         if num_unread > MAX_RECORD:
             raise RecordError("too_large", f"the record is longer than {MAX_RECORD >> 20} Mi characters; split it")
-        # A number at the very end of the buffer may go on behind it.
-        complete = length and text.start + length < len(text.buffer)
+        # A number close to the end of the buffer may go on behind it.
+        complete = length and text.start + length < len(text.buffer) - LOOKAHEAD
         if complete or not text.grow():
             if error:
                 raise error
@@ -389,8 +391,7 @@ def _measure(buffer: str, start: int, *, ended: bool) -> tuple[int, RecordError 
         position, message = error.value, "Expecting value"
     except RecursionError:
         return 0, RecordError("too_deep", "the record is nested too deeply to be a conversation")
-    # Twelve characters are enough for every escape, literal and exponent that may be cut.
-    if position >= len(buffer) - (0 if ended else 12) or message.startswith("Unterminated string"):
+    if position >= len(buffer) - (0 if ended else LOOKAHEAD) or message.startswith("Unterminated string"):
         return 0, RecordError("truncated", "the record is cut off: its end is missing")
     where = f"at character {position - start + 1} of the record"
     return 0, RecordError("malformed_json", f"{message} {where}; this is not valid JSON")
@@ -399,7 +400,8 @@ def _measure(buffer: str, start: int, *, ended: bool) -> tuple[int, RecordError 
 def _take_broken(text: _Text, error: RecordError, *, in_array: bool) -> tuple[str, RecordError]:
     """Take what is broken as one record: up to the next good record, and outside an array to the end of its lines."""
     restart = _RESTART_IN_ARRAY if in_array else _RESTART_IN_LINES
-    key = _FIRST_KEY.match(text.buffer, text.start)
+    # What is nested too deeply is full of beginnings like its own.
+    key = _FIRST_KEY.match(text.buffer, text.start) if error.reason != "too_deep" else None
     head, at = "", 1
     while True:
         match = restart.search(text.buffer, text.start + at)

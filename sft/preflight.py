@@ -92,9 +92,7 @@ def check_deepspeed_config(path: str | None) -> list[str]:
     zero = config.get("zero_optimization")
     zero = zero if isinstance(zero, dict) else {}
     if zero.get("stage") == 3 and zero.get("stage3_gather_16bit_weights_on_model_save") is not True:
-        problems.append(
-            f"--deepspeed {path}: set stage3_gather_16bit_weights_on_model_save to true; no weights are saved else"
-        )
+        problems.append(f"--deepspeed {path}: stage3_gather_16bit_weights_on_model_save must be true to save weights")
     if "gradient_clipping" not in config:
         problems.append(f'--deepspeed {path}: add "gradient_clipping": "auto", else --max_grad_norm is ignored')
     return problems

@@ -17,7 +17,7 @@ torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from sft.tiny import FAMILIES, build_tiny
+from sft.tiny import FAMILIES, build_tiny  # noqa: E402
 
 
 @pytest.fixture(scope="session")

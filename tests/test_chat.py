@@ -42,7 +42,9 @@ def test_closing_the_stream_ends_the_models_work_within_two_tokens(tiny_chat, mo
     steps = []
     forward = type(tiny_chat.model).forward
     monkeypatch.setattr(
-        type(tiny_chat.model), "forward", lambda self, *args, **kwargs: steps.append(1) or forward(self, *args, **kwargs)
+        type(tiny_chat.model),
+        "forward",
+        lambda self, *args, **kwargs: steps.append(1) or forward(self, *args, **kwargs),
     )
     stream = tiny_chat.stream_reply(asked("你好"), Sampling(temperature=0.0, max_new_tokens=2000))
     for _ in range(3):
@@ -81,7 +83,9 @@ def test_sampling_is_repeatable_with_a_seed_and_warm_by_default(tiny_chat):
 
 
 def test_a_conversation_longer_than_the_context_window_is_refused_with_the_numbers(tiny_chat):
-    with pytest.raises(ValueError, match=r"the conversation has \d,\d+ tokens, the model's context window 2,048; shorten it"):
+    with pytest.raises(
+        ValueError, match=r"the conversation has \d,\d+ tokens, the model's context window 2,048; shorten it"
+    ):
         tiny_chat.reply(asked("字" * 3000), SHORT)
 
 
@@ -116,7 +120,9 @@ def test_the_command_line_keeps_several_turns_in_one_conversation(tiny_base, cap
 
 
 def test_a_wrong_model_path_is_one_line(tmp_path):
-    with pytest.raises(SystemExit, match=r"sft\.chat: .*/nowhere: no such folder; name a local model folder or a hub model"):
+    with pytest.raises(
+        SystemExit, match=r"sft\.chat: .*/nowhere: no such folder; name a local model folder or a hub model"
+    ):
         chat_module.main(["--model_path", str(tmp_path / "nowhere"), "--message", "x"])
 
 

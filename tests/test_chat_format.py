@@ -42,8 +42,8 @@ def test_every_format_keeps_its_contract_on_every_kind_of_tokenizer(renderer):
 
 def test_the_saved_template_gives_the_same_string_and_ids_whatever_the_texts(renderer):
     tokenizer, source = renderer.tokenizer, random.Random(renderer.name)
-    pieces = ["你好", "Hello", " ", "\n", "**", "😀", "7", "(", "“", "- ", "|", "。", ".", "\u3000", "e\u0301", "\t", "'s"]
-    pieces += ["\u2028", "𠀀", "\r\n", "👨‍👩‍👧", "\xa0", "▁", "<0x0A>", "\x00", "…", "(1)", "[a]", "#", "\\", "{{ x }}"]
+    pieces = [*"7(“|。.…#\t\n\r \\\x00\xa0\u2028\u3000▁𠀀😀👨‍👩‍👧", "你好", "Hello", "**", "- ", "e\u0301", "'s"]
+    pieces += ["\r\n", "<0x0A>", "(1)", "[a]", "{{ x }}"]
     for _ in range(60):
         texts = ["".join(source.choices(pieces, k=source.randint(1, 6))) + "x" for _ in range(5)]
         roles = ["system", "user", "assistant", "user", "assistant"][source.randint(0, 1) :]
@@ -100,8 +100,9 @@ def test_exactly_the_replies_and_their_stop_tokens_are_in_the_loss(family, chat_
     [
         (
             "blossom",
-            "A chat between a human and an artificial intelligence bot. The bot gives helpful, detailed, and polite answers "
-            "to the human's questions.\n|Human|: 你好\n|Bot|: 你好！很高兴见到你。</s>\n|Human|: What is 2+2?\n|Bot|: **4**</s>",
+            "A chat between a human and an artificial intelligence bot. The bot gives helpful, detailed, and polite "
+            "answers to the human's questions.\n|Human|: 你好\n|Bot|: 你好！很高兴见到你。</s>"
+            "\n|Human|: What is 2+2?\n|Bot|: **4**</s>",
         ),
         (
             "chatml",
@@ -110,9 +111,9 @@ def test_exactly_the_replies_and_their_stop_tokens_are_in_the_loss(family, chat_
         ),
         (
             "alpaca",
-            "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
-            "### Instruction:\n你好\n\n### Response: 你好！很高兴见到你。</s>\n\n### Instruction:\nWhat is 2+2?\n\n"
-            "### Response: **4**</s>",
+            "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+            "\n\n### Instruction:\n你好\n\n### Response: 你好！很高兴见到你。</s>"
+            "\n\n### Instruction:\nWhat is 2+2?\n\n### Response: **4**</s>",
         ),
         ("mistral", "<s>[INST] 你好 [/INST] 你好！很高兴见到你。</s>[INST] What is 2+2? [/INST] **4**</s>"),
     ],

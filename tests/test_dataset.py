@@ -15,7 +15,9 @@ def renderer(tokenizer_of) -> Renderer:
 
 
 def write_lines(path, records):
-    path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" if isinstance(r, dict) else r + "\n" for r in records))
+    path.write_text(
+        "".join(json.dumps(r, ensure_ascii=False) + "\n" if isinstance(r, dict) else r + "\n" for r in records)
+    )
     return str(path)
 
 
@@ -26,7 +28,8 @@ def record(question: str, answer: str) -> dict:
 def test_raw_and_canonical_files_give_the_same_examples(tmp_path, renderer):
     raw = write_lines(tmp_path / "raw.json", [record("你好", "你好！"), record("2+2?", "4")])
     messages = [
-        [{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in (("你好", "你好！"), ("2+2?", "4"))
+        [{"role": "user", "content": q}, {"role": "assistant", "content": a}]
+        for q, a in (("你好", "你好！"), ("2+2?", "4"))
     ]
     canonical = write_lines(
         tmp_path / "canonical.json", [{"id": str(i), "source": "s", "messages": m} for i, m in enumerate(messages)]

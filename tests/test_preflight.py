@@ -36,7 +36,7 @@ def test_our_own_deepspeed_files_pass(name):
         ('{"gradient_clipping": "auto", "optimizer": {}}', "remove the 'optimizer' block"),
         (
             '{"gradient_clipping": "auto", "zero_optimization": {"stage": 3}}',
-            "set stage3_gather_16bit_weights_on_model_save to true",
+            "stage3_gather_16bit_weights_on_model_save must be true",
         ),
         ('{"zero_optimization": {"stage": 2}}', 'add "gradient_clipping": "auto"'),
         ("[1]", "must hold a JSON object"),

@@ -8,7 +8,7 @@ from sft.tiny import FAMILIES, build_tiny
 
 QUIRKS = {
     "bloom": {"class": "BloomForCausalLM", "bos": 1, "eos": 2, "pad": 3, "adds_bos": False, "more_rows": True},
-    "falcon": {"class": "FalconForCausalLM", "bos": None, "eos": 11, "pad": None, "adds_bos": False, "more_rows": False},
+    "falcon": {"class": "FalconForCausalLM", "bos": None, "eos": 11, "adds_bos": False, "more_rows": False},
     "falcon-rw": {"class": "FalconForCausalLM", "adds_bos": False, "more_rows": False},
     "qwen2": {"class": "Qwen2ForCausalLM", "bos": None, "adds_bos": False, "more_rows": True},
     "qwen3": {"class": "Qwen3ForCausalLM", "bos": None, "adds_bos": False, "more_rows": True},

@@ -1,4 +1,4 @@
-"""train.py end to end, in this process, on tiny bases; and every mistake in its arguments, before anything is loaded."""
+"""train.py end to end on tiny bases, and every mistake in its arguments before anything is loaded."""
 
 import json
 import math
@@ -43,9 +43,7 @@ def run(base, data, output, *flags: str):
     for name, value in zip(flags[::2], flags[1::2], strict=True):
         settings[name] = value
     arguments = [word for pair in settings.items() for word in pair]
-    train.main(
-        ["--model_name_or_path", str(base), "--data_path", str(data), "--output_dir", str(output), *arguments]
-    )
+    train.main(["--model_name_or_path", str(base), "--data_path", str(data), "--output_dir", str(output), *arguments])
     return output
 
 
@@ -170,8 +168,8 @@ def test_all_mistakes_are_said_at_once_each_in_a_line(capsys, tmp_path):
     expected = [
         "train.py: unknown argument --learnig_rate",
         f"train.py: {tmp_path}/nowhere: no such folder; name a local model folder or a hub model (owner/name)",
-        "train.py: --dtype bfloat16: full fine-tuning of bfloat16 weights rounds AdamW's updates away; leave --dtype at "
-        "auto (fp32 masters, --bf16 for the computing), or add --lora",
+        "train.py: --dtype bfloat16: full fine-tuning of bfloat16 weights rounds AdamW's updates away; leave "
+        "--dtype at auto (fp32 masters, --bf16 for the computing), or add --lora",
         f"train.py: --data_path {tmp_path}/none.json: no such file or folder, and as a glob it matches no data file",
         "train.py: --max_length 0: must be at least 1",
         "train.py: --chat_format vicuna: use one of auto, blossom, chatml, alpaca, mistral, base",
@@ -200,7 +198,8 @@ def test_a_folder_with_somebodys_files_is_not_written_to(capsys, tiny_base, data
 
 
 def test_fp16_on_a_cpu_and_flags_that_transformers_refuses_are_one_line(capsys, tiny_base, data, tmp_path):
-    base = ("--model_name_or_path", str(tiny_base("qwen2")), "--data_path", str(data), "--output_dir", str(tmp_path / "r"))
+    base = ("--model_name_or_path", str(tiny_base("qwen2")), "--data_path", str(data))
+    base += ("--output_dir", str(tmp_path / "r"))
     if not torch.cuda.is_available():
         assert problems_of(capsys, *base, "--fp16", "true") == [
             "train.py: --fp16 needs a GPU; a CPU ignores it without a word. Use --bf16, or neither for fp32"

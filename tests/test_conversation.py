@@ -1,0 +1,525 @@
+"""Readers: every raw form, every broken file, and the rule that one bad record never costs another."""
+
+import gzip
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from sft import conversation as module
+from sft.conversation import (
+    RecordError,
+    list_files,
+    parse_record,
+    read_conversations,
+    read_file,
+    read_record,
+    validate,
+)
+
+
+def pair(number):
+    return f'{{"instruction": "q{number}", "output": "a{number}"}}'
+
+
+def write(folder, content, name="data.json"):
+    path = folder / name
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+def read(folder, content, **options):
+    """Questions of the good records and reasons of the others, each with its place."""
+    return [
+        (raw.place, raw.error.reason if raw.error else raw.record.get("instruction", raw.record))
+        for raw in read_file(write(folder, content), **options)
+    ]
+
+
+def messages_of(record, **options):
+    conversation = read_record(record, source="f.json", line=3, **options)
+    return [(message["role"], message["content"]) for message in conversation["messages"]]
+
+
+def reason_of(function, *arguments, **options):
+    with pytest.raises(RecordError) as caught:
+        function(*arguments, **options)
+    return caught.value.reason, str(caught.value)
+
+
+ONE_TURN = [("user", "q"), ("assistant", "a")]
+
+
+# --- Record forms
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"instruction": "q", "input": "", "output": "a"},
+        {"instruction": "q", "output": "a"},
+        {"instruction": "", "input": "q", "output": "a"},
+        {"instruction": "q", "context": "", "response": "a"},
+        {"input": "q", "target": "a"},
+        {"id": 5, "dataset": "math", "input": "q", "output": "a", "answer": "1"},
+        {"instruction": None, "input": "q", "output": "a", "answer": "1", "messages": None},
+        {"prompt": "q", "completion": "a"},
+        {"prompt": "q", "response": "a"},
+        {"query": "q", "response": "a"},
+        {"question": "q", "answer": "a"},
+        {"question": "q", "response": "a"},
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "assistant", "value": "a"}]},
+        {"conversations": [{"from": "user", "value": "q"}, {"from": "bing", "value": "a"}]},
+        {"conversations": [{"from": "user", "value": "q"}, {"from": "bard", "value": "a"}]},
+        {"conversations": [{"from": "user", "value": "q"}, {"from": "chatgpt", "value": "a"}]},
+        {"conversations": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
+        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
+        {"messages": [{"role": "user", "content": "q", "from": None}, {"role": "assistant", "content": "a"}]},
+        {"prompt": [{"role": "user", "content": "q"}], "completion": [{"role": "assistant", "content": "a"}]},
+        {
+            "type": "chat",
+            "metadata": {},
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "text": "q"}]},
+                {"role": "assistant", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": ""}]},
+            ],
+        },
+    ],
+)
+def test_every_raw_form_reads_as_the_same_conversation(record):
+    assert messages_of(record) == ONE_TURN
+
+
+def test_a_filled_input_follows_the_instruction_on_a_new_line_and_a_placeholder_does_not():
+    assert messages_of({"instruction": "q", "input": "x", "output": "a"})[0] == ("user", "q\nx")
+    notes = Counter()
+    for placeholder in ("<noinput>", "N/A", "无", "None", None, " "):
+        record = {"instruction": "q", "input": placeholder, "output": "a"}
+        assert messages_of(record, notes=notes) == ONE_TURN
+    assert notes == {"input_placeholder": 4}
+
+
+def test_system_and_history_come_before_the_question():
+    record = {"system": "s", "history": [["q1", "a1"]], "instruction": "q", "output": "a"}
+    assert messages_of(record) == [("system", "s"), ("user", "q1"), ("assistant", "a1"), *ONE_TURN]
+    assert messages_of({"system_prompt": "s", "question": "q", "response": "a"})[0] == ("system", "s")
+    assert messages_of({"system_prompt": "", "question": "q", "response": "a"}) == ONE_TURN
+
+
+def test_belle_turns_are_split_at_markers_that_begin_a_line():
+    text = "Human:你好\nAssistant:说 Human: 的\n第二行\nHuman:再见\nAssistant:"
+    assert messages_of({"instruction": text, "input": "", "output": "走好"}) == [
+        ("user", "你好"),
+        ("assistant", "说 Human: 的\n第二行"),
+        ("user", "再见"),
+        ("assistant", "走好"),
+    ]
+    assert messages_of({"input": "Human: 你好\n\nAssistant: ", "target": "好"}) == [
+        ("user", "你好"),
+        ("assistant", "好"),
+    ]
+
+
+def test_belle_markers_that_do_not_alternate_are_rejected_and_a_lookalike_is_noted():
+    reason, message = reason_of(
+        read_record, {"instruction": "Human:a\nHuman:b\nAssistant:", "output": "c"}, source="f", line=1
+    )
+    assert reason == "belle_alternation"
+    assert message == "instruction has the markers Human, Human, Assistant; Human: and Assistant: must take turns"
+    notes = Counter()
+    assert messages_of({"instruction": "Human:a", "output": "b"}, notes=notes) == [
+        ("user", "Human:a"),
+        ("assistant", "b"),
+    ]
+    assert notes == {"belle_lookalike": 1}
+
+
+def test_what_is_not_to_be_learned_is_marked():
+    prompt = [
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "a"},
+        {"role": "user", "content": "q2"},
+    ]
+    record = {"prompt": prompt, "completion": [{"role": "assistant", "content": "a2"}]}
+    assert [m.get("train") for m in read_record(record, source="f", line=1)["messages"]] == [None, False, None, None]
+    for mark in ({"weight": 0}, {"train": False}):
+        record = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", **mark}]}
+        assert [m.get("train") for m in read_record(record, source="f", line=1)["messages"]] == [None, False]
+
+
+def test_reasoning_is_dropped_and_noted_or_kept_as_thoughts():
+    record = {
+        "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "reasoning_content": "r"}]
+    }
+    notes = Counter()
+    assert messages_of(record, notes=notes) == ONE_TURN
+    assert notes == {"reasoning_dropped": 1}
+    assert messages_of(record, reasoning="keep")[1] == ("assistant", "<think>\nr\n</think>\n\na")
+
+
+def test_an_id_is_kept_and_a_missing_one_is_the_place():
+    record = {"instruction": "q", "output": "a"}
+    assert read_record(record, source="f.json", line=3)["id"] == "f.json:3"
+    assert read_record(record | {"id": 7}, source="f.json", line=3)["id"] == "7"
+    assert read_record(record | {"id": "x"}, source="f.json", line=3)["id"] == "x"
+    own = {"id": "x", "source": "belle.json", "messages": [{"role": "user", "content": "q"}]}
+    assert read_record(own, source="train.json", line=3)["source"] == "belle.json"
+
+
+@pytest.mark.parametrize(
+    ("record", "reason", "message"),
+    [
+        (None, "not_object", "the record is null; write it as an object with named fields"),
+        ([1], "not_object", "the record is a list; write it as an object with named fields"),
+        ({"instruction": "q", "output": 7}, "not_text", "output is a number; write it as a string"),
+        ({"instruction": "q", "output": True}, "not_text", "output is a boolean; write it as a string"),
+        ({"instruction": "q", "output": ["a"]}, "not_text", "output is a list; write it as a string"),
+        ({"instruction": "q", "output": {"a": 1}}, "not_text", "output is an object; write it as a string"),
+        ({"instruction": "q", "output": float("inf")}, "not_text", "output is a number; write it as a string"),
+        ({"instruction": "q", "output": None}, "null_field", "output is null; give a text or leave the record out"),
+        ({"instruction": 1, "output": "a"}, "not_text", "instruction is a number; write it as a string"),
+        (
+            {"messages": [{"role": "user", "content": "q"}, {"role": "bot", "content": "a"}]},
+            "unknown_role",
+            'messages[1] has role "bot"; use system, user or assistant',
+        ),
+        (
+            {"messages": [{"role": "user", "content": None}]},
+            "null_field",
+            "messages[0].content is null; give a text or leave the record out",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
+            "content_part",
+            'messages[0].content[0] is of type "image"; only text is read',
+        ),
+        (
+            {"data": [{"instruction": "q", "output": "a"}]},
+            "nested",
+            "the records are inside \"data\"; write its elements as an array or as JSON Lines, e.g. jq -c '.data[]'",
+        ),
+        (
+            {"instruction": "q\ud800", "output": "a"},
+            "lone_surrogate",
+            "instruction has a lone surrogate (\\ud800) at character 2, half of a character; fix the text",
+        ),
+    ],
+)
+def test_what_is_no_conversation_is_rejected_with_field_and_advice(record, reason, message):
+    assert reason_of(read_record, record, source="f", line=1) == (reason, message)
+
+
+def test_an_unknown_form_names_its_keys_and_the_known_forms():
+    reason, message = reason_of(read_record, {"text": "x", "n": None}, source="f", line=1)
+    assert reason == "unknown_form"
+    assert message.startswith('no known form has "text"; use one of messages, conversations, instruction/output, ')
+
+
+@pytest.mark.parametrize(
+    ("roles", "reason"),
+    [
+        ("", "empty"),
+        ("s", "role_order"),
+        ("u", "role_order"),
+        ("au", "role_order"),
+        ("uu", "role_order"),
+        ("uaa", "role_order"),
+        ("usa", "role_order"),
+        ("ssua", "role_order"),
+    ],
+)
+def test_validate_refuses_roles_out_of_order(roles, reason):
+    names = {"s": "system", "u": "user", "a": "assistant"}
+    messages = [{"role": names[role], "content": "x"} for role in roles]
+    assert reason_of(validate, {"id": "1", "source": "f", "messages": messages})[0] == reason
+
+
+def test_validate_accepts_turns_with_and_without_system_and_refuses_blank_text():
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    validate({"id": "1", "source": "f", "messages": turns})
+    validate({"id": "1", "source": "f", "messages": [{"role": "system", "content": "s"}, *turns, *turns]})
+    blank = [turns[0], {"role": "assistant", "content": " \n"}]
+    assert reason_of(validate, {"id": "1", "source": "f", "messages": blank})[0] == "empty"
+
+
+# --- Files
+
+
+ALL = [("1", "q1"), ("2", "q2")]
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (f"{pair(1)}\n{pair(2)}\n", ALL),
+        (f"{pair(1)}\n{pair(2)}", ALL),
+        (f"{pair(1)}\r\n{pair(2)}\r\n", ALL),
+        (f"\ufeff{pair(1)}\n{pair(2)}\n", ALL),
+        (f"\n\n{pair(1)}\n\n{pair(2)}\n", [("3", "q1"), ("5", "q2")]),
+        (f"[{pair(1)},\n{pair(2)}]", ALL),
+        (f"\ufeff[{pair(1)},{pair(2)}]", [("1", "q1"), ("1.2", "q2")]),
+        (f"[{pair(1)}]\n[{pair(2)}]", ALL),
+        (f"{pair(1)},\n{pair(2)},\n", ALL),
+        (f"{pair(1)}{pair(2)}", [("1", "q1"), ("1.2", "q2")]),
+        (json.dumps(json.loads(pair(1)), indent=2) + "\n" + pair(2), [("1", "q1"), ("5", "q2")]),
+        (json.dumps([json.loads(pair(1)), json.loads(pair(2))], indent=1), [("2", "q1"), ("6", "q2")]),
+        ("", []),
+        ("[]", []),
+    ],
+)
+def test_arrays_lines_and_values_in_a_row_give_the_same_records(tmp_path, content, expected):
+    assert read(tmp_path, content) == expected
+    assert read(tmp_path, gzip.compress(content.encode())) == expected
+
+
+def test_splitting_does_not_depend_on_where_chunks_end(tmp_path, monkeypatch):
+    numbers = ["12345678901234567890", "-1.5e10", "true", "null", '"\\u4f60\\n"']
+    content = f"[{pair(1)}, {', '.join(numbers)}, {pair(2)}]"
+    expected = [raw.raw for raw in read_file(write(tmp_path, content))]
+    assert expected == [pair(1), *numbers, pair(2)]
+    for size in (1, 2, 3, 7):
+        monkeypatch.setattr(module, "CHUNK", size)
+        assert [raw.raw for raw in read_file(write(tmp_path, content))] == expected
+
+
+TEXTS = [
+    "  lead",
+    "007",
+    "2024-01-01",
+    "a\x00b",
+    "a\u2028b\u2029c\x85d",
+    "👩‍👩‍👧",
+    "tab\tcr\r",
+    "\ufeffx",
+    "e\u0301",
+    "1e400",
+]
+
+
+@pytest.mark.parametrize("form", ["lines", "array"])
+def test_no_text_is_changed(tmp_path, form):
+    records = [{"instruction": text, "output": text} for text in TEXTS]
+    for ascii_only in (True, False):
+        lines = [json.dumps(record, ensure_ascii=ascii_only) for record in records]
+        content = "\n".join(lines) if form == "lines" else "[" + ",\n".join(lines) + "]"
+        read_back = [messages_of(raw.record) for raw in read_file(write(tmp_path, content))]
+        assert read_back == [[("user", text), ("assistant", text)] for text in TEXTS]
+
+
+BROKEN = '{"instruction": "b" "output": "x"}'
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (f"{pair(1)}\n{BROKEN}\n{pair(2)}\n", [("1", "q1"), ("2", "malformed_json"), ("3", "q2")]),
+        (f"{BROKEN}\n{pair(2)}\n", [("1", "malformed_json"), ("2", "q2")]),
+        (f"{pair(1)}\nno json\n{pair(2)}", [("1", "q1"), ("2", "malformed_json"), ("3", "q2")]),
+        (f'{pair(1)}\n{{"instruction": "b",\n{pair(2)}', [("1", "q1"), ("2", "malformed_json"), ("3", "q2")]),
+        (f'{{"messages": [{{"role": "user"\n{pair(1)}\n{pair(2)}', [("1", "malformed_json"), ("2", "q1"), ("3", "q2")]),
+        (f'{pair(1)}\n{{"instruction": "b", "out', [("1", "q1"), ("2", "truncated")]),
+        (f"{pair(1)}\n" + "\0" * 99, [("1", "q1"), ("2", "malformed_json")]),
+        ("\0" * 99, [("1", "malformed_json")]),
+        (f"[{pair(1)}, {BROKEN}, {pair(2)}]", [("1", "q1"), ("1.2", "malformed_json"), ("1.3", "q2")]),
+        (f"[{BROKEN}, {BROKEN}, {pair(2)}]", [("1", "malformed_json"), ("1.2", "malformed_json"), ("1.3", "q2")]),
+        (f"[{pair(1)}, {BROKEN}]", [("1", "q1"), ("1.2", "malformed_json")]),
+        (f'[{{"messages": [1, {pair(1)}, {pair(2)}]', [("1", "truncated"), ("1.2", "q1"), ("1.3", "q2")]),
+        (
+            '[{"messages": [{"role": "user", "content": "x"}, {"role": "user" "content": "x"}]}, ' + pair(2) + "]",
+            [("1", "malformed_json"), ("1.2", "q2")],
+        ),
+        (f'[{pair(1)}, {{"instruction": "b", "out', [("1", "q1"), ("1.2", "truncated")]),
+        (f"[{pair(1)},\n{pair(2)}\n", [("1", "q1"), ("2", "q2"), ("3", "truncated")]),
+        (f"{{\n  {BROKEN[1:-1]}\n}}\n{pair(2)}", [("1", "malformed_json"), ("4", "q2")]),
+    ],
+)
+def test_a_broken_record_costs_no_other(tmp_path, content, expected):
+    assert read(tmp_path, content) == expected
+
+
+def test_the_raw_text_of_a_broken_record_is_kept_as_it_was(tmp_path):
+    raws = list(read_file(write(tmp_path, f"[{pair(1)},\n {BROKEN} ,\n{pair(2)}]")))
+    assert [(raw.line, raw.raw) for raw in raws] == [(1, pair(1)), (2, BROKEN), (3, pair(2))]
+    assert str(raws[1].error) == "Expecting ',' delimiter at character 21 of the record; this is not valid JSON"
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ('{"instruction": "q", "output": "a", "output": "b"}', "duplicate_key"),
+        ('{"messages": [{"role": "user", "role": "user"}]}', "duplicate_key"),
+        ('{"instruction": ' + "9" * 5000 + "}", "huge_number"),
+        ('{"a":' * 100_000 + "1" + "}" * 100_000, "too_deep"),
+        ('{"a":' * 100_000, "too_deep"),
+        ('{"x": ' + "[" * 100_000 + "]" * 100_000 + "}", "too_deep"),
+        ('{"a": [1, ' * 100_000, "too_deep"),
+    ],
+)
+@pytest.mark.parametrize("form", ["{}\n{}", "[{},\n{}]"])
+def test_hostile_records_are_rejected_and_the_next_one_is_read(tmp_path, content, reason, form):
+    assert [found for _, found in read(tmp_path, form.format(content, pair(2)))] == [reason, "q2"]
+
+
+def test_numbers_out_of_range_and_nan_only_matter_where_text_is_wanted(tmp_path):
+    content = '{"instruction": "q", "output": "a", "score": 1e400, "x": -Infinity, "input": NaN}\n'
+    content += '{"instruction": "q", "output": 1e400}\n{"instruction": "q", "output": NaN}\nnull\n'
+    found = [error.reason if error else "kept" for _, error, _, _ in read_conversations([write(tmp_path, content)])]
+    assert found == ["kept", "not_text", "null_field", "not_object"]
+
+
+@pytest.mark.parametrize("form", ["{}\n{}", "[{},\n{}]"])
+def test_a_record_over_the_limit_is_rejected_in_bounded_memory(tmp_path, monkeypatch, form):
+    monkeypatch.setattr(module, "MAX_RECORD", 10_000)
+    monkeypatch.setattr(module, "MAX_RAW", 100)
+    monkeypatch.setattr(module, "CHUNK", 1000)
+    for closing in ('", "output": "a"}', ""):
+        big = '{"instruction": "' + "x" * 50_000 + closing
+        raws = list(read_file(write(tmp_path, form.format(big, pair(2)))))
+        assert [raw.error.reason if raw.error else raw.record["instruction"] for raw in raws] == ["too_large", "q2"]
+        assert raws[0].raw == big[:100]
+
+
+def test_an_undecodable_byte_rejects_only_its_record_and_keeps_the_byte(tmp_path):
+    content = f"{pair(1)}\n".encode() + b'{"instruction": "\xff", "output": "a"}\n' + pair(2).encode()
+    raws = list(read_file(write(tmp_path, content)))
+    assert [raw.error and raw.error.reason for raw in raws] == [None, "encoding", None]
+    assert raws[1].raw == '{"instruction": "\udcff", "output": "a"}'
+    assert str(raws[1].error) == "byte 0xff at character 18 is not text; fix it or give --encoding"
+
+
+CHINESE = '{"instruction": "你好，我们在这里说中文", "output": "是的，我不在那里"}'
+
+
+@pytest.mark.parametrize("encoding", ["gb18030", "big5", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+def test_another_encoding_is_named_and_then_read_when_given(tmp_path, encoding):
+    text = CHINESE.replace("们", "").replace("这", "那").replace("说", "") if encoding == "big5" else CHINESE
+    path = write(tmp_path, text.encode(encoding))
+    with pytest.raises(ValueError, match=f"^{path}: not UTF-8 text, it looks like {encoding}; read it with --encoding"):
+        list(read_file(path))
+    assert [raw.record for raw in read_file(path, encoding=encoding)] == [json.loads(text)]
+
+
+def test_an_encoding_never_turns_utf8_into_mojibake(tmp_path):
+    path = write(tmp_path, CHINESE)
+    assert [raw.record for raw in read_file(path, encoding="gb18030")] == [json.loads(CHINESE)]
+
+
+def test_a_stray_byte_in_another_encoding_rejects_only_its_record(tmp_path):
+    good = CHINESE.encode("gb18030")
+    path = write(tmp_path, good + b"\n" + b'{"instruction": "\x81", "output": "a"}' + b"\n" + good)
+    reasons = [raw.error and raw.error.reason for raw in read_file(path, encoding="gb18030")]
+    assert reasons == [None, "encoding", None]
+
+
+def test_an_unknown_encoding_is_an_error_with_advice(tmp_path):
+    for name in ("nope", "hex"):
+        with pytest.raises(ValueError, match=f"--encoding {name}: unknown; use utf-8, gb18030"):
+            list(read_file(write(tmp_path, pair(1)), encoding=name))
+
+
+def test_a_damaged_gzip_file_keeps_the_records_before_the_damage(tmp_path):
+    lines = [pair(os.urandom(20).hex()) for _ in range(500)]
+    whole = gzip.compress("\n".join(lines).encode())
+    for damaged in (whole[: len(whole) // 2], whole[:-4], whole + b"junk"):
+        raws = list(read_file(write(tmp_path, damaged)))
+        assert [raw.raw for raw in raws[:-1]] == lines[: len(raws) - 1]
+        assert len(raws) > 200
+        assert raws[-1].error.reason == "damaged_gzip"
+
+
+def test_parquet_rows_are_read_by_the_same_readers(tmp_path):
+    rows = [
+        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], "n": 1.5, "when": None},
+        {"messages": None, "n": None, "when": None},
+    ]
+    path = tmp_path / "data.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    (first, _, _, one), (_, error, _, two) = read_conversations([path])
+    assert [(message["role"], message["content"]) for message in first["messages"]] == ONE_TURN
+    assert (one, two, error.reason) == (1, 2, "unknown_form")
+
+
+def test_a_date_in_parquet_does_not_become_text(tmp_path):
+    path = tmp_path / "data.parquet"
+    table = pyarrow.table({"instruction": ["q"], "output": pyarrow.array([0], pyarrow.timestamp("s"))})
+    pyarrow.parquet.write_table(table, path)
+    assert [error.reason for _, error, _, _ in read_conversations([path])] == ["not_text"]
+
+
+def test_read_conversations_gives_file_and_line_for_good_and_bad(tmp_path):
+    path = str(write(tmp_path, f'{pair(1)}\n{BROKEN}\n{{"instruction": "q", "output": ""}}'))
+    found = [(c and c["id"], e and e.reason, file, line) for c, e, file, line in read_conversations([path])]
+    assert found == [
+        ("data.json:1", None, path, 1),
+        (None, "malformed_json", path, 2),
+        (None, "empty", path, 3),
+    ]
+
+
+def test_list_files_sorts_a_folder_and_leaves_out_what_is_no_data(tmp_path):
+    names = [
+        "b.json",
+        "a/z.jsonl",
+        "a/y.json.gz",
+        "c.parquet",
+        ".hidden.json",
+        ".h/x.json",
+        "ledger.json",
+        "rejects.jsonl",
+    ]
+    for name in [*names, "notes.txt", "dataset_infos.json"]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    expected = [str(tmp_path / name) for name in ("a/y.json.gz", "a/z.jsonl", "b.json", "c.parquet")]
+    assert list_files(tmp_path) == expected
+    assert list_files(str(tmp_path / "*")) == sorted([*expected, str(tmp_path / "notes.txt")])
+    assert list_files(str(tmp_path / "**/*.jsonl")) == [str(tmp_path / "a/z.jsonl")]
+    assert list_files(tmp_path / "notes.txt") == [str(tmp_path / "notes.txt")]
+
+
+@pytest.mark.parametrize("name", ["missing.json", "*.nothing", "empty"])
+def test_list_files_says_so_when_nothing_is_there(tmp_path, name):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=f"{tmp_path}"):
+        list_files(str(tmp_path / name))
+
+
+def test_an_unreadable_file_is_an_error_of_the_file(tmp_path):
+    with pytest.raises(ValueError, match=r"missing\.json: No such file or directory; check the path"):
+        list(read_file(tmp_path / "missing.json"))
+    with pytest.raises(ValueError, match=r"data\.json: not a readable Parquet file after row 0"):
+        list(read_file(write(tmp_path, b"PAR1 nothing")))
+
+
+def test_parse_record_errors_can_cross_processes():
+    import pickle
+
+    error = pickle.loads(pickle.dumps(RecordError("empty", "gone \ud800")))
+    assert (error.reason, str(error)) == ("empty", "gone \\ud800")
+    assert reason_of(parse_record, "{")[0] == "malformed_json"
+
+
+def test_a_giant_array_is_read_in_little_memory(tmp_path):
+    path = tmp_path / "big.json"
+    with open(path, "w") as file:
+        file.write("[" + (pair(1) + ",") * 300_000 + pair(2) + "]")
+    code = (
+        "import sys; from sft.conversation import split_file;"
+        "n = sum(raw.error is None for raw in split_file(sys.argv[1]));"
+        "peak = open('/proc/self/status').read().split('VmHWM:')[1].split()[0];"
+        "print(n, int(peak) < 40_000)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True)
+    assert done.stdout.split() == ["300001", "True"], done.stderr
+
+
+def test_neither_module_of_the_data_side_loads_a_framework():
+    heavy = {"torch", "transformers", "datasets", "numpy", "pyarrow", "huggingface_hub"}
+    code = f"import sys; import sft.opendata; print(sorted({heavy} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"

@@ -1,0 +1,122 @@
+"""The shape of the project: import order, what must not exist, and the README's tree."""
+
+import ast
+import re
+import statistics
+import subprocess
+
+import pytest
+
+from tests.conftest import ROOT
+
+# In the order of the flow; a module imports only from those before it.
+ORDER = [
+    "conversation",
+    "chat_format",
+    "packing",
+    "opendata",
+    "dataset",
+    "collate",
+    "attention",
+    "loss",
+    "model",
+    "tiny",
+    "checkpoint",
+    "preflight",
+    "chat",
+    "export",
+    "report",
+    "evaluate",
+]
+LIGHT = ("conversation", "chat_format", "opendata")
+HEAVY = {"torch", "transformers", "datasets", "pandas", "deepspeed", "accelerate", "peft", "gradio"}
+MODULES = sorted((ROOT / "sft").glob("*.py"))
+
+
+def tracked() -> list[str]:
+    done = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout.split("\n")[:-1]
+
+
+def imports(path) -> set[str]:
+    """Modules that a file imports, at its top level or inside a function."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module == "sft":
+            names |= {f"sft.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module or "")
+    return names
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+def test_a_module_imports_only_from_those_before_it(path):
+    if path.stem == "__init__":
+        assert path.read_text() == ""
+        return
+    place = ORDER.index(path.stem)
+    ours = {name.split(".")[1] for name in imports(path) if name.startswith("sft.")}
+    assert ours <= set(ORDER[:place])
+    assert not {"train", "web_demo"} & imports(path)
+
+
+@pytest.mark.parametrize("name", LIGHT)
+def test_the_data_side_starts_without_torch_and_transformers(name):
+    assert not {module.split(".")[0] for module in imports(ROOT / "sft" / f"{name}.py")} & HEAVY
+
+
+def test_nothing_that_must_not_exist_is_there():
+    names = [path.rsplit("/")[-1] for path in tracked()]
+    assert not [name for name in names if name in ("utils.py", "common.py", "helpers.py")]
+    assert not [name for name in names if re.search(r"_(old|v2)\.", name)]
+    assert not [path for path in tracked() if re.match(r"sft/.+/", path) and path.endswith(".py")]
+    for path in [*MODULES, ROOT / "train.py", ROOT / "web_demo.py"]:
+        text = path.read_text(encoding="utf-8")
+        assert not re.search(r"class \w*(Config|Manager|Factory|Registry)\b", text), path
+        assert "trust_remote_code=True" not in text, path
+
+
+def test_functions_stay_short():
+    sizes = []
+    for path in [*MODULES, ROOT / "train.py", ROOT / "web_demo.py"]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef):
+                sizes.append(node.end_lineno - node.lineno + 1)
+    assert statistics.median(sizes) <= 15
+    assert max(sizes) <= 80
+
+
+def test_each_published_text_of_a_format_has_one_home():
+    for literal in ("|Bot|:", "### Response", "<|im_start|>assistant", "[/INST]"):
+        homes = [path.name for path in MODULES if literal in path.read_text(encoding="utf-8")]
+        assert homes[0] == "chat_format.py" and set(homes) <= {"chat_format.py", "opendata.py"}, literal
+
+
+@pytest.mark.parametrize("name", ["README.md", "README.zh.md"])
+def test_the_readmes_tree_is_the_tree(name):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    block = re.search(r"```\n(data_proj/.*?|README\.md.*?)```", text, re.DOTALL).group(1)
+    listed, folder = set(), ""
+    for line in block.splitlines():
+        found = re.match(r"( *)(\S+)", line)
+        if not found or len(found.group(1)) > 2:
+            continue
+        name_ = found.group(2)
+        folder = "" if not found.group(1) else folder
+        listed.add((folder + name_).rstrip("/"))
+        if not found.group(1):
+            folder = name_ if name_.endswith("/") else ""
+    there = {path.split("/")[0] for path in tracked()} | {path for path in tracked() if path.startswith("sft/")}
+    there -= {".gitignore", ".gitattributes", "sft/__init__.py", ".ci"}
+    missing = {path for path in there if path not in listed and path.rstrip("/") not in listed}
+    assert missing == set()
+    generated = {"data_proj/opendata", "runs"}
+    assert {path for path in listed if not (ROOT / path).exists()} <= generated
