@@ -38,7 +38,7 @@ MAX_TURNS = 50
 MAX_WAITING = 20  # replies in the queue
 MAX_UNREAD = 20  # updates that nobody fetches before a reply is given up
 MAX_BODY = 256 * 1024  # bytes of a request
-SECONDS_BETWEEN_UPDATES = 0.05
+SECONDS_BETWEEN_UPDATES = 0.02
 
 SLIDERS = {  # lowest, highest, step; the defaults are Sampling's
     "temperature": (0.0, 2.0, 0.05),
@@ -73,7 +73,7 @@ CSS = ".message { contain: paint } [data-testid=status-tracker]:has(> .error) { 
 # A `<` that could open a tag or a comment, a `!` that could open an image; and a fenced code block as marked, the
 # page's Markdown reader, sees it.
 OPENER = r"<(?=[A-Za-z/!?])|!(?=\[)"
-FENCE = r"^(`{3,}(?=[^`\n]*$)|~{3,})[^\n]*(?:\n|\Z)(?:[\s\S]*?\n)??(?: {0,3}\1[~`]* *$|\Z)"
+FENCE = r"^(`{3,}(?=[^`\n]*$)|~{3,})[^\n]*(?:\Z|\n(?:(?:[\s\S]*?\n)?? {0,3}\1[~`]* *$|[\s\S]*))"
 THINKING = re.compile(r"\s*<think>(.*?)(</think>|\Z)", re.S)
 JOINER = "\u2060"  # invisible
 
@@ -186,9 +186,9 @@ class Handlers:
         try:
             with closing(self.chat.stream_reply(messages, sampling)) as stream:
                 for said in stream:
+                    if not self.has_reader(request.session_hash):
+                        return
                     if time.monotonic() - shown_at >= SECONDS_BETWEEN_UPDATES:
-                        if not self.has_reader(request.session_hash):
-                            return
                         yield _with_reply(conversation, said.text)
                         shown_at = time.monotonic()
         except Exception as error:  # whatever the model raises: the log says why, the page only that

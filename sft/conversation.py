@@ -235,7 +235,7 @@ def _choose_codec(head: bytes, encoding: str) -> str:
         likely = _guess_encoding(head)
     if not likely.startswith("utf-8"):
         raise ValueError(f"not UTF-8 text, it looks like {likely}; read it with --encoding {likely}, or convert it")
-    return "utf-8-sig"
+    return "utf-8"
 
 
 def _guess_encoding(head: bytes) -> str:
@@ -271,7 +271,7 @@ def _read_chunks(stream: BinaryIO, zipped: bool, size: int) -> Iterator[bytes]:
 
 def _decode(chunks: Iterator[bytes], encoding: str) -> Iterator[str]:
     """Text, with undecodable bytes as lone surrogates; a RecordError comes last."""
-    decoder = codecs.getincrementaldecoder(encoding)("surrogateescape" if encoding == "utf-8-sig" else "sft_escape")
+    decoder = codecs.getincrementaldecoder(encoding)("surrogateescape" if encoding == "utf-8" else "sft_escape")
     fault = None
     try:
         for chunk in chunks:

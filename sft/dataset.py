@@ -11,9 +11,8 @@ import numpy as np
 
 from sft.chat_format import Renderer
 from sft.conversation import RecordError, list_files, read_conversations
+from sft.opendata import EVAL, TRAIN
 
-# The names under which sft.opendata writes the two sides of its split.
-TRAIN_FILE, EVAL_FILE = "train.json", "eval.json"
 BATCH_SIZE = 1000  # conversations per call of the tokenizer: enough to keep its threads busy, little memory
 LOST = ("rejected", "prompt_too_long", "no_trained_token", "boundary")
 
@@ -50,7 +49,7 @@ def find_files(data_path: Sequence[str], eval_data_path: Sequence[str] = ()) -> 
     """
     train = [file for path in data_path for file in list_files(path)]
     held_out = [file for path in eval_data_path for file in list_files(path)]
-    beside = [file for file in train if Path(file).name == EVAL_FILE and str(Path(file).with_name(TRAIN_FILE)) in train]
+    beside = [file for file in train if Path(file).name == EVAL and str(Path(file).with_name(TRAIN)) in train]
     train = [file for file in dict.fromkeys(train) if file not in beside]
     both = {str(Path(file).resolve()) for file in train} & {str(Path(file).resolve()) for file in held_out}
     if both:

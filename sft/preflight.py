@@ -85,7 +85,7 @@ def check_deepspeed_config(path: str | None) -> list[str]:
     if not isinstance(config, dict):
         return [f"--deepspeed {path}: must hold a JSON object"]
     problems = [
-        f"--deepspeed {path}: remove the {block!r} block; the flags of train.py set it, and the block would override them"
+        f"--deepspeed {path}: remove the {block!r} block; it would override the flags of train.py"
         for block in ("optimizer", "scheduler")
         if block in config
     ]

@@ -267,6 +267,19 @@ def test_text_in_is_text_out(tmp_path):
     path = write(tmp_path / "a.json", [{"instruction": text, "output": text} for text in odd])
     build(path, tmp_path / "out", without=["strip_edges"])
     assert texts(tmp_path / "out") == [[text, text] for text in odd]
+    assert "👩‍👩‍👧" in (tmp_path / "out/train.json").read_text(encoding="utf-8")
+
+
+def test_percentiles_are_lengths_that_so_many_conversations_do_not_exceed(tmp_path):
+    rows = [{"instruction": "q", "output": "x" * length} for length in range(1, 11)]
+    total = build(write(tmp_path / "a.json", rows), tmp_path / "out", without=["drop_cut_off"])["total"]
+    assert total["characters"] == {"p50": 6, "p90": 10, "p99": 11}
+
+
+def test_our_own_output_can_be_read_again_and_keeps_its_sources(tmp_path):
+    build(write(tmp_path / "a.json", [record(1), record(2)]), tmp_path / "out")
+    build(str(tmp_path / "out"), tmp_path / "again")
+    assert (tmp_path / "again/train.json").read_bytes() == (tmp_path / "out/train.json").read_bytes()
 
 
 def messy_folder(folder):
@@ -304,6 +317,8 @@ def test_a_sample_has_exactly_its_size_and_is_spread_over_all_files_of_its_input
     rows = ledger["files"].values()
     assert (ledger["total"]["train"], ledger["total"]["not_sampled"]) == (90, 510)
     assert all(15 <= row["train"] <= 45 for row in rows)
+    places = [row["id"].split(":") for row in read_lines(tmp_path / "out/train.json")]
+    assert places == sorted(places, key=lambda place: (place[0], int(place[1])))
     other = build(f"{tmp_path}/in@90", tmp_path / "other", seed=1)
     assert other["total"]["train"] == 90
     assert digests(tmp_path / "other")["train.json"] != digests(tmp_path / "out")["train.json"]
@@ -375,22 +390,11 @@ def test_the_table_fits_120_columns_and_adds_up(tmp_path, capsys):
     write(tmp_path / "in/b.json", [record(1), "broken"])
     print_ledger(build(str(tmp_path / "in"), tmp_path / "out"))
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == [
-        "file",
-        "in",
-        "train",
-        "eval",
-        "dupl.",
-        "near",
-        "unsampled",
-        "dropped",
-        "rejected",
-        "p50",
-        "p90",
-        "p99",
+    assert [" ".join(line.split()) for line in lines[:2] + lines[3:4]] == [
+        "file in train eval dupl. near unsampled dropped rejected p50 p90 p99",
+        "b.json 2 1 0 0 0 0 0 1 19 19 19",
+        "total 4 2 0 1 0 0 0 1 19 19 19",
     ]
-    assert lines[1].split() == ["b.json", "2", "1", "0", "0", "0", "0", "0", "1", "19", "19", "19"]
-    assert lines[3].split() == ["total", "4", "2", "0", "1", "0", "0", "0", "1", "19", "19", "19"]
     assert lines[-1] == "rejected: malformed_json 1"
     assert max(map(opendata._width, lines)) <= 120
 

@@ -57,7 +57,8 @@ def test_what_is_no_markup_is_left_as_it_is():
 def test_fenced_code_is_left_as_it_is_for_copying():
     code = "```html\n<b>x</b>\n```"
     assert shown(f"<i>\n{code}\n<i>") == [f"<{JOINER}i>\n{code}\n<{JOINER}i>"]
-    assert shown("~~~\n<b>\n~~~") == ["~~~\n<b>\n~~~"]
+    for code in ("~~~\n<b>\n~~~", "```\n```", "```\n<b>", "````\n```\n<b>", "```c++\nstd::map<a, b> x;\n```\n好"):
+        assert shown(code) == [code]
 
 
 @pytest.mark.parametrize(
@@ -180,6 +181,11 @@ def test_a_lone_surrogate_is_replaced(chat):
 def test_an_empty_message_is_refused(chat):
     with pytest.raises(gr.Error, match="type a message first"):
         handlers(chat).say(" \n", [], "")
+
+
+def test_replies_to_new_edited_and_repeated_questions_wait_in_one_queue(chat):
+    replies = [function for function in web_demo.build_page(chat).fns.values() if function.name == "reply"]
+    assert [function.concurrency_id for function in replies] == ["model"] * 4
 
 
 # --- the command --------------------------------------------------------------------------------------------------
