@@ -154,7 +154,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> tuple[ModelArguments, Da
         on_cpu = given["use_cpu"] or not torch.cuda.is_available()
         given |= models.choose_compute(bf16=given["bf16"], fp16=given["fp16"], use_cpu=on_cpu)
         if given["deepspeed"] and on_cpu:
-            given["accelerator_config"] = start_deepspeed_on_cpu()
+            given |= {"accelerator_config": start_deepspeed_on_cpu(), "use_cpu": False}
+        elif on_cpu:
+            given["use_cpu"] = True
         groups = []
         for group in (ModelArguments, DataArguments, TrainingArguments):
             names = {entry.name for entry in fields(group) if entry.init}

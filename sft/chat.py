@@ -22,7 +22,7 @@ from typing import NamedTuple
 from sft.chat_format import FORMAT_NAMES, Renderer
 from sft.conversation import RecordError, read_file, read_record
 from sft.dataset import batches
-from sft.model import check_model_path, load_tokenizer
+from sft.model import check_model_path, from_pretrained, load_tokenizer
 
 
 class Reply(NamedTuple):
@@ -201,10 +201,8 @@ def load_chat(
         from peft import AutoPeftModelForCausalLM as Model
     else:
         from transformers import AutoModelForCausalLM as Model
-    try:
-        model = Model.from_pretrained(model_path, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code)
-    except OSError as error:
-        raise ValueError(f"{model_path}: the model can't be loaded: {str(error).splitlines()[0]}") from None
+    options = {"dtype": getattr(torch, dtype), "trust_remote_code": trust_remote_code}
+    model = from_pretrained(Model, model_path, **options)
     return Chat(model.to(device).eval(), Renderer(tokenizer, chat_format))
 
 

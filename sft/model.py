@@ -31,11 +31,30 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False):
     """
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except Exception as error:  # tokenizers raises plain Exception
+        raise unloadable(path, "tokenizer", error) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     tokenizer.padding_side = "right"
     return tokenizer
+
+
+def from_pretrained(model_class, path: str, **options):
+    """Load a model; whatever is wrong with it comes as one ValueError that names the path."""
+    from safetensors import SafetensorError
+
+    try:
+        return model_class.from_pretrained(path, **options)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise unloadable(path, "model", error) from error
+
+
+def unloadable(path: str, what: str, error: Exception) -> ValueError:
+    """The ValueError that says in a line why the model or tokenizer of `path` can't be loaded."""
+    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return ValueError(f"{path}: the {what} can't be loaded: {reason[:300]}")
 
 
 def choose_compute(*, bf16: bool, fp16: bool, use_cpu: bool = False) -> dict[str, bool]:
@@ -84,10 +103,7 @@ def load_model(
         options["attn_implementation"] = attn_implementation
     if load_in_4bit:
         options |= _four_bit(compute)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(path, **options)
-    except OSError as error:
-        raise ValueError(f"{path}: the model can't be loaded: {str(error).splitlines()[0]}") from None
+    model = from_pretrained(AutoModelForCausalLM, path, **options)
     model.config.use_cache = False
     return model
 

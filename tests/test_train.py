@@ -113,11 +113,7 @@ def test_a_resumed_run_ends_in_the_same_bits_as_one_that_never_stopped(finished,
     first, second = (load_file(folder / "model.safetensors") for folder in (finished, again))
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
-    losses = [
-        [(e["step"], e["loss"]) for e in json.loads((f / "run.json").read_text())["log_history"] if "loss" in e]
-        for f in (finished, again)
-    ]
-    assert losses[0] == losses[1]
+    assert losses_of(finished) == losses_of(again)
 
 
 def test_lora_trains_the_rows_of_untrained_control_tokens_and_merges_to_equal_logits(tiny_base, data, tmp_path):
@@ -142,6 +138,30 @@ def test_the_trainer_starts_from_fp32_masters_whatever_the_file_holds(tiny_base)
     from sft.model import load_model
 
     assert {p.dtype for p in load_model(str(tiny_base("bloom"))).parameters()} == {torch.float32}
+
+
+def losses_of(output) -> list[float]:
+    return [entry["loss"] for entry in json.loads((output / "run.json").read_text())["log_history"] if "loss" in entry]
+
+
+@pytest.mark.parametrize("family", ["bloom", "falcon", "qwen3"])
+def test_gradient_checkpointing_changes_nothing_and_bf16_hardly_anything(family, tiny_base, data, tmp_path):
+    def losses(*flags):
+        output = tmp_path / ("run" + "".join(flags))
+        return losses_of(run(tiny_base(family), data, output, "--max_steps", "4", "--logging_steps", "1", *flags))
+
+    plain = losses()
+    assert losses("--gradient_checkpointing", "true") == plain
+    assert losses("--bf16", "true") == pytest.approx(plain, abs=0.02)
+
+
+def test_accumulated_batches_weigh_every_trained_token_alike(tiny_base, data, tmp_path):
+    """1 x 4 rows and 4 x 1 row are the same update, though the rows have different numbers of trained tokens."""
+    whole = run(tiny_base("bloom"), data, tmp_path / "whole", "--max_steps", "2")
+    flags = ("--max_steps", "2", "--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "4")
+    parts = run(tiny_base("bloom"), data, tmp_path / "parts", *flags)
+    first, second = (load_file(folder / "model.safetensors") for folder in (whole, parts))
+    assert max((first[name] - second[name]).abs().max().item() for name in first) < 1e-5
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_without_a_model(tiny_base, data, tmp_path):
