@@ -117,7 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         trainer.add_callback(ProgressWithSpeed)
     record = {
         **provenance(),
-        "model": model_arguments.model_name_or_path,
+        "model": models.absolute(model_arguments.model_name_or_path),
         "chat_format": renderer.name,
         "seed": training_arguments.seed,
         "data": {"train": file_hashes(train_files), "eval": file_hashes(eval_files)},

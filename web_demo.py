@@ -36,7 +36,7 @@ MAX_MESSAGE = 8_000  # characters of a message or of the system prompt
 MAX_CONVERSATION = 32_000  # characters, counted before anything is tokenised
 MAX_TURNS = 50
 MAX_WAITING = 20  # replies in the queue
-MAX_UNREAD = 20  # updates that nobody fetches before a reply is given up
+MAX_UNREAD = 50  # updates that nobody fetches before a reply is given up
 MAX_BODY = 256 * 1024  # bytes of a request
 SECONDS_BETWEEN_UPDATES = 0.02
 
@@ -258,8 +258,8 @@ def build_page(chat: Chat) -> gr.Blocks:
 
 
 def _slider(name: str, low: float, high: float, step: float) -> gr.Slider:
-    precision = 0 if isinstance(step, int) else None
-    return gr.Slider(low, high, getattr(Sampling(), name), step=step, precision=precision, label=I18N(name))
+    default, precision = getattr(Sampling(), name), 0 if isinstance(step, int) else None
+    return gr.Slider(low, high, default, step=step, precision=precision, label=I18N(name), min_width=300)
 
 
 def _connect(handlers: Handlers, conversation, shown, box, system, sliders) -> None:

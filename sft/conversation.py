@@ -393,8 +393,13 @@ def _measure(buffer: str, start: int, *, ended: bool) -> tuple[int, RecordError 
         return 0, RecordError("too_deep", "the record is nested too deeply to be a conversation")
     if position >= len(buffer) - (0 if ended else LOOKAHEAD) or message.startswith("Unterminated string"):
         return 0, RecordError("truncated", "the record is cut off: its end is missing")
-    where = f"at character {position - start + 1} of the record"
-    return 0, RecordError("malformed_json", f"{message} {where}; this is not valid JSON")
+    return 0, _malformed(message, position - start)
+
+
+def _malformed(message: str, position: int) -> RecordError:
+    # Some of json's messages end in "at" already.
+    where = f"{message.removesuffix(' at')} at character {position + 1} of the record"
+    return RecordError("malformed_json", f"{where}; this is not valid JSON")
 
 
 def _take_broken(text: _Text, error: RecordError, *, in_array: bool) -> tuple[str, RecordError]:
@@ -467,8 +472,7 @@ def parse_record(raw: str) -> object:
     except RecordError:
         raise
     except json.JSONDecodeError as error:
-        message = f"{error.msg} at character {error.pos + 1} of the record; not valid JSON"
-        raise RecordError("malformed_json", message) from error
+        raise _malformed(error.msg, error.pos) from error
     except RecursionError as error:
         raise RecordError("too_deep", "the record is nested too deeply to be a conversation") from error
     except ValueError as error:

@@ -24,6 +24,11 @@ def check_model_path(path: str, names: Sequence[str] = ("config.json",)) -> str 
     return f"{path}: no such folder; name a local model folder or a hub model (owner/name)"
 
 
+def absolute(path: str) -> str:
+    """Return a local folder's absolute path, and a hub name as it is."""
+    return str(Path(path).expanduser().resolve()) if Path(path).expanduser().is_dir() else path
+
+
 def load_tokenizer(path: str, *, trust_remote_code: bool = False):
     """Load the tokenizer with an existing pad token: its own, else unk, else eos; embeddings are never resized.
 
