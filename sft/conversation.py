@@ -375,10 +375,11 @@ def _scan(text: _Text) -> int:
             raise RecordError("too_large", f"the record is longer than {MAX_RECORD >> 20} Mi characters; split it")
         # A number close to the end of the buffer may go on behind it.
         complete = length and text.start + length < len(text.buffer) - LOOKAHEAD
-        if complete or not text.grow():
+        if complete or text.ended:
             if error:
                 raise error
             return length
+        text.grow()
 
 
 def _measure(buffer: str, start: int, *, ended: bool) -> tuple[int, RecordError | None]:

@@ -324,6 +324,7 @@ BROKEN = '{"instruction": "b" "output": "x"}'
         (f'{pair(1)}\n{{"instruction": "b",\n{pair(2)}', [("1", "q1"), ("2", "malformed_json"), ("3", "q2")]),
         (f'{{"messages": [{{"role": "user"\n{pair(1)}\n{pair(2)}', [("1", "malformed_json"), ("2", "q1"), ("3", "q2")]),
         (f'{pair(1)}\n{{"instruction": "b", "out', [("1", "q1"), ("2", "truncated")]),
+        (f"{pair(1)}\nno json", [("1", "q1"), ("2", "malformed_json")]),
         (f"{pair(1)}\n" + "\0" * 99, [("1", "q1"), ("2", "malformed_json")]),
         ("\0" * 99, [("1", "malformed_json")]),
         (f"[{pair(1)}, {BROKEN}, {pair(2)}]", [("1", "q1"), ("1.2", "malformed_json"), ("1.3", "q2")]),
@@ -498,7 +499,7 @@ def test_an_unreadable_file_is_an_error_of_the_file(tmp_path):
 
 
 def test_a_line_break_inside_a_string_is_told_in_plain_words(tmp_path):
-    (raw, _) = read_file(write(tmp_path, '{"instruction": "a\nb"}'))
+    raw, _ = read_file(write(tmp_path, '{"instruction": "a\nb"}'))
     assert str(raw.error) == "Invalid control character at character 19 of the record; this is not valid JSON"
 
 

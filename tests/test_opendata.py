@@ -357,14 +357,14 @@ def test_the_held_out_split_stays_when_data_is_added_and_shares_no_prompt(tmp_pa
 def test_near_duplicates_are_verified_by_what_they_share(tmp_path):
     base = "".join(random.Random(0).choices("的一是不了在人有我他这个们中来上大为和国", k=200))
     rows = [
+        {"instruction": "q", "output": base[::-1] + "。"},
         {"instruction": "q", "output": base + "。"},
         {"instruction": "q", "output": base[:-3] + "好好好。"},
         {"instruction": "q", "output": base[:120] + "。"},
-        {"instruction": "q", "output": base[::-1] + "。"},
     ]
     ledger = build(write(tmp_path / "a.json", rows), tmp_path / "out", near_duplicates=0.8)
     assert (ledger["total"]["train"], ledger["total"]["near_duplicates"]) == (3, 1)
-    assert [row["id"] for row in read_lines(tmp_path / "out/train.json")] == ["a.json:1", "a.json:3", "a.json:4"]
+    assert [row["id"] for row in read_lines(tmp_path / "out/train.json")] == ["a.json:1", "a.json:2", "a.json:4"]
 
 
 def test_each_rule_has_a_switch(tmp_path, capsys):
