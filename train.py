@@ -14,6 +14,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
+from sft.model import PATIENT_THREADS
+
+os.environ.setdefault(*PATIENT_THREADS)
+
 import torch
 import transformers
 from transformers import HfArgumentParser, ProgressCallback, set_seed
@@ -64,7 +68,7 @@ class DataArguments:
         default=0.05, metadata={"help": "Stop when a larger share of the conversations would be lost."}
     )
     num_reply_prompts: int = field(
-        default=16,
+        default=12,
         metadata={"help": "Questions of the data answered at the end for the stop rate, beside four fixed prompts."},
     )
     max_new_tokens: int = field(default=128, metadata={"help": "Longest reply before and after training, in tokens."})
@@ -127,7 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     questions = pick_questions(train_files, data_arguments)
     before = reply_all(trainer, renderer, questions, data_arguments.max_new_tokens)
     trainer.train(resume_from_checkpoint=checkpoint)
-    metrics = trainer.evaluate() if len(held_out) else {}
+    metrics = last_evaluation(trainer)
     save(trainer, renderer)
     after = reply_all(trainer, renderer, questions, data_arguments.max_new_tokens)
     if trainer.is_world_process_zero():
@@ -281,6 +285,14 @@ class ProgressWithSpeed(ProgressCallback):
             self.training_bar.set_postfix_str(f"loss {logs['loss']:.3f}, {speed:,.0f} tokens/s")
 
 
+def last_evaluation(trainer: Trainer) -> dict[str, float]:
+    """Return the metrics on the held-out rows after the last step, evaluating only if that was not just done."""
+    if trainer.eval_dataset is None:
+        return {}
+    last = next((entry for entry in reversed(trainer.state.log_history) if "eval_loss" in entry), {})
+    return last if last.get("step") == trainer.state.global_step else trainer.evaluate()
+
+
 def token_accuracy(prediction) -> dict[str, float]:
     """Share of trained tokens that the model ranks first; predictions and labels (batch, length), unshifted."""
     guesses, labels = prediction.predictions[:, :-1], prediction.label_ids[:, 1:]
@@ -342,7 +354,8 @@ def pick_questions(files: Sequence[str], data_arguments: DataArguments) -> list[
             if error is None and [message["role"] for message in conversation["messages"]] == ["user", "assistant"]:
                 question, answer = (message["content"].strip() for message in conversation["messages"])
                 answers.setdefault(question, []).append(answer)
-                pool.append(question)
+                if len(question) <= 200:
+                    pool.append(question)
             if len(pool) >= 1000:
                 break
         chosen += pool[:: max(1, len(pool) // share)][:share] if share else []

@@ -22,7 +22,7 @@ from typing import NamedTuple
 from sft.chat_format import FORMAT_NAMES, Renderer
 from sft.conversation import RecordError, read_file, read_record
 from sft.dataset import batches
-from sft.model import check_model_path, from_pretrained, load_tokenizer
+from sft.model import PATIENT_THREADS, check_model_path, from_pretrained, load_tokenizer
 
 
 class Reply(NamedTuple):
@@ -189,6 +189,7 @@ def load_chat(
     trust_remote_code: bool = False,
 ) -> Chat:
     """Load a checkpoint (full or LoRA adapter) for talking: bf16 on a GPU that has it, fp32 on a CPU."""
+    os.environ.setdefault(*PATIENT_THREADS)
     import torch
 
     if problem := check_model_path(model_path, names=("config.json", "adapter_config.json")):

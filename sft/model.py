@@ -8,6 +8,10 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+# OpenMP's idle threads spin: on a CPU that is busy with anything else too, generation took 100 times as long
+# (dev/LOG.md). It must stand in the environment before torch is imported.
+PATIENT_THREADS = ("OMP_WAIT_POLICY", "PASSIVE")
+
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
