@@ -28,7 +28,7 @@ from sft.chat_format import IGNORE_INDEX, Renderer, check_contract
 from sft.checkpoint import find_checkpoint, move_into_place, saved_shapes, verify_saved
 from sft.collate import PaddingCollator
 from sft.conversation import read_conversations
-from sft.dataset import Examples, check_losses, file_hashes, find_files, ledger_lines, tokenise
+from sft.dataset import CACHE_DIR, Examples, check_losses, file_hashes, find_files, ledger_lines, prepare
 from sft.preflight import check_arguments, paint
 from sft.report import plot_losses, provenance, write_json
 
@@ -64,6 +64,7 @@ class DataArguments:
         default="auto", metadata={"help": "auto, blossom, chatml, alpaca, mistral, or base (its own)."}
     )
     max_length: int = field(default=2048, metadata={"help": "Longest row, in tokens."})
+    cache_dir: str = field(default=CACHE_DIR, metadata={"help": "Where tokenised data is kept, by content."})
     max_lost: float = field(
         default=0.05, metadata={"help": "Stop when a larger share of the conversations would be lost."}
     )
@@ -100,10 +101,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     set_seed(training_arguments.seed)
     tokenizer, renderer = load_renderer(model_arguments, data_arguments)
     train_files, eval_files = find_files(data_arguments.data_path, data_arguments.eval_data_path or ())
-    settings = {"max_length": data_arguments.max_length, "encoding": data_arguments.encoding}
-    examples, ledger = tokenise(train_files, renderer, **settings)
+    settings = {name: getattr(data_arguments, name) for name in ("max_length", "encoding", "cache_dir")}
+    examples, ledger = prepare(train_files, renderer, say=say, **settings)
     check_losses(ledger, data_arguments.max_lost)
-    held_out, eval_ledger = tokenise(eval_files, renderer, **settings)
+    held_out, eval_ledger = prepare(eval_files, renderer, say=say, **settings)
     checkpoint = checkpoint_to_resume(training_arguments)
 
     model = build_model(model_arguments, training_arguments, tokenizer, renderer)

@@ -16,10 +16,13 @@ text is rendered without edge whitespace, and in formats made of ordinary charac
 merge with the reply's first word.
 """
 
+import hashlib
+import itertools
 import json
+import random
 import re
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
@@ -121,6 +124,18 @@ class Rendered(NamedTuple):
     input_ids: np.ndarray
     labels: np.ndarray
     outcome: str
+
+
+class Rows(NamedTuple):
+    """A batch of conversations as flat arrays: `input_ids` and `labels` (tokens,) int32, `lengths` (rows,) int64.
+
+    `outcomes` has one entry per conversation, as in `Rendered`; one that was lost has no row.
+    """
+
+    input_ids: np.ndarray
+    labels: np.ndarray
+    lengths: np.ndarray
+    outcomes: list[str]
 
 
 # --- rows of the table, bound to a tokenizer ----------------------------------------------------------------------
@@ -329,6 +344,8 @@ class Renderer:
             self.chat_template = jinja_template(row, bos)
             self._layout = lru_cache(4096)(lambda roles: table_layout(row, roles, bos))
         self._backend, self._sentinels = unforgeable_backend(tokenizer)
+        self._stretches = lru_cache(4096)(self._find_stretches)
+        self.encoder, self._encode_flat = "tokenizers", None
         self._controls = _alternatives(self._sentinels)
         layout = self._layout(("user", "assistant"))
         used = [self._controls.findall(part.text or "") for part in layout]
@@ -389,11 +406,122 @@ class Renderer:
             empty = np.zeros(0, dtype=np.int32)
             return Rendered(empty, empty, error.reason)
 
+    def render_rows(self, batch: Sequence[Sequence[dict]], *, max_length: int | None = None) -> Rows:
+        """Render conversations as `render` does, in bulk: no Python per token, none per row that simply fits."""
+        if self._encode_flat is None:
+            return _to_rows([self.render_or_reason(messages, max_length=max_length) for messages in batch])
+        texts, in_loss, counts = [], [], []
+        for messages in batch:
+            stretches = self._stretches(tuple(message["role"] for message in messages))
+            contents = [message["content"].strip() for message in messages]
+            for pieces, reply in stretches:
+                texts.append("".join([contents[piece] if isinstance(piece, int) else piece for piece in pieces]))
+                in_loss.append(reply >= 0 and messages[reply].get("train", True))
+            counts.append(len(stretches))
+        ids, lengths = self._encode_flat(texts)
+        row_of = np.repeat(np.arange(len(batch)), counts)
+        row_lengths = np.bincount(row_of, weights=lengths, minlength=len(batch)).astype(np.int64)
+        num_trained = np.bincount(row_of, weights=lengths * in_loss, minlength=len(batch))
+        labels = np.where(np.repeat(in_loss, lengths), ids, np.int32(IGNORE_INDEX))
+        odd = (num_trained == 0) | (row_lengths > (max_length or np.inf))
+        if not odd.any():
+            return Rows(ids, labels, row_lengths, ["whole"] * len(batch))
+        cuts = np.cumsum(row_lengths)[:-1]
+        rows = zip(np.split(ids, cuts), np.split(labels, cuts), odd, batch, strict=True)
+        return _to_rows(
+            [
+                self.render_or_reason(messages, max_length=max_length) if again else Rendered(row, row_labels, "whole")
+                for row, row_labels, again, messages in rows
+            ]
+        )
+
+    def _find_stretches(self, roles: tuple[str, ...]) -> list[tuple[tuple[str | int, ...], int]]:
+        """Cut a layout where the loss begins and ends: (texts and indices of contents, index of the reply or -1)."""
+        stretches: list[tuple[tuple[str | int, ...], int]] = []
+        for part in self._layout(roles):
+            reply = part.message if part.in_loss else -1
+            piece = part.message if part.text is None else self._literal(part.text)
+            if stretches and stretches[-1][1] == reply:
+                stretches[-1] = ((*stretches[-1][0], piece), reply)
+            elif piece != "":
+                stretches.append(((piece,), reply))
+        return stretches
+
+    def use_bulk_encoder(self, sample: Sequence[Sequence[dict]] = ()) -> str:
+        """Choose the fastest encoder that proves equal to `render` on odd texts and on `sample`; return its name.
+
+        Stretches are encoded one by one, so words must not reach over them: tokenizers without a pre-tokenizer that
+        splits, or with one that puts a space in front of each stretch, keep the slower way.
+        """
+        proof = [*_probes(), *_odd_conversations(), *sample]
+        expected = _to_rows([self.render_or_reason(messages) for messages in proof])
+        for name, encoder in _bulk_encoders(self._backend):
+            self.encoder, self._encode_flat = name, encoder
+            found = self.render_rows(proof)
+            if all(np.array_equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True)):
+                return name
+        return self.use_slow_encoder()
+
+    def use_slow_encoder(self) -> str:
+        """Go back to encoding whole conversations, with offsets; return the encoder's name."""
+        self.encoder, self._encode_flat = "tokenizers, with offsets", None
+        return self.encoder
+
+    def fingerprint(self) -> str:
+        """A hash of all that decides ids and labels: the tokenizer, and the format as a template."""
+        parts = [self.tokenizer.backend_tokenizer.to_str(), self.chat_template, self.name]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
     def decode(self, reply_ids: Sequence[int]) -> str:
         """Decode a generated reply up to its first stop token."""
         ids = [int(token) for token in reply_ids]
         ends = [ids.index(stop) for stop in self.stop_ids if stop in ids]
         return self.tokenizer.decode(ids[: min(ends, default=len(ids))], skip_special_tokens=True).strip()
+
+
+def _to_rows(rendered: Sequence[Rendered]) -> Rows:
+    kept = [row for row in rendered if len(row.input_ids)]
+    nothing = np.zeros(0, dtype=np.int32)
+    ids, labels = (np.concatenate([nothing, *(row[place] for row in kept)]) for place in (0, 1))
+    lengths = np.asarray([len(row.input_ids) for row in kept], dtype=np.int64)
+    return Rows(ids, labels, lengths, [row.outcome for row in rendered])
+
+
+def _bulk_encoders(backend: Tokenizer) -> Iterable[tuple[str, Callable]]:
+    """Encoders of many texts into one array, the fastest first: texts -> (ids, tokens per text)."""
+    if not _splits_words(json.loads(backend.to_str())):
+        return
+    try:
+        from fastokens import Tokenizer as FastTokenizer
+
+        fast = FastTokenizer.from_json_str(backend.to_str())
+    except (ImportError, ValueError, RuntimeError, NotImplementedError):
+        fast = None
+    if fast is not None:
+
+        def encode_fast(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+            ids, starts = fast.encode_batch_flat(texts)
+            return np.frombuffer(ids, dtype=np.uint32).astype(np.int32), np.diff(np.frombuffer(starts, dtype=np.int64))
+
+        yield "fastokens", encode_fast
+
+    def encode(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        lists = [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+        lengths = np.fromiter(map(len, lists), dtype=np.int64, count=len(lists))
+        flat = itertools.chain.from_iterable(lists)
+        return np.fromiter(flat, dtype=np.int32, count=int(lengths.sum())), lengths
+
+    yield "tokenizers", encode
+
+
+def _splits_words(spec: dict) -> bool:
+    """Say whether a pattern splits text into words, so that a stretch's beginning doesn't depend on what is before."""
+    names = json.dumps([spec["normalizer"], spec["pre_tokenizer"]])
+    return (
+        spec["model"]["type"] == "BPE"
+        and '"ByteLevel"' in names
+        and not re.search(r'"(Metaspace|Prepend)"|"add_prefix_space": true', names)
+    )
 
 
 def _label(parts: list[Part], encoding, max_length: int | None) -> Rendered:
@@ -501,6 +629,26 @@ def check_contract(renderer: Renderer, conversations: Iterable[Sequence[dict]] =
     if controls & set(renderer._backend.encode(forged, add_special_tokens=False).ids):
         problems["control tokens typed in a message become control ids"] = None
     return list(problems)
+
+
+def _odd_conversations() -> Iterable[list[dict]]:
+    """Conversations of random pieces that tokenizers treat in their own ways; the same at each call."""
+    pieces = [
+        *"7(|。.…#\t\n\r \\\x00\xa0\u2028\u3000▁𠀀😀‍é",
+        "你好",
+        "Hello",
+        "**",
+        "e\u0301",
+        "'s",
+        "</s>",
+        "<think>",
+        "12345",
+    ]
+    source = random.Random(0)
+    for _ in range(60):
+        texts = ["".join(source.choices(pieces, k=source.randint(1, 9))) + source.choice(["x", "字"]) for _ in range(4)]
+        roles = ("user", "assistant", "user", "assistant")
+        yield [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
 
 
 def _probes() -> Iterable[list[dict]]:

@@ -1,27 +1,35 @@
-"""Canonical or raw files -> tokenised examples in flat arrays, and the account of every conversation on the way."""
+"""Canonical or raw files -> tokenised examples, cached by content; and the account of every conversation."""
 
+import fcntl
 import hashlib
 import itertools
+import json
+import os
+import shutil
 from array import array
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
+from tqdm.auto import tqdm
 
-from sft.chat_format import Renderer
-from sft.conversation import RecordError, list_files, read_conversations
+from sft.chat_format import IGNORE_INDEX, Renderer, Rows
+from sft.conversation import list_files, read_conversations
 from sft.opendata import EVAL, TRAIN
 
 BATCH_SIZE = 1000  # conversations per call of the tokenizer: enough to keep its threads busy, little memory
+PROOF_SIZE = 64  # conversations of the data on which a bulk encoder must prove itself
+CACHE_DIR = ".cache"
 LOST = ("rejected", "prompt_too_long", "no_trained_token", "boundary")
 
 
 class Examples:
-    """Tokenised examples; `examples[i]` is {"input_ids", "labels"}, each (length,) int32, labels unshifted."""
+    """Tokenised examples, memory-mapped; `examples[i]` is {"input_ids", "labels"}, each (length,) int32, unshifted."""
 
-    def __init__(self, input_ids: np.ndarray, labels: np.ndarray, starts: np.ndarray):
-        self._input_ids, self._labels, self._starts = input_ids, labels, starts
+    def __init__(self, input_ids: np.ndarray, in_loss: np.ndarray, starts: np.ndarray):
+        self._input_ids, self._in_loss, self._starts = input_ids, in_loss, starts
 
     def __len__(self) -> int:
         return len(self._starts) - 1
@@ -30,7 +38,8 @@ class Examples:
         if not 0 <= index < len(self):
             raise IndexError(index)
         span = slice(self._starts[index], self._starts[index + 1])
-        return {"input_ids": self._input_ids[span], "labels": self._labels[span]}
+        ids = np.asarray(self._input_ids[span])
+        return {"input_ids": ids, "labels": np.where(self._in_loss[span], ids, np.int32(IGNORE_INDEX))}
 
     @property
     def lengths(self) -> np.ndarray:
@@ -39,7 +48,7 @@ class Examples:
 
     @property
     def num_trained_tokens(self) -> int:
-        return int((self._labels >= 0).sum())
+        return int(np.count_nonzero(self._in_loss))
 
 
 def find_files(data_path: Sequence[str], eval_data_path: Sequence[str] = ()) -> tuple[list[str], list[str]]:
@@ -59,30 +68,100 @@ def find_files(data_path: Sequence[str], eval_data_path: Sequence[str] = ()) -> 
     return train, held_out or beside
 
 
-def tokenise(
-    files: Sequence[str], renderer: Renderer, *, max_length: int, encoding: str = "utf-8"
+def prepare(
+    files: Sequence[str],
+    renderer: Renderer,
+    *,
+    max_length: int,
+    encoding: str = "utf-8",
+    cache_dir: str = CACHE_DIR,
+    say: Callable[[str], None] = print,
 ) -> tuple[Examples, dict]:
-    """Read, render and label every conversation of `files`; return the examples and the ledger.
+    """Read, render and label every conversation of `files`, once for the same content; return examples and ledger.
 
-    The ledger counts for each file `in` = `kept` + each way to be lost, and among the kept those that lost turns or
-    were cut; `first` names the first place of each loss.
+    The key covers the bytes of the files, the tokenizer, the chat format, `max_length` and this code, so nothing stale
+    can be read. One process builds, others on the machine wait for it. The ledger counts for each file `in` = `kept` +
+    each way to be lost, and among the kept those that lost turns or were cut; `first` names the first place of each.
     """
-    ledger = {"max_length": max_length, "files": {file: Counter() for file in files}, "first": {}}
-    input_ids, labels, starts = array("i"), array("i"), array("q", [0])
-    for batch in batches(_readable(files, ledger, encoding), BATCH_SIZE):
-        for (file, line, _messages), rendered in zip(batch, _render(batch, renderer, max_length), strict=True):
-            kept = len(rendered.input_ids) > 0
-            _count(ledger, file, line, "kept" if kept else rendered.outcome)
-            if not kept:
-                continue
-            if rendered.outcome != "whole":
-                _count(ledger, file, line, rendered.outcome)
-            input_ids.frombytes(rendered.input_ids.tobytes())
-            labels.frombytes(rendered.labels.tobytes())
-            starts.append(len(input_ids))
-    arrays = (np.frombuffer(values, dtype=kind) for values, kind in ((input_ids, "i4"), (labels, "i4"), (starts, "i8")))
+    key = _cache_key(files, renderer, f"{max_length} {encoding}")
+    folder = Path(cache_dir).expanduser() / key
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.with_suffix(".lock"), "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say("waiting for another process that tokenises the same data")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            _build(files, renderer, folder, max_length=max_length, encoding=encoding, say=say)
+    ledger = json.loads((folder / "ledger.json").read_text(encoding="utf-8"))
+    starts = np.load(folder / "starts.npy")
+    kinds = (("input_ids", "<i4"), ("in_loss", "?"))
+    mapped = [np.memmap(folder / name, kind, "r") if starts[-1] else np.zeros(0, kind) for name, kind in kinds]
+    return Examples(*mapped, starts), ledger
+
+
+def _cache_key(files: Sequence[str], renderer: Renderer, settings: str) -> str:
+    code = [Path(__file__).with_name(name).read_bytes() for name in ("conversation.py", "chat_format.py", "dataset.py")]
+    parts = [*file_hashes(files).items(), renderer.fingerprint(), settings, metadata.version("tokenizers")]
+    return hashlib.sha256(b"".join([json.dumps(parts).encode(), *code])).hexdigest()[:32]
+
+
+def _build(files: Sequence[str], renderer: Renderer, folder: Path, *, max_length: int, encoding: str, say) -> None:
+    """Tokenise into a folder beside, and move it into place; once more without the fast encoder if that was wrong."""
+    staged = folder.with_name(f".{folder.name}.{os.getpid()}")
+    shutil.rmtree(staged, ignore_errors=True)
+    staged.mkdir()
+    try:
+        first = next(batches((item[2] for item in _readable(files, _new_ledger(files, 0), encoding)), PROOF_SIZE), [])
+        say(f"tokenising {len(files)} files with {renderer.use_bulk_encoder(first)}")
+        try:
+            _write(files, renderer, staged, max_length=max_length, encoding=encoding)
+        except DifferentIds as error:
+            say(f"{renderer.encoder} gives other ids at {error}; starting again without it")
+            renderer.use_slow_encoder()
+            _write(files, renderer, staged, max_length=max_length, encoding=encoding)
+        os.rename(staged, folder)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+
+
+class DifferentIds(Exception):
+    """The bulk encoder and the plain one disagree on a conversation."""
+
+
+def _write(files: Sequence[str], renderer: Renderer, folder: Path, *, max_length: int, encoding: str) -> None:
+    ledger, lengths = _new_ledger(files, max_length), array("q", [0])
+    readable = _readable(files, ledger, encoding)
+    with open(folder / "input_ids", "wb") as ids, open(folder / "in_loss", "wb") as in_loss:
+        for batch in tqdm(batches(readable, BATCH_SIZE), unit="k conversations", disable=None, leave=False):
+            rows = renderer.render_rows([messages for _file, _line, messages in batch], max_length=max_length)
+            _compare_one(batch, rows, renderer, max_length)
+            ids.write(rows.input_ids.astype("<i4").tobytes())
+            in_loss.write((rows.labels != IGNORE_INDEX).tobytes())
+            lengths.frombytes(rows.lengths.astype(np.int64).tobytes())
+            for (file, line, _messages), outcome in zip(batch, rows.outcomes, strict=True):
+                _count(ledger, file, line, outcome)
+    np.save(folder / "starts.npy", np.cumsum(np.frombuffer(lengths, dtype=np.int64)))
     _settle(ledger)
-    return Examples(*arrays), ledger
+    (folder / "ledger.json").write_text(json.dumps(ledger, ensure_ascii=False), encoding="utf-8")
+
+
+def _compare_one(batch: list, rows: Rows, renderer: Renderer, max_length: int) -> None:
+    """Render the batch's last kept conversation again, token by token; raise DifferentIds if it is not the same."""
+    kept = [item for item, outcome in zip(batch, rows.outcomes, strict=True) if outcome not in LOST]
+    if not kept:
+        return
+    file, line, messages = kept[-1]
+    expected = renderer.render(messages, max_length=max_length)
+    size = int(rows.lengths[-1])
+    same = [np.array_equal(rows[place][-size:], expected[place]) for place in (0, 1)]
+    if not all(same):
+        raise DifferentIds(f"{file} line {line}")
+
+
+def _new_ledger(files: Sequence[str], max_length: int) -> dict:
+    return {"max_length": max_length, "files": {file: Counter() for file in files}, "first": {}}
 
 
 def _readable(files: Sequence[str], ledger: dict, encoding: str) -> Iterable[tuple[str, int, list[dict]]]:
@@ -101,17 +180,12 @@ def batches(items: Iterable, size: int) -> Iterable[list]:
         yield batch
 
 
-def _render(batch: list, renderer: Renderer, max_length: int) -> list:
-    conversations = [messages for _file, _line, messages in batch]
-    try:
-        return renderer.render_batch(conversations, max_length=max_length)
-    except RecordError:
-        return [renderer.render_or_reason(messages, max_length=max_length) for messages in conversations]
-
-
 def _count(ledger: dict, file: str, line: int, outcome: str, why: str = "") -> None:
-    ledger["files"][file][outcome] += 1
-    if outcome != "kept":
+    counts = ledger["files"][file]
+    if outcome not in LOST:
+        counts["kept"] += 1
+    if outcome != "whole":
+        counts[outcome] += 1
         ledger["first"].setdefault(outcome, f"{file} line {line}" + (f": {why}" if why else ""))
 
 

@@ -1,12 +1,21 @@
 """Nothing vanishes: every conversation is kept or counted, with its file and line."""
 
 import json
+import os
 
 import numpy as np
 import pytest
 
 from sft.chat_format import IGNORE_INDEX, Renderer
-from sft.dataset import BATCH_SIZE, Examples, batches, check_losses, file_hashes, find_files, ledger_lines, tokenise
+from sft.dataset import BATCH_SIZE, Examples, batches, check_losses, file_hashes, find_files, ledger_lines, prepare
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """Every test has a cache of its own: the default one lies in the working folder."""
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    return tmp_path / "work" / ".cache"
 
 
 @pytest.fixture
@@ -34,8 +43,8 @@ def test_raw_and_canonical_files_give_the_same_examples(tmp_path, renderer):
     canonical = write_lines(
         tmp_path / "canonical.json", [{"id": str(i), "source": "s", "messages": m} for i, m in enumerate(messages)]
     )
-    first, _ = tokenise([raw], renderer, max_length=64)
-    second, _ = tokenise([canonical], renderer, max_length=64)
+    first, _ = prepare([raw], renderer, max_length=64)
+    second, _ = prepare([canonical], renderer, max_length=64)
     assert len(first) == len(second) == 2
     for index in range(2):
         expected = renderer.render(messages[index])
@@ -57,7 +66,7 @@ def test_the_ledger_counts_every_record_with_its_first_place(tmp_path, renderer)
             {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "train": False}]},
         ],
     )
-    examples, ledger = tokenise([file], renderer, max_length=prompt_length)
+    examples, ledger = prepare([file], renderer, max_length=prompt_length)
     assert ledger["total"] == {
         "in": 6,
         "kept": 2,
@@ -75,7 +84,7 @@ def test_the_ledger_counts_every_record_with_its_first_place(tmp_path, renderer)
 
 def test_a_run_stops_when_more_than_the_stated_share_is_lost(tmp_path, renderer):
     file = write_lines(tmp_path / "a.json", [record("q", "a")] * 9 + ["{"])
-    _, ledger = tokenise([file], renderer, max_length=64)
+    _, ledger = prepare([file], renderer, max_length=64)
     check_losses(ledger, max_lost=0.1)
     with pytest.raises(ValueError, match=r"1 of 10 conversations would be lost, more than --max_lost 0\.09"):
         check_losses(ledger, max_lost=0.09)
@@ -83,7 +92,7 @@ def test_a_run_stops_when_more_than_the_stated_share_is_lost(tmp_path, renderer)
 
 def test_an_empty_data_set_is_refused_whatever_may_be_lost(tmp_path, renderer):
     file = write_lines(tmp_path / "a.json", ["{"])
-    _, ledger = tokenise([file], renderer, max_length=64)
+    _, ledger = prepare([file], renderer, max_length=64)
     with pytest.raises(ValueError, match="no conversation to train on"):
         check_losses(ledger, max_lost=1.0)
 
@@ -91,16 +100,17 @@ def test_an_empty_data_set_is_refused_whatever_may_be_lost(tmp_path, renderer):
 def test_more_conversations_than_a_batch_keep_their_order(tmp_path, renderer):
     count = BATCH_SIZE + 7
     file = write_lines(tmp_path / "a.json", [record(f"q{i}", f"a{i}") for i in range(count)])
-    examples, ledger = tokenise([file], renderer, max_length=64)
+    examples, ledger = prepare([file], renderer, max_length=64)
     assert len(examples) == ledger["total"]["kept"] == count
     for index in (0, BATCH_SIZE - 1, BATCH_SIZE, count - 1):
         assert f"a{index}<|im_end|>" in renderer.tokenizer.decode(examples[index]["input_ids"])
 
 
 def test_examples_slice_the_flat_arrays_and_end_at_the_last():
-    labels = np.array([IGNORE_INDEX, 5, IGNORE_INDEX, 7, 8], dtype=np.int32)
-    examples = Examples(np.arange(5, dtype=np.int32), labels, np.array([0, 2, 5]))
+    in_loss = np.array([False, True, False, True, True])
+    examples = Examples(np.arange(5, dtype=np.int32), in_loss, np.array([0, 2, 5]))
     assert examples[1]["input_ids"].tolist() == [2, 3, 4]
+    assert examples[1]["labels"].tolist() == [IGNORE_INDEX, 3, 4]
     assert examples.lengths.tolist() == [2, 3]
     assert examples.num_trained_tokens == 3
     with pytest.raises(IndexError):
@@ -129,3 +139,87 @@ def test_the_hash_of_a_file_is_that_of_its_bytes(tmp_path):
     (tmp_path / "a").write_bytes(b"abc")
     expected = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     assert file_hashes([str(tmp_path / "a")]) == {str(tmp_path / "a"): expected}
+
+
+def test_the_same_content_is_tokenised_once(tmp_path, renderer, cache):
+    file = write_lines(tmp_path / "a.json", [record("q", "a")])
+    said = []
+    first, ledger = prepare([file], renderer, max_length=64, say=said.append)
+    (folder,) = (path for path in cache.iterdir() if path.is_dir())
+    written = (folder / "input_ids").stat().st_mtime_ns
+    second, again = prepare([file], renderer, max_length=64, say=said.append)
+    assert (folder / "input_ids").stat().st_mtime_ns == written
+    assert len(said) == 1
+    assert ledger == again
+    assert first[0]["input_ids"].tolist() == second[0]["input_ids"].tolist()
+
+
+def test_a_change_of_the_same_size_and_time_is_seen(tmp_path, renderer):
+    file = write_lines(tmp_path / "a.json", [record("q", "aaaa")])
+    times = os.stat(file)
+    prepare([file], renderer, max_length=64)
+    write_lines(tmp_path / "a.json", [record("q", "bbbb")])
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    examples, _ = prepare([file], renderer, max_length=64)
+    assert "bbbb" in renderer.tokenizer.decode(examples[0]["input_ids"])
+
+
+def test_the_length_the_format_and_the_tokenizer_are_part_of_the_key(tmp_path, renderer, tokenizer_of, cache):
+    file = write_lines(tmp_path / "a.json", [record("q", "a")])
+    others = [Renderer(tokenizer_of("qwen2"), "blossom"), Renderer(tokenizer_of("bloom"), "chatml")]
+    for other, length in ((renderer, 64), (renderer, 65), (others[0], 64), (others[1], 64), (renderer, 64)):
+        prepare([file], other, max_length=length)
+    assert len([path for path in cache.iterdir() if path.is_dir()]) == 4
+
+
+def test_a_bulk_encoder_that_is_found_wrong_is_left_out_and_said(tmp_path, renderer, monkeypatch):
+    file = write_lines(tmp_path / "a.json", [record(f"q{i}", f"a{i}") for i in range(200)])
+    expected = renderer.render([{"role": "user", "content": "q199"}, {"role": "assistant", "content": "a199"}])
+
+    def pretend(sample=()):
+        renderer.encoder, renderer._encode_flat = (
+            "a liar",
+            lambda texts: (
+                np.ones(len(texts), dtype=np.int32),
+                np.ones(len(texts), dtype=np.int64),
+            ),
+        )
+        return "a liar"
+
+    monkeypatch.setattr(renderer, "use_bulk_encoder", pretend)
+    said = []
+    examples, _ = prepare([file], renderer, max_length=64, say=said.append)
+    assert said == [
+        "tokenising 1 files with a liar",
+        f"a liar gives other ids at {file} line 200; starting again without it",
+    ]
+    assert examples[199]["input_ids"].tolist() == expected.input_ids.tolist()
+
+
+def test_the_bulk_way_gives_the_rows_of_the_plain_way(family, tokenizer_of):
+    messages = [
+        [{"role": role, "content": text} for role, text in zip(("user", "assistant") * 3, texts, strict=False)]
+        for texts in (
+            ("你好", "你好！"),
+            ("a", "b" * 500),
+            ("q" * 500, "a"),
+            ("你", "好", "a", "b" * 300),
+            ("Hi", "😀"),
+        )
+    ]
+    messages.append([{"role": "user", "content": "x"}, {"role": "assistant", "content": "y", "train": False}])
+    renderer = Renderer(tokenizer_of(family), "blossom")
+    renderer.use_bulk_encoder(messages)
+    rows = renderer.render_rows(messages, max_length=150)
+    plain = [renderer.render_or_reason(each, max_length=150) for each in messages]
+    assert rows.outcomes == [each.outcome for each in plain]
+    assert rows.lengths.tolist() == [len(each.input_ids) for each in plain if len(each.input_ids)]
+    assert rows.input_ids.tolist() == [token for each in plain for token in each.input_ids.tolist()]
+    assert rows.labels.tolist() == [token for each in plain for token in each.labels.tolist()]
+
+
+def test_byte_level_families_take_the_fast_encoder_and_the_others_the_safe_one(tokenizer_of):
+    chosen = {
+        family: Renderer(tokenizer_of(family), "blossom").use_bulk_encoder() for family in ("qwen2", "falcon", "yi")
+    }
+    assert chosen == {"qwen2": "fastokens", "falcon": "tokenizers", "yi": "tokenizers, with offsets"}

@@ -39,7 +39,7 @@ def run(base, data, output, *flags: str):
     """Call train.py's main; the common flags can be overridden."""
     settings = {"--learning_rate": "5e-3", "--max_steps": "20", "--per_device_train_batch_size": "4"}
     settings |= {"--max_new_tokens": "8", "--num_reply_prompts": "4", "--disable_tqdm": "true", "--logging_steps": "5"}
-    settings |= {"--eval_strategy": "steps", "--eval_steps": "10"}
+    settings |= {"--eval_strategy": "steps", "--eval_steps": "10", "--cache_dir": str(output) + "-cache"}
     for name, value in zip(flags[::2], flags[1::2], strict=True):
         settings[name] = value
     arguments = [word for pair in settings.items() for word in pair]
