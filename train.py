@@ -20,15 +20,25 @@ os.environ.setdefault(*PATIENT_THREADS)
 
 import torch
 import transformers
-from transformers import HfArgumentParser, ProgressCallback, set_seed
+from transformers import HfArgumentParser, ProgressCallback, TrainerCallback, set_seed
 
+from sft import attention, loss
 from sft import model as models
 from sft.chat import GREEDY, Chat, Reply
 from sft.chat_format import IGNORE_INDEX, Renderer, check_contract
 from sft.checkpoint import find_checkpoint, move_into_place, saved_shapes, verify_saved
-from sft.collate import PaddingCollator
+from sft.collate import Collator
 from sft.conversation import read_conversations
-from sft.dataset import CACHE_DIR, Examples, check_losses, file_hashes, find_files, ledger_lines, prepare
+from sft.dataset import (
+    CACHE_DIR,
+    Examples,
+    PackedExamples,
+    check_losses,
+    file_hashes,
+    find_files,
+    ledger_lines,
+    prepare,
+)
 from sft.preflight import check_arguments, paint
 from sft.report import plot_losses, provenance, write_json
 
@@ -64,6 +74,9 @@ class DataArguments:
         default="auto", metadata={"help": "auto, blossom, chatml, alpaca, mistral, or base (its own)."}
     )
     max_length: int = field(default=2048, metadata={"help": "Longest row, in tokens."})
+    packing: bool = field(
+        default=True, metadata={"help": "Fill each row with whole conversations, kept apart; a batch counts rows."}
+    )
     cache_dir: str = field(default=CACHE_DIR, metadata={"help": "Where tokenised data is kept, by content."})
     max_lost: float = field(
         default=0.05, metadata={"help": "Stop when a larger share of the conversations would be lost."}
@@ -108,18 +121,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     checkpoint = checkpoint_to_resume(training_arguments)
 
     model = build_model(model_arguments, training_arguments, tokenizer, renderer)
+    notes = prepare_model(model, packing=data_arguments.packing)
+    rows = PackedExamples(examples, data_arguments.max_length, seed=training_arguments.seed)
     trainer = Trainer(
         model=model,
         args=complete(training_arguments, held_out),
-        train_dataset=examples,
+        train_dataset=rows if data_arguments.packing else examples,
         eval_dataset=held_out if len(held_out) else None,
-        data_collator=PaddingCollator(tokenizer.pad_token_id),
+        data_collator=Collator(tokenizer.pad_token_id),
         processing_class=tokenizer,
         compute_metrics=token_accuracy,
-        preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1),
+        preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1) if logits.ndim == 3 else logits,
     )
     if trainer.pop_callback(ProgressCallback):
         trainer.add_callback(ProgressWithSpeed)
+    if data_arguments.packing:
+        trainer.add_callback(PackForEachEpoch(rows))
     record = {
         **provenance(),
         "model": models.absolute(model_arguments.model_name_or_path),
@@ -129,6 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "ledger": {"train": ledger, "eval": eval_ledger},
     }
     say_opening(trainer, renderer, ledger, eval_ledger, examples)
+    check_model(trainer, notes, packing=data_arguments.packing)
     questions = pick_questions(train_files, data_arguments)
     before = reply_all(trainer, renderer, questions, data_arguments.max_new_tokens)
     trainer.train(resume_from_checkpoint=checkpoint)
@@ -199,6 +217,9 @@ def complete(arguments: TrainingArguments, held_out: Examples) -> TrainingArgume
     """Fill in what depends on the data and the machine: evaluate each epoch when there are held-out rows."""
     if len(held_out) and arguments.eval_strategy == "no":
         arguments.eval_strategy = transformers.IntervalStrategy.EPOCH
+    elif not len(held_out) and arguments.eval_strategy != "no":
+        say("no held-out data, so nothing to evaluate; give --eval_data_path, or an eval.json beside train.json")
+        arguments.eval_strategy = transformers.IntervalStrategy.NO
     arguments.label_names = ["labels"]
     arguments.dataloader_pin_memory &= torch.cuda.is_available()
     return arguments
@@ -261,6 +282,28 @@ def build_model(model_arguments: ModelArguments, arguments: TrainingArguments, t
     )
 
 
+def prepare_model(model, *, packing: bool) -> list[str]:
+    """Keep packed documents apart, and compute the loss in chunks; return what was done."""
+    return ([attention.isolate_documents(model)] if packing else []) + [loss.use_chunked_loss(model)]
+
+
+def check_model(trainer: "Trainer", notes: list[str], *, packing: bool) -> None:
+    """Prove on the real model that a packed row equals its documents alone, and the loss in chunks the plain one."""
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    for note in notes:
+        say(note)
+    if is_deepspeed_zero3_enabled():
+        say("not self-tested: under ZeRO-3 the model can only run inside DeepSpeed")
+        return
+    model = trainer.model.to(trainer.args.device)
+    exact = all(parameter.dtype == torch.float32 for parameter in model.parameters())
+    loss.self_test(model, exact=exact)
+    if packing:
+        apart, _reach = attention.self_test(model, exact=exact)
+        say(f"self-test: logits of a packed row are within {apart:.0e} of its documents alone")
+
+
 # --- training -----------------------------------------------------------------------------------------------------
 
 
@@ -284,6 +327,16 @@ class ProgressWithSpeed(ProgressCallback):
         if self.training_bar is not None and "loss" in (logs or {}):
             speed = logs.get("train_tokens_per_second", 0)
             self.training_bar.set_postfix_str(f"loss {logs['loss']:.3f}, {speed:,.0f} tokens/s")
+
+
+class PackForEachEpoch(TrainerCallback):
+    """Put other examples together in each epoch; a run that resumes in an epoch finds that epoch's rows."""
+
+    def __init__(self, rows: PackedExamples):
+        self.rows = rows
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.rows.pack_for(int(state.epoch + 1e-6))
 
 
 def last_evaluation(trainer: Trainer) -> dict[str, float]:
@@ -339,6 +392,8 @@ def say_opening(trainer: Trainer, renderer: Renderer, ledger: dict, eval_ledger:
         say("\n".join(f"held out: {line}" for line in ledger_lines(eval_ledger)))
     say(f"first row, trained tokens marked (chat format {renderer.name}):")
     say(paint(renderer.tokenizer, **examples[0]))
+    if isinstance(trainer.train_dataset, PackedExamples):
+        say(f"packed: {len(trainer.train_dataset):,} rows, {trainer.train_dataset.fill:.1%} full")
     say(f"tokens: {tokens:,}, trained {examples.num_trained_tokens:,} ({examples.num_trained_tokens / tokens:.0%})")
     say(f"steps: {steps:,} of {rows} rows each; stop ids: {renderer.stop_ids}")
     say(f"parameters: {total:,}, trained {trainable:,} ({trainable / total:.1%})")

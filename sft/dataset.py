@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from sft.chat_format import IGNORE_INDEX, Renderer, Rows
 from sft.conversation import list_files, read_conversations
 from sft.opendata import EVAL, TRAIN
+from sft.packing import pack
 
 BATCH_SIZE = 1000  # conversations per call of the tokenizer: enough to keep its threads busy, little memory
 PROOF_SIZE = 64  # conversations of the data on which a bulk encoder must prove itself
@@ -49,6 +50,35 @@ class Examples:
     @property
     def num_trained_tokens(self) -> int:
         return int(np.count_nonzero(self._in_loss))
+
+
+class PackedExamples:
+    """Rows of whole examples, best-fit packed; `rows[i]` adds `position_ids` that restart at 0 in each example.
+
+    Which examples share a row follows from seed and epoch alone, so that a resumed run sees the same rows. Their number
+    is the same in every epoch.
+    """
+
+    def __init__(self, examples: Examples, max_length: int, *, seed: int):
+        self.examples, self.max_length, self.seed = examples, max_length, seed
+        self.pack_for(0)
+
+    def pack_for(self, epoch: int) -> None:
+        """Pack anew for an epoch, counted from 0."""
+        self.rows = pack(self.examples.lengths, self.max_length, seed=self.seed, epoch=epoch)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        parts = [self.examples[int(number)] for number in self.rows[index]]
+        row = {name: np.concatenate([part[name] for part in parts]) for name in ("input_ids", "labels")}
+        return row | {"position_ids": np.concatenate([np.arange(len(part["input_ids"])) for part in parts])}
+
+    @property
+    def fill(self) -> float:
+        """Share of the rows' room that holds tokens."""
+        return float(self.examples.lengths.sum() / (max(1, len(self)) * self.max_length))
 
 
 def find_files(data_path: Sequence[str], eval_data_path: Sequence[str] = ()) -> tuple[list[str], list[str]]:
@@ -114,7 +144,9 @@ def _build(files: Sequence[str], renderer: Renderer, folder: Path, *, max_length
     staged.mkdir()
     try:
         first = next(batches((item[2] for item in _readable(files, _new_ledger(files, 0), encoding)), PROOF_SIZE), [])
-        say(f"tokenising {len(files)} files with {renderer.use_bulk_encoder(first)}")
+        encoder = renderer.use_bulk_encoder(first)
+        if files:
+            say(f"tokenising {len(files)} files with {encoder}")
         try:
             _write(files, renderer, staged, max_length=max_length, encoding=encoding)
         except DifferentIds as error:

@@ -116,6 +116,29 @@ def test_a_resumed_run_ends_in_the_same_bits_as_one_that_never_stopped(finished,
     assert losses_of(finished) == losses_of(again)
 
 
+@pytest.mark.parametrize("step", ["6", "7"])
+def test_a_packed_run_of_several_epochs_resumes_in_the_same_bits(step, tiny_base, tmp_path):
+    """Three rows an epoch: step 6 is the end of the second epoch, step 7 lies inside the third."""
+    lines = [json.dumps({"prompt": f"question {i}", "completion": "answer " * (1 + i % 7)}) for i in range(24)]
+    (tmp_path / "data.jsonl").write_text("\n".join(lines))
+    flags = ("--max_length", "512", "--max_steps", "10", "--per_device_train_batch_size", "1", "--save_steps", step)
+    whole = run(tiny_base("qwen2"), tmp_path / "data.jsonl", tmp_path / "whole", *flags)
+    assert len(json.loads((whole / "run.json").read_text())["log_history"]) > 0
+    shutil.copytree(whole / f"checkpoint-{step}", tmp_path / "again" / f"checkpoint-{step}")
+    flags += ("--resume_from_checkpoint", "auto")
+    again = run(tiny_base("qwen2"), tmp_path / "data.jsonl", tmp_path / "again", *flags)
+    first, second = (load_file(folder / "model.safetensors") for folder in (whole, again))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_packed_run_is_the_run_of_its_examples_unpacked(tiny_base, data, tmp_path):
+    flags = ("--max_steps", "2", "--learning_rate", "1e-3")
+    packed = run(tiny_base("falcon"), data, tmp_path / "packed", *flags, "--packing", "true")
+    padded = run(tiny_base("falcon"), data, tmp_path / "padded", *flags, "--packing", "false")
+    first, second = (load_file(folder / "model.safetensors") for folder in (packed, padded))
+    assert max((first[name] - second[name]).abs().max().item() for name in first) < 1e-5
+
+
 def test_lora_trains_the_rows_of_untrained_control_tokens_and_merges_to_equal_logits(tiny_base, data, tmp_path):
     from sft.export import export_merged
 

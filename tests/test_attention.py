@@ -1,0 +1,323 @@
+"""Packed = alone: every family, logits and gradients, every way of attending, and nothing else changed."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+from sft import attention
+from sft.attention import Documents, attend_flex, attend_one_by_one, attend_varlen, isolate_documents, read_documents
+from sft.attention import self_test as run_self_test
+
+# Falcon and bloom bring their own attention; the rest go through transformers' interface.
+PACKINGS = [[5, 3, 7], [40], [1, 1, 30, 1], [290, 3, 300, 17]]
+
+
+@pytest.fixture
+def load(tiny_base):
+    """Return a function that loads a tiny base in fp32, its attention sharpened so that a leak shows."""
+    from transformers import AutoModelForCausalLM
+
+    def model_of(family: str, implementation: str | None = None):
+        options = {"attn_implementation": implementation} if implementation else {}
+        model = AutoModelForCausalLM.from_pretrained(tiny_base(family), dtype=torch.float32, **options)
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                if weight.dim() == 2 and any(part in name for part in ("q_proj", "k_proj", "query_key_value")):
+                    weight.mul_(8)
+        return model
+
+    return model_of
+
+
+def texts_of(lengths, seed: int = 0) -> list[torch.Tensor]:
+    random = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, 900, (length,), generator=random) for length in lengths]
+
+
+def packed(texts, padding: int = 0) -> dict:
+    """One row; its padding is a document of its own."""
+    texts = [*texts, torch.zeros(padding, dtype=torch.long)] if padding else texts
+    positions = torch.cat([torch.arange(len(text)) for text in texts])
+    return {"input_ids": torch.cat(texts)[None], "position_ids": positions[None]}
+
+
+def run(model, batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Return the logits, and the gradients of a loss that weighs every logit differently."""
+    model.zero_grad()
+    logits = model(**batch).logits
+    targets = batch["input_ids"].roll(-1, dims=1)
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return logits.detach(), gradients
+
+
+def run_alone(model, texts) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
+    """Each text in a forward of its own; the loss of its last token looks where it does in the packed row."""
+    model.zero_grad()
+    all_logits = []
+    for text, after in zip(texts, [*texts[1:], texts[0]], strict=True):
+        logits = model(input_ids=text[None]).logits[0]
+        targets = torch.cat([text[1:], after[:1]])
+        torch.nn.functional.cross_entropy(logits, targets, reduction="sum").backward()
+        all_logits.append(logits.detach())
+    return all_logits, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same_gradients(found, expected) -> None:
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        scale = max(1.0, float(gradient.abs().max()))
+        assert float((found[name] - gradient).abs().max()) < 1e-5 * scale, name
+
+
+@pytest.mark.parametrize("lengths", PACKINGS, ids=str)
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_a_packed_row_equals_its_documents_alone(load, family, implementation, lengths):
+    if family == "bloom" and implementation == "sdpa":
+        pytest.skip("transformers has no sdpa for bloom")
+    texts = texts_of(lengths, seed=sum(lengths))
+    expected, expected_gradients = run_alone(load(family, implementation), texts)
+    model = load(family, implementation)
+    isolate_documents(model)
+    logits, gradients = run(model, packed(texts))
+    assert float((logits[0] - torch.cat(expected)).abs().max()) < 1e-5
+    assert_same_gradients(gradients, expected_gradients)
+
+
+def test_rows_of_a_batch_and_padding_at_a_rows_end_are_kept_apart_too(load, family):
+    first, second = texts_of([20, 9, 11]), texts_of([30, 4], seed=1)
+    expected, _ = run_alone(load(family), [*first, *second])
+    model = load(family)
+    isolate_documents(model)
+    rows = [packed(first), packed(second, padding=6)]
+    logits = model(**{name: torch.cat([row[name] for row in rows]) for name in rows[0]}).logits
+    found = torch.cat([logits[0], logits[1, :34]]).detach()
+    assert float((found - torch.cat(expected)).abs().max()) < 1e-5
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(load, family):
+    model = load(family)
+    isolate_documents(model)
+    batches = [packed(texts_of([20, 9, 11])), packed(texts_of([3, 37], seed=1))]
+    expected = [run(model, batch)[1] for batch in batches]
+    model.gradient_checkpointing_enable()
+    model.train()
+    for batch, gradients in zip(batches, expected, strict=True):
+        assert_same_gradients(run(model, batch)[1], gradients)
+
+
+def test_padded_batches_and_generation_stay_as_they_were(load, family):
+    untouched, model = load(family), load(family)
+    isolate_documents(model)
+    texts = texts_of([300, 4, 11])
+    pad = torch.nn.utils.rnn.pad_sequence
+    batch = {
+        "input_ids": pad(texts, batch_first=True),
+        "attention_mask": pad([torch.ones_like(text) for text in texts], batch_first=True),
+    }
+    mask = batch["attention_mask"].bool()
+    with torch.no_grad():
+        assert torch.equal(model(**batch).logits[mask], untouched(**batch).logits[mask])
+        assert torch.equal(model(input_ids=texts[0][None]).logits, untouched(input_ids=texts[0][None]).logits)
+    left = {name: values[1:, :11].flip(1) for name, values in batch.items()}
+    options = {"max_new_tokens": 12, "do_sample": False}
+    assert torch.equal(model.generate(**left, **options), untouched.generate(**left, **options))
+
+
+def test_a_packed_batch_leaves_nothing_behind(load, family):
+    model, batch = load(family), {"input_ids": texts_of([30])[0][None]}
+    with torch.no_grad():
+        expected = model(**batch).logits
+        isolate_documents(model)
+        model(**packed(texts_of([10, 20])))
+        with pytest.raises((ValueError, TypeError, RuntimeError)):
+            model(**packed(texts_of([10, 20])), inputs_embeds=torch.zeros(1, 2, 3))
+        assert torch.equal(model(**batch).logits, expected)
+
+
+def test_isolating_twice_is_isolating_once_and_a_copy_works(load, family):
+    model = load(family)
+    said = isolate_documents(model)
+    assert isolate_documents(model) == said
+    assert len(model._forward_pre_hooks) == len(model._forward_hooks) == 1
+    batch = packed(texts_of([6, 9]))
+    with torch.no_grad():
+        assert torch.equal(copy.deepcopy(model)(**batch).logits, model(**batch).logits)
+
+
+def test_the_saved_config_does_not_know(load, family, tmp_path):
+    model = load(family)
+    isolate_documents(model)
+    model.save_pretrained(tmp_path)
+    assert "documents" not in (tmp_path / "config.json").read_text()
+
+
+def test_no_square_mask_of_the_row_is_made(load, family, monkeypatch):
+    model = load(family)
+    isolate_documents(model)
+    seen = []
+    monkeypatch.setattr(attention, "attend", lambda *args, **kw: seen.append(args[3]) or attend_one_by_one(*args, **kw))
+    model(**packed(texts_of([290, 3, 300])))
+    assert len(seen) == model.config.num_hidden_layers
+    assert all(isinstance(documents, Documents) for documents in seen)
+    assert {shape for documents in seen for shape in documents.made} <= {
+        (n, w) for n in (290, 3, 300) for w in (n, 256)
+    }
+
+
+def test_adapters_are_isolated_through_their_wrapper(load, family):
+    from peft import LoraConfig, get_peft_model
+
+    base = load(family)
+    model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", r=2, target_modules="all-linear"))
+    isolate_documents(model)
+    apart, reach = run_self_test(model)
+    assert apart < 1e-5 and reach == 0.0
+
+
+def test_the_self_test_passes_and_leaves_mode_and_random_state_alone(load, family):
+    model = load(family).train()
+    isolate_documents(model)
+    state = torch.get_rng_state()
+    apart, reach = run_self_test(model)
+    assert apart < 1e-5 and reach == 0.0 and model.training
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("family", ["bloom", "falcon", "falcon-rw"])
+def test_the_self_test_stops_a_model_that_leaks(load, family):
+    with pytest.raises(ValueError, match=r"mix documents up in (Bloom|Falcon)ForCausalLM.*turn packing off"):
+        run_self_test(load(family))
+
+
+def test_bf16_autocast_is_near_fp32(load, family):
+    model = load(family)
+    isolate_documents(model)
+    batch = packed(texts_of([60, 20, 33]))
+    with torch.no_grad():
+        exact = model(**batch).logits
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            rounded = model(**batch).logits
+    assert float((rounded - exact).norm() / exact.norm()) < 0.03
+
+
+# --- the pieces ---------------------------------------------------------------------------------------------------
+
+
+def test_documents_are_read_as_written_out():
+    documents = read_documents(torch.tensor([[0, 1, 2, 0, 1], [0, 1, 0, 1, 0]]), 2)
+    assert documents.edges.tolist() == [0, 3, 5, 7, 9, 10]
+    assert documents.edges.dtype == torch.int32
+    assert documents.lengths == [3, 2, 2, 2, 1]
+    assert read_documents(torch.arange(4)[None], 3).lengths == [4, 4, 4]
+
+
+def states_of(tokens: int, heads: int, key_heads: int, size: int = 16) -> list[torch.Tensor]:
+    random = torch.Generator().manual_seed(tokens)
+    return [torch.randn(tokens, n, size, generator=random, requires_grad=True) for n in (heads, key_heads, key_heads)]
+
+
+def by_hand(query, key, value, documents, *, scale, alibi=None):
+    """Attention with the whole square, masked: what every way must give."""
+    tokens, groups = len(query), query.shape[1] // key.shape[1]
+    document = torch.repeat_interleave(torch.arange(len(documents.lengths)), torch.tensor(documents.lengths))
+    position = torch.arange(tokens) - documents.edges.long()[document]
+    key, value = (states.repeat_interleave(groups, dim=1) for states in (key, value))
+    scores = torch.einsum("qhd,khd->hqk", query, key) * scale
+    if alibi is not None:
+        scores = scores + alibi[:, position][:, None, :]
+    distance = torch.arange(tokens)[:, None] - torch.arange(tokens)[None, :]
+    seen = (document[:, None] == document[None, :]) & (distance >= 0) & (distance < (documents.window or tokens))
+    return torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -np.inf).softmax(-1), value)
+
+
+def assert_same_attention(attend, states, documents, **options) -> None:
+    weights = torch.randn(states[0].shape, generator=torch.Generator().manual_seed(0))
+    results = []
+    for way in (attend, by_hand):
+        output = way(*states, documents, **options)
+        results.append([output.detach(), *torch.autograd.grad((output * weights).sum(), states)])
+    for found, expected in zip(*results, strict=True):
+        assert float((found - expected).abs().max()) < 1e-5
+
+
+def documents_of(lengths, window: int | None = None) -> Documents:
+    edges = np.concatenate([[0], np.cumsum(lengths)])
+    return Documents(torch.tensor(edges, dtype=torch.int32), list(lengths), window)
+
+
+SPLITS = [[128], [129, 1, 126], [7, 300, 2, 2, 131], [1] * 40]
+
+
+@pytest.mark.parametrize("lengths", SPLITS, ids=lambda lengths: f"{len(lengths)}-documents")
+@pytest.mark.parametrize("window", [None, 1, 6, 100])
+@pytest.mark.parametrize("key_heads", [1, 2, 4])
+def test_one_by_one_is_exact(lengths, window, key_heads):
+    states = states_of(sum(lengths), 4, key_heads)
+    assert_same_attention(attend_one_by_one, states, documents_of(lengths, window), scale=0.3)
+
+
+@pytest.mark.parametrize("lengths", SPLITS, ids=lambda lengths: f"{len(lengths)}-documents")
+def test_alibi_is_exact_in_both_ways(lengths):
+    alibi = torch.tensor([0.5, 0.25, 0.125, 0.06])[:, None] * torch.arange(max(lengths) + 3)
+    states, options = states_of(sum(lengths), 4, 4), {"scale": 0.3, "alibi": alibi}
+    assert_same_attention(attend_one_by_one, states, documents_of(lengths), **options)
+    with torch.no_grad():  # torch has no backward of flex attention on a CPU
+        found = attend_flex(*(state.detach() for state in states), documents_of(lengths), **options)
+        assert float((found - by_hand(*states, documents_of(lengths), **options)).abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize("lengths", SPLITS, ids=lambda lengths: f"{len(lengths)}-documents")
+def test_the_block_mask_skips_other_documents_and_looks_at_no_token_of_whole_blocks(lengths):
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    documents = documents_of(lengths)
+    block_mask, position = attention._block_mask(documents)
+    assert position.tolist() == [p for length in lengths for p in range(length)]
+    made = create_block_mask(block_mask.mask_mod, 1, 1, sum(lengths), sum(lengths), device="cpu")
+    assert torch.equal(block_mask.to_dense(), made.to_dense())
+    for found, expected in (("kv_num_blocks", "kv_indices"), ("full_kv_num_blocks", "full_kv_indices")):
+        assert torch.equal(getattr(block_mask, found), getattr(made, found))
+        for row, count in enumerate(getattr(made, found)[0, 0].tolist()):
+            blocks = (getattr(mask, expected)[0, 0, row, :count].tolist() for mask in (block_mask, made))
+            assert len({tuple(sorted(indices)) for indices in blocks}) == 1
+
+
+@pytest.mark.parametrize("kind", ["torch", "torch without gqa", "flash_attn"])
+@pytest.mark.parametrize("window", [None, 6])
+def test_the_variable_length_kernel_is_called_with_the_right_arguments(monkeypatch, kind, window):
+    """The kernels run on CUDA alone: a stand-in with their signature takes the arguments as they document them."""
+
+    def compute(query, key, value, edges, longest, scale, window_size):
+        assert edges.dtype == torch.int32 and longest == 300
+        documents = documents_of(edges.diff().tolist(), None if window_size[0] < 0 else window_size[0] + 1)
+        return by_hand(query, key, value, documents, scale=scale)
+
+    def varlen_attn(q, k, v, edges, _edges, longest, _longest, *, scale=None, window_size=(-1, -1), enable_gqa=False):
+        assert enable_gqa and window_size[1] == 0
+        return compute(q, k, v, edges, longest, scale, window_size)
+
+    def varlen_without_gqa(q, k, v, edges, _edges, longest, _longest, *, scale=None, window_size=(-1, -1)):
+        assert q.shape == k.shape and window_size[1] == 0
+        return compute(q, k, v, edges, longest, scale, window_size)
+
+    def flash(q, k, v, edges, _edges, longest, _longest, softmax_scale=None, causal=False, window_size=(-1, -1)):
+        assert causal
+        return compute(q, k, v, edges, longest, softmax_scale, window_size), None
+
+    kernel = {"torch": varlen_attn, "torch without gqa": varlen_without_gqa, "flash_attn": flash}[kind]
+    monkeypatch.setattr(attention, "_varlen_kernel", lambda: (kernel, kind != "flash_attn"))
+    lengths = [5, 300, 2, 2, 31]
+    assert_same_attention(attend_varlen, states_of(sum(lengths), 4, 2), documents_of(lengths, window), scale=0.3)
+
+
+def test_torchs_variable_length_kernel_takes_what_we_pass():
+    import inspect
+
+    from torch.nn.attention.varlen import varlen_attn
+
+    names = list(inspect.signature(varlen_attn).parameters)
+    assert names[:7] == ["query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k"]
+    assert {"scale", "window_size"} <= set(names)

@@ -1,0 +1,274 @@
+"""The loss in chunks is the plain loss, with its gradients, for every family, head and wrapper."""
+
+import copy
+
+import pytest
+import torch
+
+from sft import loss as module
+from sft.attention import isolate_documents
+from sft.chat_format import IGNORE_INDEX
+from sft.loss import LossHead, use_chunked_loss
+from sft.loss import self_test as run_self_test
+
+
+@pytest.fixture(autouse=True)
+def several_chunks(monkeypatch):
+    """Chunks of five tokens and tiles of two, so that tiny tests go through many, and a last one that is not full."""
+    monkeypatch.setattr(module, "_rows", lambda *_: 5)
+    monkeypatch.setattr(module, "TILE_BYTES", 2 * 4 * 2048)
+
+
+@pytest.fixture
+def load(tiny_base):
+    from transformers import AutoModelForCausalLM
+
+    return lambda family, **options: AutoModelForCausalLM.from_pretrained(
+        tiny_base(family), dtype=torch.float32, **options
+    )
+
+
+def batch_of(rows: int = 3, length: int = 24, labelled: float = 0.6, seed: int = 0) -> dict[str, torch.Tensor]:
+    random = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(3, 900, (rows, length), generator=random)
+    in_loss = torch.rand(rows, length, generator=random) < labelled
+    return {
+        "input_ids": tokens,
+        "labels": tokens.where(in_loss, IGNORE_INDEX),
+        "attention_mask": torch.ones_like(tokens),
+    }
+
+
+def run(model, batch, **options) -> tuple[float, dict[str, torch.Tensor]]:
+    model.train()
+    model.zero_grad()
+    loss = model(**batch, **options).loss
+    loss.backward()
+    return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(found, expected, tolerance: float = 1e-5) -> None:
+    assert found[0] == pytest.approx(expected[0], rel=tolerance)
+    assert found[1].keys() == expected[1].keys()
+    for name, gradient in expected[1].items():
+        distance = (found[1][name] - gradient).norm() / gradient.norm().clamp(min=1e-8)
+        assert float(distance) < tolerance, name
+
+
+@pytest.mark.parametrize("num_items", [None, 7, torch.tensor(100)])
+def test_loss_and_gradients_equal_the_plain_ones(load, family, num_items):
+    options = {} if num_items is None else {"num_items_in_batch": num_items}
+    expected = run(load(family), batch_of(), **options)
+    model = load(family)
+    assert use_chunked_loss(model) == "loss in chunks"
+    assert isinstance(model.get_output_embeddings(), LossHead)
+    assert_same(run(model, batch_of(), **options), expected)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_heads_tied_and_with_bias(load, tied, bias):
+    def model_of():
+        torch.manual_seed(0)
+        model = load("qwen2", tie_word_embeddings=tied)
+        if bias:
+            model.lm_head.bias = torch.nn.Parameter(torch.randn(model.config.vocab_size))
+        return model
+
+    expected = run(model_of(), batch_of())
+    model = model_of()
+    use_chunked_loss(model)
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+    assert_same(run(model, batch_of()), expected)
+
+
+def test_a_frozen_head_gets_no_gradient(load):
+    plain, model = load("qwen3"), load("qwen3")
+    use_chunked_loss(model)
+    for each in (plain, model):
+        each.lm_head.weight.requires_grad_(False)
+    assert_same(run(model, batch_of()), run(plain, batch_of()))
+
+
+def test_accumulated_batches_give_the_gradient_of_the_whole(load, family):
+    batches = [batch_of(2, seed=1), batch_of(1, labelled=0.1, seed=2), batch_of(2, labelled=0.9, seed=3)]
+    whole = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+    num_items = (whole["labels"][:, 1:] != IGNORE_INDEX).sum()
+    expected = run(load(family), whole)
+    model = load(family)
+    use_chunked_loss(model)
+    loss = 0.0
+    for batch in batches:
+        part = model.train()(**batch, num_items_in_batch=num_items).loss
+        part.backward()
+        loss += part.item()
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert_same((loss, found), expected)
+
+
+def test_a_batch_without_labels_has_loss_0_and_a_graph(load, family):
+    model, batch = load(family), batch_of()
+    use_chunked_loss(model)
+    batch["labels"][:, 1:] = IGNORE_INDEX  # the first token of a row is predicted by none
+    for num_items in (None, 30, 0):
+        loss, gradients = run(model, batch, num_items_in_batch=num_items)
+        assert loss == 0.0
+        assert all(float(gradient.abs().max()) == 0.0 for gradient in gradients.values())
+        assert gradients.keys() == {name for name, _ in model.named_parameters()}
+
+
+def test_bf16_autocast_is_as_near_to_fp32_as_the_plain_loss_is(load, family):
+    exact = run(load(family), batch_of(8, 64))
+    plain, model = load(family), load(family)
+    use_chunked_loss(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded, found = run(plain, batch_of(8, 64)), run(model, batch_of(8, 64))
+    assert found[0] == pytest.approx(rounded[0], rel=1e-4)
+    assert all(gradient.dtype == torch.float32 for gradient in found[1].values())
+    ours, theirs = (
+        sum(float((result[1][name] - gradient).norm()) ** 2 for name, gradient in exact[1].items())
+        for result in (found, rounded)
+    )
+    assert ours <= 1.5 * theirs
+
+
+def test_fp16_leaves_the_scaling_of_small_gradients_to_autograd(load, monkeypatch):
+    model = load("qwen2")
+    use_chunked_loss(model)
+    monkeypatch.setattr(module, "_SummedLoss", None)
+    with torch.autocast("cpu", dtype=torch.float16):
+        assert run(model, batch_of())[0] == pytest.approx(run(load("qwen2"), batch_of())[0], rel=1e-3)
+
+
+@pytest.mark.parametrize("on_head", ["lora", "token rows", "none"])
+def test_adapters_also_on_the_head(load, family, on_head):
+    from peft import LoraConfig, get_peft_model
+
+    def model_of():
+        torch.manual_seed(0)
+        base = load(family)
+        names = {id(each): name.split(".")[-1] for name, each in base.named_modules()}
+        modules = r".*(query_key_value|q_proj|lm_head)" if on_head == "lora" else "all-linear"
+        options = {"target_modules": modules}
+        if on_head == "token rows":
+            heads = [base.get_input_embeddings()]
+            heads += [] if base.config.tie_word_embeddings else [base.get_output_embeddings()]
+            options["trainable_token_indices"] = {names[id(head)]: [5, 6, 7] for head in heads}
+        return get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", r=2, init_lora_weights=False, **options))
+
+    expected = run(model_of(), batch_of())
+    model = model_of()
+    use_chunked_loss(model)
+    assert isinstance(model.base_model.model.get_output_embeddings(), LossHead) == (on_head == "none")
+    assert_same(run(model, batch_of()), expected)
+
+
+def test_gradient_checkpointing_and_isolation_go_with_it(load, family):
+    texts = batch_of(1, 30)
+    texts["position_ids"] = torch.cat([torch.arange(12), torch.arange(18)])[None]
+    del texts["attention_mask"]
+    expected = load(family)
+    isolate_documents(expected)
+    model = load(family)
+    use_chunked_loss(model)
+    isolate_documents(model)
+    model.gradient_checkpointing_enable()
+    assert_same(run(model, texts), run(expected, texts))
+
+
+def test_evaluation_gives_the_loss_and_the_first_ranked_tokens(load, family):
+    batch = batch_of()
+    plain, model = load(family).eval(), load(family).eval()
+    use_chunked_loss(model)
+    with torch.no_grad():
+        expected, found = plain(**batch), model(**batch)
+    in_loss = batch["labels"][:, 1:] != IGNORE_INDEX
+    assert float(found.loss) == pytest.approx(float(expected.loss), rel=1e-5)
+    assert list(found) == ["loss", "predictions"]
+    assert torch.equal(found.predictions[:, :-1][in_loss], expected.logits.argmax(-1)[:, :-1][in_loss])
+    assert set(found.predictions[:, :-1][~in_loss].tolist()) | set(found.predictions[:, -1].tolist()) == {IGNORE_INDEX}
+
+
+def test_without_labels_the_model_is_as_before(load, family):
+    plain, model = load(family), load(family)
+    use_chunked_loss(model)
+    tokens = batch_of()["input_ids"]
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=tokens).logits, plain(input_ids=tokens).logits)
+    options = {"attention_mask": torch.ones_like(tokens), "max_new_tokens": 8, "do_sample": False}
+    assert torch.equal(model.generate(tokens, **options), plain.generate(tokens, **options))
+
+
+def test_the_saved_model_does_not_know_and_a_copy_works(load, family, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    plain, model = load(family), load(family)
+    use_chunked_loss(model)
+    use_chunked_loss(model)
+    assert_same(run(copy.deepcopy(model), batch_of()), run(plain, batch_of()))
+    plain.save_pretrained(tmp_path / "plain")
+    model.save_pretrained(tmp_path / "ours")
+    names = sorted(path.name for path in (tmp_path / "plain").iterdir())
+    assert names == sorted(path.name for path in (tmp_path / "ours").iterdir())
+    for name in names:
+        assert (tmp_path / "plain" / name).read_bytes() == (tmp_path / "ours" / name).read_bytes()
+    assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "ours")) is type(plain)
+
+
+def test_no_tensor_as_large_as_the_logits_is_made(load):
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        size = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor):
+                self.size = max(self.size, result.numel())
+            return result
+
+    model, batch = load("qwen2"), batch_of(8, 256)
+    use_chunked_loss(model)
+    model.train()
+    with Largest() as largest:
+        model(**batch).loss.backward()
+    assert largest.size < 8 * 256 * model.config.vocab_size / 4  # it is the widest layer's, which is wide here
+
+
+@pytest.mark.parametrize("name", ["final_logit_softcapping", "logit_scale", "logits_scaling"])
+def test_a_model_that_changes_its_logits_keeps_the_plain_loss(load, name):
+    model = load("qwen2")
+    setattr(model.config, name, 30.0)
+    assert use_chunked_loss(model) == f"loss over the full logits: {name} is 30.0"
+    assert hasattr(model(**batch_of()), "logits")
+
+
+def test_the_self_test_passes_and_leaves_mode_and_random_state_alone(load, family):
+    model, state = load(family).train(), torch.get_rng_state()
+    use_chunked_loss(model)
+    assert run_self_test(model) < 1e-5 and model.training
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_self_test_finds_a_model_that_changes_its_logits_in_secret(load):
+    model = load("qwen2")
+
+    class Secret(type(model)):
+        def forward(self, **kwargs):
+            output = super().forward(**kwargs)
+            output.logits = output.logits * 3
+            return output
+
+    model.__class__ = Secret
+    use_chunked_loss(model)
+    with pytest.raises(ValueError, match=r"Secret: the loss in chunks is .* from the plain one"):
+        run_self_test(model)
+
+
+def test_a_second_backward_of_one_loss_is_refused(load):
+    model = load("qwen2")
+    use_chunked_loss(model)
+    loss = model.train()(**batch_of()).loss
+    loss.backward(retain_graph=True)
+    with pytest.raises((RuntimeError, TypeError)):
+        loss.backward()
