@@ -28,7 +28,7 @@ ORDER = [
     "report",
     "evaluate",
 ]
-LIGHT = ("conversation", "chat_format", "opendata")
+LIGHT = ("conversation", "chat_format", "packing", "opendata")
 HEAVY = {"torch", "transformers", "datasets", "pandas", "deepspeed", "accelerate", "peft", "gradio"}
 MODULES = sorted((ROOT / "sft").glob("*.py"))
 
