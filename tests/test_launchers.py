@@ -69,6 +69,7 @@ def test_base_run_without_arguments_prepares_trains_and_replies(tmp_path):
 def test_zero_2_and_zero_3_train_in_two_processes_as_one_process_does(tmp_path, tiny_base):
     flags = ("--max_steps", "3", "--save_steps", "2", "--logging_steps", "1", "--max_new_tokens", "4")
     knobs = {"MODEL": str(tiny_base("qwen2")), "DATA": "data_proj/sample", "LEARNING_RATE": "1e-3"}
+    knobs["MAX_LENGTH"] = "512"
     losses = {}
     for zero in ("", "2", "3"):
         output = tmp_path / f"zero{zero}"
