@@ -475,5 +475,11 @@ def _short(value) -> str:
 if __name__ == "__main__":
     try:
         main()
+    except torch.OutOfMemoryError as error:
+        remedies = "lower --per_device_train_batch_size or --max_length, add --gradient_checkpointing, or use ds_all.sh"
+        fail([f"out of memory ({str(error).splitlines()[0]}); {remedies}"])
     except (ValueError, OSError) as error:
         fail([str(error)])
+    except KeyboardInterrupt:
+        say("interrupted; --resume_from_checkpoint auto continues from the last checkpoint")
+        sys.exit(130)

@@ -119,12 +119,10 @@ def _leave(model, args, output) -> None:
     _current.set(None)
 
 
-def document_mask(*, attention_mask=None, local_size=None, **options):
+def document_mask(*, local_size=None, **options):
     """Stand in for transformers' sdpa mask: the documents of a packed batch, else the usual mask."""
     documents = _current.get()
-    if documents is None or attention_mask is not None:
-        return sdpa_mask(attention_mask=attention_mask, local_size=local_size, **options)
-    return documents if local_size is None else replace(documents, window=local_size)
+    return sdpa_mask(local_size=local_size, **options) if documents is None else replace(documents, window=local_size)
 
 
 def document_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **options):

@@ -180,13 +180,21 @@ def untrained_ids(tokenizer, renderer) -> list[int]:
 
 
 def set_generation_config(model, tokenizer, stop_ids: Sequence[int]) -> None:
-    """Save every stop id with the model, and no length cap: a server would cap each request with it."""
+    """Save every stop id with the model, and no length cap: a server would cap each request with it.
+
+    A base's own sampling settings are kept, unless they contradict each other: then saving would fail, at the end.
+    """
+    from transformers import GenerationConfig
+
+    ids = {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    ids["eos_token_id"] = list(stop_ids)
     settings = model.generation_config
+    settings.update(**ids, max_new_tokens=None, max_length=None)
     settings._from_model_config = False  # transformers 5.23 may else derive the ids anew from the model's config
-    settings.eos_token_id = list(stop_ids)
-    settings.pad_token_id = tokenizer.pad_token_id
-    settings.bos_token_id = tokenizer.bos_token_id
-    settings.max_new_tokens = settings.max_length = None
+    try:
+        settings.validate(strict=True)
+    except ValueError:
+        model.generation_config = GenerationConfig(**ids)
     model.config.pad_token_id = tokenizer.pad_token_id
 
 

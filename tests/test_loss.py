@@ -1,6 +1,7 @@
 """The loss in chunks is the plain loss, with its gradients, for every family, head and wrapper."""
 
 import copy
+import inspect
 
 import pytest
 import torch
@@ -192,6 +193,7 @@ def test_evaluation_gives_the_loss_and_the_first_ranked_tokens(load, family):
 def test_without_labels_the_model_is_as_before(load, family):
     plain, model = load(family), load(family)
     use_chunked_loss(model)
+    assert inspect.signature(model.forward) == inspect.signature(plain.forward)  # Trainer and generate look there
     tokens = batch_of()["input_ids"]
     with torch.no_grad():
         assert torch.equal(model(input_ids=tokens).logits, plain(input_ids=tokens).logits)
@@ -215,7 +217,8 @@ def test_the_saved_model_does_not_know_and_a_copy_works(load, family, tmp_path):
     assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "ours")) is type(plain)
 
 
-def test_no_tensor_as_large_as_the_logits_is_made(load):
+@pytest.mark.parametrize("plain_head", [True, False])
+def test_no_tensor_as_large_as_the_logits_is_made(load, plain_head):
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Largest(TorchDispatchMode):
@@ -229,6 +232,8 @@ def test_no_tensor_as_large_as_the_logits_is_made(load):
 
     model, batch = load("qwen2"), batch_of(8, 256)
     use_chunked_loss(model)
+    if not plain_head:
+        model.lm_head.__class__ = torch.nn.Linear
     model.train()
     with Largest() as largest:
         model(**batch).loss.backward()

@@ -1,0 +1,99 @@
+"""What is loaded, and what is saved with it."""
+
+import json
+
+import pytest
+
+from sft.chat_format import Renderer
+from sft.model import (
+    absolute,
+    check_dtype,
+    check_model_path,
+    choose_compute,
+    count_parameters,
+    load_model,
+    load_tokenizer,
+    set_generation_config,
+    untrained_ids,
+)
+
+
+@pytest.mark.parametrize(("family", "pad"), [("bloom", "<pad>"), ("falcon", "<|endoftext|>"), ("mistral", "<unk>")])
+def test_an_existing_token_pads_and_no_row_is_added(family, pad, tiny_base):
+    tokenizer = load_tokenizer(str(tiny_base(family)))
+    rows = load_model(str(tiny_base(family))).get_input_embeddings().num_embeddings
+    assert tokenizer.pad_token == pad
+    assert len(tokenizer) <= rows
+
+
+def test_contradictory_sampling_settings_of_a_base_do_not_make_saving_fail(tiny_base, tmp_path):
+    model, tokenizer = load_model(str(tiny_base("qwen2"))), load_tokenizer(str(tiny_base("qwen2")))
+    model.generation_config.temperature, model.generation_config.do_sample = 0.9, False
+    set_generation_config(model, tokenizer, [7, 8])
+    model.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "generation_config.json").read_text())
+    assert saved["eos_token_id"] == [7, 8]
+    assert "temperature" not in saved
+
+
+def test_sound_sampling_settings_are_kept_and_length_caps_are_not(tiny_base, tmp_path):
+    model, tokenizer = load_model(str(tiny_base("qwen2"))), load_tokenizer(str(tiny_base("qwen2")))
+    model.generation_config.update(do_sample=True, temperature=0.7, max_new_tokens=2048, max_length=100)
+    set_generation_config(model, tokenizer, [7])
+    model.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "generation_config.json").read_text())
+    assert (saved["temperature"], saved["do_sample"]) == (0.7, True)
+    assert saved.get("max_new_tokens") is None
+    assert saved.get("max_length") is None
+
+
+def test_half_precision_masters_are_refused_and_a_frozen_half_precision_base_is_not():
+    assert check_dtype("auto", lora=False) is check_dtype("bfloat16", lora=True) is None
+    assert "rounds AdamW's updates away" in check_dtype("bfloat16", lora=False)
+    assert check_dtype("float8", lora=True).startswith("--dtype float8: use one of auto, float32")
+
+
+def test_without_a_gpu_the_computing_is_fp32_unless_bf16_is_asked_for():
+    assert choose_compute(bf16=False, fp16=False, use_cpu=True) == {"bf16": False, "fp16": False}
+    assert choose_compute(bf16=True, fp16=False, use_cpu=True) == {"bf16": True, "fp16": False}
+    with pytest.raises(ValueError, match="--fp16 needs a GPU"):
+        choose_compute(bf16=False, fp16=True, use_cpu=True)
+
+
+def test_only_control_tokens_that_a_base_never_saw_count_as_untrained(tokenizer_of):
+    qwen = tokenizer_of("qwen2")
+    expected = sorted(qwen.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"]))
+    assert untrained_ids(qwen, Renderer(qwen, "chatml")) == expected
+    assert untrained_ids(qwen, Renderer(qwen, "blossom")) == []
+    assert untrained_ids(tokenizer_of("mistral"), Renderer(tokenizer_of("mistral"), "mistral")) == []
+
+
+def test_a_model_path_is_a_folder_with_a_config_or_looks_like_a_hub_name(tmp_path, tiny_base, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out").mkdir()
+    assert check_model_path("Qwen/Qwen2.5-0.5B") is check_model_path(str(tiny_base("yi"))) is None
+    assert check_model_path(str(tmp_path)).endswith("no config.json in this folder; name a model folder")
+    for missing in ("out/typo", "./typo", "a/b/c", "typo/"):
+        assert "no such folder" in check_model_path(missing)
+    assert absolute("out") == str(tmp_path / "out")
+    assert absolute("Qwen/Qwen2.5-0.5B") == "Qwen/Qwen2.5-0.5B"
+
+
+def test_a_broken_model_is_one_line_that_names_the_path(tmp_path, tiny_base):
+    for file in tiny_base("qwen2").iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "model.safetensors").write_bytes(b"short")
+    with pytest.raises(ValueError, match=f"{tmp_path}: the model can't be loaded: ") as caught:
+        load_model(str(tmp_path))
+    assert "\n" not in str(caught.value)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(ValueError, match=f"{tmp_path}: the tokenizer can't be loaded: "):
+        load_tokenizer(str(tmp_path))
+
+
+def test_parameters_are_counted_once_where_they_are_tied(tiny_base):
+    model = load_model(str(tiny_base("qwen2")))
+    trainable, total = count_parameters(model)
+    assert (
+        trainable == total == sum(tensor.numel() for tensor in {p.data_ptr(): p for p in model.parameters()}.values())
+    )
