@@ -128,13 +128,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         args=complete(training_arguments, held_out),
         train_dataset=rows if data_arguments.packing else examples,
         eval_dataset=held_out if len(held_out) else None,
-        data_collator=Collator(tokenizer.pad_token_id),
+        # On a GPU one length for all packed rows: flex attention compiles for it once.
+        data_collator=Collator(
+            tokenizer.pad_token_id, packed_length=data_arguments.max_length if torch.cuda.is_available() else None
+        ),
         processing_class=tokenizer,
         compute_metrics=token_accuracy,
         preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1) if logits.ndim == 3 else logits,
     )
     if trainer.pop_callback(ProgressCallback):
         trainer.add_callback(ProgressWithSpeed)
+    trainer.add_callback(SelfTest(notes, packing=data_arguments.packing))
     if data_arguments.packing:
         trainer.add_callback(PackForEachEpoch(rows))
     record = {
@@ -146,7 +150,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "ledger": {"train": ledger, "eval": eval_ledger},
     }
     say_opening(trainer, renderer, ledger, eval_ledger, examples)
-    check_model(trainer, notes, packing=data_arguments.packing)
     questions = pick_questions(train_files, data_arguments)
     before = reply_all(trainer, renderer, questions, data_arguments.max_new_tokens)
     trainer.train(resume_from_checkpoint=checkpoint)
@@ -287,21 +290,23 @@ def prepare_model(model, *, packing: bool) -> list[str]:
     return ([attention.isolate_documents(model)] if packing else []) + [loss.use_chunked_loss(model)]
 
 
-def check_model(trainer: "Trainer", notes: list[str], *, packing: bool) -> None:
-    """Prove on the real model that a packed row equals its documents alone, and the loss in chunks the plain one."""
-    from transformers.integrations import is_deepspeed_zero3_enabled
+class SelfTest(TrainerCallback):
+    """Prove on the real model, in its compute type, that packed rows and the loss in chunks are what they stand for."""
 
-    for note in notes:
-        say(note)
-    if is_deepspeed_zero3_enabled():
-        say("not self-tested: under ZeRO-3 the model can only run inside DeepSpeed")
-        return
-    model = trainer.model.to(trainer.args.device)
-    exact = all(parameter.dtype == torch.float32 for parameter in model.parameters())
-    loss.self_test(model, exact=exact)
-    if packing:
-        apart, _reach = attention.self_test(model, exact=exact)
-        say(f"self-test: logits of a packed row are within {apart:.0e} of its documents alone")
+    def __init__(self, notes: list[str], *, packing: bool):
+        self.notes, self.packing = notes, packing
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        for note in self.notes:
+            say(note)
+        low = args.bf16 or args.fp16
+        exact = not low and all(parameter.dtype == torch.float32 for parameter in model.parameters())
+        dtype = torch.bfloat16 if args.bf16 else torch.float16
+        with torch.autocast(args.device.type, dtype=dtype, enabled=low):
+            loss.self_test(model, exact=exact)
+            if self.packing:
+                apart, _reach = attention.self_test(model, exact=exact)
+                say(f"self-test: logits of a packed row are within {apart:.0e} of its documents alone")
 
 
 # --- training -----------------------------------------------------------------------------------------------------

@@ -13,15 +13,18 @@ class Collator:
 
     Returns `input_ids`, `labels` and, for examples, `attention_mask`, each (batch, length) int64. The mask follows
     positions, not ids, so pad may be the same token as eos. Packed rows keep their `position_ids` instead and get no
-    mask, as a mask would join the documents; what pads them is one more document, without labels.
+    mask, as a mask would join the documents; what pads them is one more document, without labels. `packed_length` pads
+    all of them to one length.
     """
 
-    def __init__(self, pad_token_id: int, multiple_of: int = 8):
-        self.pad_token_id, self.multiple_of = pad_token_id, multiple_of
+    def __init__(self, pad_token_id: int, multiple_of: int = 8, packed_length: int | None = None):
+        self.pad_token_id, self.multiple_of, self.packed_length = pad_token_id, multiple_of, packed_length
 
     def __call__(self, examples: Sequence[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:
         packed = "position_ids" in examples[0]
         longest = max(len(example["input_ids"]) for example in examples)
+        if packed and self.packed_length:
+            longest = self.packed_length
         length = -(-longest // self.multiple_of) * self.multiple_of
         shape = (len(examples), length)
         last = "position_ids" if packed else "attention_mask"

@@ -72,6 +72,8 @@ class PackedExamples:
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         parts = [self.examples[int(number)] for number in self.rows[index]]
+        for part in parts:
+            part["labels"][0] = IGNORE_INDEX  # else the example before it would be trained to predict it
         row = {name: np.concatenate([part[name] for part in parts]) for name in ("input_ids", "labels")}
         return row | {"position_ids": np.concatenate([np.arange(len(part["input_ids"])) for part in parts])}
 

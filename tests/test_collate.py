@@ -23,3 +23,4 @@ def test_packed_rows_keep_their_positions_and_get_no_mask():
     assert batch["input_ids"].tolist() == [[5, 2, 6, 2], [5, 2, 2, 2]]
     assert batch["labels"].tolist() == [[-100, 2, -100, -100], [-100, 2, -100, -100]]
     assert batch["position_ids"].tolist() == [[0, 1, 0, 0], [0, 1, 0, 1]]
+    assert Collator(pad_token_id=2, multiple_of=4, packed_length=6)([row])["input_ids"].shape == (1, 8)

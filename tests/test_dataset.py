@@ -7,7 +7,17 @@ import numpy as np
 import pytest
 
 from sft.chat_format import IGNORE_INDEX, Renderer
-from sft.dataset import BATCH_SIZE, Examples, batches, check_losses, file_hashes, find_files, ledger_lines, prepare
+from sft.dataset import (
+    BATCH_SIZE,
+    Examples,
+    PackedExamples,
+    batches,
+    check_losses,
+    file_hashes,
+    find_files,
+    ledger_lines,
+    prepare,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -223,3 +233,25 @@ def test_byte_level_families_take_the_fast_encoder_and_the_others_the_safe_one(t
         family: Renderer(tokenizer_of(family), "blossom").use_bulk_encoder() for family in ("qwen2", "falcon", "yi")
     }
     assert chosen == {"qwen2": "fastokens", "falcon": "tokenizers", "yi": "tokenizers, with offsets"}
+
+
+def test_packed_rows_hold_every_example_once_and_none_predicts_its_neighbour():
+    in_loss = np.array([True, True, False, True, True, True])
+    examples = Examples(np.arange(10, 16, dtype=np.int32), in_loss, np.array([0, 2, 4, 6]))
+    rows = PackedExamples(examples, 4, seed=0)
+    assert len(rows) == 2
+    assert rows.fill == 6 / 8
+    seen = sorted(token for row in range(2) for token in rows[row]["input_ids"].tolist())
+    assert seen == [10, 11, 12, 13, 14, 15]
+    for row in range(2):
+        positions, labels = rows[row]["position_ids"].tolist(), rows[row]["labels"].tolist()
+        assert positions == [0, 1] * (len(positions) // 2)
+        assert [label for label, position in zip(labels, positions, strict=True) if position == 0 and label >= 0] == []
+    first = [rows[row]["input_ids"].tolist() for row in range(2)]
+    changed = []
+    for epoch in range(1, 9):
+        rows.pack_for(epoch)
+        changed.append([rows[row]["input_ids"].tolist() for row in range(2)] != first)
+    assert any(changed)
+    rows.pack_for(0)
+    assert [rows[row]["input_ids"].tolist() for row in range(2)] == first
