@@ -10,6 +10,7 @@ import os
 import sys
 import time
 import warnings
+from argparse import ArgumentError
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -20,7 +21,7 @@ os.environ.setdefault(*PATIENT_THREADS)
 
 import torch
 import transformers
-from transformers import HfArgumentParser, ProgressCallback, TrainerCallback, set_seed
+from transformers import HfArgumentParser, ProgressCallback, TrainerCallback, TrainerState, set_seed
 
 from sft import attention, loss
 from sft import model as models
@@ -33,6 +34,7 @@ from sft.dataset import (
     CACHE_DIR,
     Examples,
     PackedExamples,
+    batches,
     check_losses,
     file_hashes,
     find_files,
@@ -112,15 +114,31 @@ def main(arguments: Sequence[str] | None = None) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     model_arguments, data_arguments, training_arguments = parse_arguments(arguments)
     set_seed(training_arguments.seed)
+    model_arguments.model_name_or_path = models.absolute(model_arguments.model_name_or_path)
+    models.check_window(
+        model_arguments.model_name_or_path,
+        data_arguments.max_length,
+        trust_remote_code=model_arguments.trust_remote_code,
+    )
     tokenizer, renderer = load_renderer(model_arguments, data_arguments)
     train_files, eval_files = find_files(data_arguments.data_path, data_arguments.eval_data_path or ())
     settings = {name: getattr(data_arguments, name) for name in ("max_length", "encoding", "cache_dir")}
     examples, ledger = prepare(train_files, renderer, say=say, **settings)
     check_losses(ledger, data_arguments.max_lost)
     held_out, eval_ledger = prepare(eval_files, renderer, say=say, **settings)
+    if eval_files:
+        check_losses(eval_ledger, data_arguments.max_lost)
     checkpoint = checkpoint_to_resume(training_arguments)
 
     model = build_model(model_arguments, training_arguments, tokenizer, renderer)
+    models.check_rows(
+        model,
+        tokenizer,
+        model_arguments.model_name_or_path,
+        used_ids=[*renderer.stop_ids, *renderer.control_ids],
+        largest_id=max(examples.largest_id, held_out.largest_id),
+    )
+    models.set_generation_config(model, tokenizer, renderer.stop_ids)
     notes = prepare_model(model, packing=data_arguments.packing)
     rows = PackedExamples(examples, data_arguments.max_length, seed=training_arguments.seed)
     trainer = Trainer(
@@ -143,7 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         trainer.add_callback(PackForEachEpoch(rows))
     record = {
         **provenance(),
-        "model": models.absolute(model_arguments.model_name_or_path),
+        "model": model_arguments.model_name_or_path,
         "chat_format": renderer.name,
         "seed": training_arguments.seed,
         "data": {"train": file_hashes(train_files), "eval": file_hashes(eval_files)},
@@ -151,8 +169,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
     say_opening(trainer, renderer, ledger, eval_ledger, examples)
     questions = pick_questions(train_files, data_arguments)
+    window = models.context_window(model.config)
+    if window:
+        questions = [pair for pair in questions if len(renderer.prompt([user(pair[0])])) < window]
     before = reply_all(trainer, renderer, questions, data_arguments.max_new_tokens)
-    trainer.train(resume_from_checkpoint=checkpoint)
+    if not is_finished(trainer, checkpoint):
+        trainer.train(resume_from_checkpoint=checkpoint)
     metrics = last_evaluation(trainer)
     save(trainer, renderer)
     after = reply_all(trainer, renderer, questions, data_arguments.max_new_tokens)
@@ -165,16 +187,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def parse_arguments(arguments: Sequence[str] | None) -> tuple[ModelArguments, DataArguments, TrainingArguments]:
     """Parse, and exit with every mistake at once before anything is loaded."""
-    parser = HfArgumentParser((ModelArguments, DataArguments, TrainingArguments), prog="train.py")
-    parser.error = lambda message: fail([message])
+    parser = Parser((ModelArguments, DataArguments, TrainingArguments), prog="train.py", allow_abbrev=False)
+    parser.set_defaults(eval_strategy=None)
     given, unknown = parser.parse_known_args(sys.argv[1:] if arguments is None else list(arguments))
     given = vars(given)
-    problems = [f"unknown argument {name}" for name in unknown if name.startswith("-")]
+    problems = parser.problems + [f"unknown argument {name}" for name in unknown if name.startswith("--")]
     problems += [f"unknown argument {name}" for name in unknown if not problems]
     problems += check_arguments(given)
     if problems:
         fail(problems)
     try:
+        given["eval_strategy"] = given["eval_strategy"] or "epoch"
+        if given["hub_token"]:  # transformers would pickle it into every checkpoint
+            os.environ["HF_TOKEN"], given["hub_token"] = given["hub_token"], None
         if given["disable_tqdm"] is None:
             given["disable_tqdm"] = not sys.stderr.isatty()
         on_cpu = given["use_cpu"] or not torch.cuda.is_available()
@@ -192,10 +217,29 @@ def parse_arguments(arguments: Sequence[str] | None) -> tuple[ModelArguments, Da
     return tuple(groups)
 
 
+class Parser(HfArgumentParser):
+    """Collects what it can't read instead of stopping at the first."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.problems: list[str] = []
+
+    def _get_values(self, action, arg_strings):
+        try:
+            return super()._get_values(action, arg_strings)
+        except ArgumentError as error:
+            self.problems.append(str(error).removeprefix("argument "))
+            return action.default
+
+    def error(self, message: str) -> None:
+        fail([*self.problems, message])
+
+
 def fail(problems: Sequence[str]) -> None:
-    """Print each problem on a line and exit with code 2."""
-    for problem in problems:
-        print(f"train.py: {problem}", file=sys.stderr)
+    """Print each problem on a line, from the first process, and exit with code 2."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        for problem in problems:
+            print(f"train.py: {problem}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -217,11 +261,9 @@ def start_deepspeed_on_cpu() -> dict:
 
 
 def complete(arguments: TrainingArguments, held_out: Examples) -> TrainingArguments:
-    """Fill in what depends on the data and the machine: evaluate each epoch when there are held-out rows."""
-    if len(held_out) and arguments.eval_strategy == "no":
-        arguments.eval_strategy = transformers.IntervalStrategy.EPOCH
-    elif not len(held_out) and arguments.eval_strategy != "no":
-        say("no held-out data, so nothing to evaluate; give --eval_data_path, or an eval.json beside train.json")
+    """Fill in what depends on the data and the machine: there is nothing to evaluate without held-out rows."""
+    if not len(held_out) and arguments.eval_strategy != "no":
+        say("no held-out data, so nothing is evaluated; give --eval_data_path, or an eval.json beside train.json")
         arguments.eval_strategy = transformers.IntervalStrategy.NO
     arguments.label_names = ["labels"]
     arguments.dataloader_pin_memory &= torch.cuda.is_available()
@@ -237,6 +279,23 @@ def checkpoint_to_resume(arguments: TrainingArguments) -> str | None:
         say(line)
     say(f"resuming from {checkpoint}" if checkpoint else f"no checkpoint in {arguments.output_dir}; starting anew")
     return checkpoint
+
+
+def is_finished(trainer: "Trainer", checkpoint: str | None) -> bool:
+    """Load a checkpoint that has all its steps behind it; transformers would take one step more, and another model."""
+    if checkpoint is None or trainer.args.max_steps <= 0:
+        return False
+    state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+    if state.global_step < trainer.args.max_steps:
+        return False
+    if trainer.is_deepspeed_enabled:
+        raise ValueError(
+            f"{checkpoint}: has all of its {state.global_step} steps behind it; raise --max_steps to go on"
+        )
+    say(f"{checkpoint}: all of its {state.global_step} steps are done; saving its model")
+    trainer._load_from_checkpoint(checkpoint)
+    trainer.state = state
+    return True
 
 
 # --- tokenizer and model ------------------------------------------------------------------------------------------
@@ -270,7 +329,6 @@ def build_model(model_arguments: ModelArguments, arguments: TrainingArguments, t
         attn_implementation=model_arguments.attn_implementation,
         trust_remote_code=model_arguments.trust_remote_code,
     )
-    models.set_generation_config(model, tokenizer, renderer.stop_ids)
     if not model_arguments.lora:
         return model
     return models.add_lora(
@@ -315,7 +373,16 @@ class SelfTest(TrainerCallback):
 class Trainer(transformers.Trainer):
     """transformers' Trainer that logs perplexity, and stops at a loss that is not finite."""
 
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Weigh each batch's loss by its trained tokens; `log` divides by all of them."""
+        loss, predictions, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        if loss is not None and labels is not None:
+            loss = loss * (labels[:, 1:] != IGNORE_INDEX).sum() / len(labels)
+        return loss, predictions, labels
+
     def log(self, logs: dict, start_time: float | None = None) -> None:
+        if "eval_rows" in logs:
+            logs["eval_loss"] *= logs.pop("eval_rows") / logs["eval_tokens"]
         if "eval_loss" in logs:
             logs["eval_perplexity"] = math.exp(min(logs["eval_loss"], 700))
         super().log(logs, start_time)
@@ -353,10 +420,11 @@ def last_evaluation(trainer: Trainer) -> dict[str, float]:
 
 
 def token_accuracy(prediction) -> dict[str, float]:
-    """Share of trained tokens that the model ranks first; predictions and labels (batch, length), unshifted."""
+    """Share of trained tokens that the model ranks first; predictions and labels (rows, length), unshifted."""
     guesses, labels = prediction.predictions[:, :-1], prediction.label_ids[:, 1:]
     in_loss = labels != IGNORE_INDEX
-    return {"token_accuracy": float((guesses == labels)[in_loss].mean())}
+    accuracy = float((guesses == labels)[in_loss].mean())
+    return {"token_accuracy": accuracy, "tokens": int(in_loss.sum()), "rows": len(labels)}
 
 
 def save(trainer: Trainer, renderer: Renderer) -> None:
@@ -404,6 +472,10 @@ def say_opening(trainer: Trainer, renderer: Renderer, ledger: dict, eval_ledger:
     say(f"parameters: {total:,}, trained {trainable:,} ({trainable / total:.1%})")
 
 
+def user(question: str) -> dict[str, str]:
+    return {"role": "user", "content": question}
+
+
 def pick_questions(files: Sequence[str], data_arguments: DataArguments) -> list[tuple[str, list[str]]]:
     """Return (question, its answers in the data): the fixed prompts, then some of the data, from every file."""
     answers: dict[str, list[str]] = {}
@@ -436,11 +508,8 @@ def reply_all(trainer: Trainer, renderer: Renderer, questions: list, max_new_tok
     model = trainer.accelerator.unwrap_model(trainer.model).to(trainer.args.device)
     sampling = replace(GREEDY, max_new_tokens=max_new_tokens)
     chat = Chat(model, renderer)
-    replies = []
-    for start in range(0, len(questions), 8):
-        batch = [[{"role": "user", "content": question}] for question, _answers in questions[start : start + 8]]
-        replies += chat.reply_batch(batch, sampling)
-    return replies
+    asked = [[user(question)] for question, _answers in questions]
+    return [reply for batch in batches(asked, 8) for reply in chat.reply_batch(batch, sampling)]
 
 
 def finish(

@@ -22,7 +22,7 @@ from typing import NamedTuple
 from sft.chat_format import FORMAT_NAMES, Renderer
 from sft.conversation import RecordError, read_file, read_record
 from sft.dataset import batches
-from sft.model import PATIENT_THREADS, check_model_path, from_pretrained, load_tokenizer
+from sft.model import PATIENT_THREADS, check_model_path, context_window, from_pretrained, load_tokenizer
 
 
 class Reply(NamedTuple):
@@ -118,7 +118,7 @@ class Chat:
     @property
     def context_window(self) -> int | None:
         """The model's context length in tokens; None where it has no fixed one (ALiBi)."""
-        return getattr(self.model.config, "max_position_embeddings", None)
+        return context_window(self.model.config)
 
     def _generate(self, ids, mask, sampling: Sampling, *, streamer=None, stop: threading.Event | None = None):
         import torch
@@ -218,17 +218,20 @@ def reply_to_file(chat: Chat, source: str, output: str, *, sampling: Sampling, b
 
     Writes JSON Lines of {"messages": [..., reply], "ended", "num_tokens"} beside `output`, then moves it into place.
     """
-    partial = f"{output}.{os.getpid()}.partial"
+    partial = Path(f"{output}.{os.getpid()}.partial")
     count = 0
-    with open(partial, "w", encoding="utf-8") as stream:
-        for batch in batches(_prompts(source), batch_size):
-            for messages, reply in zip(batch, chat.reply_batch(batch, sampling), strict=True):
-                answer = [*messages, {"role": "assistant", "content": reply.text}]
-                line = {"messages": answer, "ended": reply.ended, "num_tokens": reply.num_tokens}
-                stream.write(json.dumps(line, ensure_ascii=False) + "\n")
-                count += 1
-            print(f"\r{count} replies", end="", file=sys.stderr, flush=True)
-    os.replace(partial, output)
+    try:
+        with open(partial, "w", encoding="utf-8") as stream:
+            for batch in batches(_prompts(source), batch_size):
+                for messages, reply in zip(batch, chat.reply_batch(batch, sampling), strict=True):
+                    answer = [*messages, {"role": "assistant", "content": reply.text}]
+                    line = {"messages": answer, "ended": reply.ended, "num_tokens": reply.num_tokens}
+                    stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+                    count += 1
+                print(f"\r{count} replies", end="", file=sys.stderr, flush=True)
+        os.replace(partial, output)
+    finally:
+        partial.unlink(missing_ok=True)
     print(file=sys.stderr)
     return count
 
@@ -274,7 +277,7 @@ def _say(chat: Chat, messages: list[dict], sampling: Sampling) -> Reply:
 
 def converse(chat: Chat, questions: Iterable[str], *, system: str | None, sampling: Sampling) -> list[dict]:
     """Ask the questions one after the other in one conversation, printing each reply as it comes."""
-    messages = [{"role": "system", "content": system}] if system else []
+    messages = [{"role": "system", "content": system}] if system and system.strip() else []
     for question in questions:
         messages.append({"role": "user", "content": question})
         print(f"> {question}", flush=True)
@@ -316,6 +319,8 @@ def _parser() -> argparse.ArgumentParser:
 def _check(options: argparse.Namespace) -> None:
     if bool(options.input) != bool(options.output):
         raise ValueError("--input and --output go together")
+    if options.batch_size < 1 or options.max_new_tokens < 1:
+        raise ValueError("--batch_size and --max_new_tokens must be at least 1")
     if options.input and not Path(options.input).is_file():
         raise ValueError(f"--input {options.input}: no such file")
     if options.output and Path(options.output).exists() and not options.overwrite:

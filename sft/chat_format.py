@@ -22,6 +22,7 @@ import json
 import random
 import re
 import secrets
+import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -33,6 +34,7 @@ from tokenizers import Tokenizer
 from sft.conversation import RecordError
 
 IGNORE_INDEX = -100
+JOINERS = "\u200d\ufe0f"  # inside one visible emoji: the joiner, and the mark of the coloured form
 
 
 @dataclass(frozen=True)
@@ -249,7 +251,7 @@ def choose_format(name: str, tokenizer) -> str:
         return name
     template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
     ours = re.match(r"\{#- chat format: (\w+) #\}", template)
-    if ours and ours.group(1) in CHAT_FORMATS:
+    if ours and ours.group(1) in FORMAT_NAMES[1:]:
         return ours.group(1)
     if tokenizer.eos_token == CHAT_FORMATS["chatml"].end:
         return "chatml"
@@ -337,6 +339,10 @@ class Renderer:
                 raise ValueError(
                     "chat format 'base': this tokenizer has no chat template of its own; name another format"
                 )
+            if "strftime_now" in self.chat_template:
+                raise ValueError("chat format 'base': the base's own template writes today's date; use chatml")
+            if not self.chat_template.startswith("{#- chat format:"):
+                self.chat_template = "{#- chat format: base #}" + self.chat_template
             self._layout = lru_cache(4096)(lambda roles: own_layout(tokenizer, self.chat_template, roles))
         else:
             bos = tokenizer.bos_token if adds_bos(tokenizer) else ""
@@ -393,10 +399,23 @@ class Renderer:
         What doesn't fit loses whole trailing turns first. If even the first answer doesn't fit, it is cut at the end of
         a character, and without a stop token: a cut answer must not teach the model to stop.
         """
+        if self.name == "base":
+            for messages in batch:
+                self._check_own_template(messages)
         laid_out = [self.parts(messages) for messages in batch]
         texts = ["".join(part.text for part in parts) for parts in laid_out]
         encodings = self._backend.encode_batch(texts, add_special_tokens=False)
         return [_label(parts, encoding, max_length) for parts, encoding in zip(laid_out, encodings, strict=True)]
+
+    def _check_own_template(self, messages: Sequence[dict]) -> None:
+        """Raise RecordError unless the base's own template gives the text that is trained; it may look at contents."""
+        try:
+            same = _apply_template(self.tokenizer, self.chat_template, list(messages), False) == self.text(messages)
+        except ValueError as error:
+            raise RecordError("template", str(error)) from None
+        if not same:
+            reply = repr(messages[-1]["content"][:20])
+            raise RecordError("template", f"the chat template renders other text than training does (reply {reply})")
 
     def render_or_reason(self, messages: Sequence[dict], *, max_length: int | None = None) -> Rendered:
         """Render one conversation; what can't be rendered comes back empty, with the reason as its outcome."""
@@ -453,6 +472,8 @@ class Renderer:
         Stretches are encoded one by one, so words must not reach over them: tokenizers without a pre-tokenizer that
         splits, or with one that puts a space in front of each stretch, keep the slower way.
         """
+        if self.name == "base":
+            return self.use_slow_encoder()
         proof = [*_probes(), *_odd_conversations(), *sample]
         expected = _to_rows([self.render_or_reason(messages) for messages in proof])
         for name, encoder in _bulk_encoders(self._backend):
@@ -540,13 +561,21 @@ def _label(parts: list[Part], encoding, max_length: int | None) -> Rendered:
         length, outcome = (int(fitting[-1]), "turns_dropped") if len(fitting) else (max_length, "cut")
         if length == lengths[-1]:
             outcome = "whole"
-        while outcome == "cut" and length and offsets[length, 0] < offsets[length - 1, 1]:
+        text = "".join(part.text for part in parts)
+        while outcome == "cut" and length and not _may_cut(text, offsets, length):
             length -= 1
     if not in_loss[:length].any():
         reason = "prompt_too_long" if in_loss.any() and outcome == "cut" else "no_trained_token"
         return Rendered(ids[:0], ids[:0], reason)
     labels = np.where(in_loss, ids, IGNORE_INDEX).astype(np.int32)
     return Rendered(ids[:length].copy(), labels[:length], outcome)
+
+
+def _may_cut(text: str, offsets: np.ndarray, length: int) -> bool:
+    """Say whether a row may end before token `length`: not inside a character, nor before what joins or marks one."""
+    place = int(offsets[length, 0])
+    joined = unicodedata.combining(text[place]) or text[place] in JOINERS or text[place - 1] == JOINERS[0]
+    return place >= offsets[length - 1, 1] and not joined
 
 
 def _check_boundaries(parts: list[Part], ends: np.ndarray, offsets: np.ndarray) -> None:
@@ -563,13 +592,13 @@ def unforgeable_backend(tokenizer) -> tuple[Tokenizer, dict[str, str]]:
     """Copy the Rust tokenizer with every control token renamed to a random private-use string, ids unchanged.
 
     Returns the copy and the new names. `split_special_tokens` is not enough: it leaves added tokens such as `<think>`
-    live (transformers 5.23). Tokens of pure whitespace keep their names; they are ordinary text.
+    live (transformers 5.23). Added words and runs of whitespace keep their names; they are ordinary text.
     """
     spec = json.loads(tokenizer.backend_tokenizer.to_str())
     nonce = secrets.token_hex(8)
     names = {}
     for token in spec["added_tokens"]:
-        if token["content"].strip():
+        if token["special"] or not re.fullmatch(r"[\w\s]*", token["content"]):
             names[token["content"]] = f"\ue000{nonce}{token['id']}\ue001"
             token["content"] = names[token["content"]]
     spec["model"] = _rename_in_model(spec["model"], names)

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import zipfile
 from pathlib import Path
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
@@ -49,11 +50,24 @@ def incomplete(folder: Path) -> str | None:
     deepspeed = any(folder.glob("global_step*/*"))
     if not deepspeed and not any((folder / name).is_file() for name in WEIGHTS):
         return "the weights are missing"
-    needed = ["scheduler.pt"] + ([] if deepspeed else ["optimizer.pt"])
-    for name in needed:
-        if not (folder / name).is_file() or not (folder / name).stat().st_size:
-            return f"{name} is missing or empty"
-    return None if any(folder.glob("rng_state*.pth")) else "the random state is missing"
+    for name in ["scheduler.pt"] + ([] if deepspeed else ["optimizer.pt"]):
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+    if not any(folder.glob("rng_state*.pth")):
+        return "the random state is missing"
+    cut = [path for path in folder.rglob("*.pt*") if not zipfile.is_zipfile(path)]
+    cut += [path for path in folder.glob("*.safetensors") if not _opens(path)]
+    return f"{cut[0].relative_to(folder)} is cut" if cut else None
+
+
+def _opens(path: Path) -> bool:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy"):
+            return True
+    except (SafetensorError, OSError):
+        return False
 
 
 def verify_saved(folder: Path, expected: dict[str, tuple[int, ...]] | None = None) -> int:

@@ -23,7 +23,7 @@ from sft.packing import pack
 BATCH_SIZE = 1000  # conversations per call of the tokenizer: enough to keep its threads busy, little memory
 PROOF_SIZE = 64  # conversations of the data on which a bulk encoder must prove itself
 CACHE_DIR = ".cache"
-LOST = ("rejected", "prompt_too_long", "no_trained_token", "boundary")
+LOST = ("rejected", "prompt_too_long", "no_trained_token", "boundary", "template")
 
 
 class Examples:
@@ -50,6 +50,10 @@ class Examples:
     @property
     def num_trained_tokens(self) -> int:
         return int(np.count_nonzero(self._in_loss))
+
+    @property
+    def largest_id(self) -> int:
+        return int(self._input_ids.max(initial=0))
 
 
 class PackedExamples:
@@ -91,13 +95,13 @@ def find_files(data_path: Sequence[str], eval_data_path: Sequence[str] = ()) -> 
     train = [file for path in data_path for file in list_files(path)]
     held_out = [file for path in eval_data_path for file in list_files(path)]
     beside = [file for file in train if Path(file).name == EVAL and str(Path(file).with_name(TRAIN)) in train]
-    train = [file for file in dict.fromkeys(train) if file not in beside]
+    train = [file for file in {os.path.realpath(file): file for file in train}.values() if file not in beside]
     both = {str(Path(file).resolve()) for file in train} & {str(Path(file).resolve()) for file in held_out}
     if both:
         raise ValueError(
             f"{min(both)}: is in --data_path and in --eval_data_path; a held-out file must not be trained on"
         )
-    return train, held_out or beside
+    return train, held_out + beside
 
 
 def prepare(
@@ -146,9 +150,8 @@ def _build(files: Sequence[str], renderer: Renderer, folder: Path, *, max_length
     staged.mkdir()
     try:
         first = next(batches((item[2] for item in _readable(files, _new_ledger(files, 0), encoding)), PROOF_SIZE), [])
-        encoder = renderer.use_bulk_encoder(first)
         if files:
-            say(f"tokenising {len(files)} files with {encoder}")
+            say(f"tokenising {len(files)} files with {renderer.use_bulk_encoder(first)}")
         try:
             _write(files, renderer, staged, max_length=max_length, encoding=encoding)
         except DifferentIds as error:
@@ -249,6 +252,7 @@ EXPLAINED = {
     "prompt_too_long": "lost, the prompt alone fills max_length",
     "no_trained_token": "lost, no token to train on",
     "boundary": "lost, a token reaches over the start of a reply",
+    "template": "lost, the base's own template renders it differently from what would be trained",
 }
 
 

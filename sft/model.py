@@ -56,7 +56,7 @@ def from_pretrained(model_class, path: str, **options):
 
     try:
         return model_class.from_pretrained(path, **options)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise unloadable(path, "model", error) from error
 
 
@@ -196,6 +196,38 @@ def set_generation_config(model, tokenizer, stop_ids: Sequence[int]) -> None:
     except ValueError:
         model.generation_config = GenerationConfig(**ids)
     model.config.pad_token_id = tokenizer.pad_token_id
+
+
+def context_window(config) -> int | None:
+    """The longest text of a model in tokens; None where positions are not numbered (ALiBi)."""
+    config = config.get_text_config()
+    return None if getattr(config, "alibi", False) else getattr(config, "max_position_embeddings", None)
+
+
+def check_window(path: str, max_length: int, *, trust_remote_code: bool = False) -> None:
+    """Raise ValueError when rows would be longer than what the model has positions for."""
+    from transformers import AutoConfig
+
+    window = context_window(from_pretrained(AutoConfig, path, trust_remote_code=trust_remote_code))
+    if window and max_length > window:
+        raise ValueError(f"--max_length {max_length}: {path} has {window} positions; use at most that")
+
+
+def check_rows(model, tokenizer, path: str, *, used_ids: Sequence[int], largest_id: int) -> None:
+    """Raise ValueError for a token that has no embedding row; choose another pad token if it is only the pad."""
+    rows = model.config.get_text_config().vocab_size
+    if tokenizer.pad_token_id >= rows:
+        known = [
+            t for t in (tokenizer.unk_token, tokenizer.eos_token) if t and tokenizer.convert_tokens_to_ids(t) < rows
+        ]
+        tokenizer.pad_token = known[0] if known else tokenizer.convert_ids_to_tokens(0)
+    for token_id in [*used_ids, largest_id]:
+        if token_id >= rows:
+            token = tokenizer.convert_ids_to_tokens(token_id)
+            raise ValueError(
+                f"{path}: token {token!r} has id {token_id}, but the model has {rows} embedding rows; the tokenizer in "
+                "this folder is not the model's own"
+            )
 
 
 def count_parameters(model) -> tuple[int, int]:

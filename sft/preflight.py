@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from sft.chat_format import FORMAT_NAMES, IGNORE_INDEX
-from sft.checkpoint import check_output_dir
+from sft.checkpoint import check_output_dir, incomplete
 from sft.dataset import find_files
 from sft.model import check_dtype, check_model_path
 
@@ -33,6 +33,9 @@ def check_arguments(arguments: dict) -> list[str]:
     ]
     if arguments["chat_format"] not in FORMAT_NAMES:
         checks.append(f"--chat_format {arguments['chat_format']}: use one of {', '.join(FORMAT_NAMES)}")
+    named = arguments["resume_from_checkpoint"]
+    if named and named != "auto" and (problem := incomplete(Path(named))):
+        checks.append(f"--resume_from_checkpoint {named}: {problem}; use auto, or name a checkpoint folder")
     if arguments["load_in_4bit"] and not arguments["lora"]:
         checks.append("--load_in_4bit: 4-bit weights can't be trained; add --lora")
     return [problem for problem in checks if problem]
@@ -60,6 +63,7 @@ def _check_data(arguments: dict) -> list[str]:
 
 def _check_numbers(arguments: dict) -> list[str]:
     positive = ("max_length", "per_device_train_batch_size", "gradient_accumulation_steps", "lora_rank", "lora_alpha")
+    positive += ("per_device_eval_batch_size", "max_new_tokens")
     problems = [f"--{name} {arguments[name]}: must be at least 1" for name in positive if arguments[name] < 1]
     problems += [
         f"--{name} {arguments[name]}: must be above 0" for name in ("learning_rate",) if not arguments[name] > 0
@@ -67,7 +71,7 @@ def _check_numbers(arguments: dict) -> list[str]:
     for name in ("max_lost", "lora_dropout"):
         if not 0 <= arguments[name] <= 1:
             problems.append(f"--{name} {arguments[name]}: must be a share between 0 and 1")
-    if arguments["num_train_epochs"] <= 0 and arguments["max_steps"] <= 0:
+    if not 0 < arguments["num_train_epochs"] < float("inf") and arguments["max_steps"] <= 0:
         problems.append("--num_train_epochs must be above 0 (or give --max_steps)")
     return problems
 

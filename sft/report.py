@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from importlib import metadata
@@ -19,7 +20,16 @@ def provenance() -> dict:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             versions[name] = None
-    return {"command": [sys.executable, *sys.argv], "versions": versions, "git_commit": _git_commit()}
+    return {"command": without_secrets([sys.executable, *sys.argv]), "versions": versions, "git_commit": _git_commit()}
+
+
+def without_secrets(command: list[str]) -> list[str]:
+    """Return a command line with the values of token flags left out."""
+    shown = []
+    for word in command:
+        secret = bool(shown) and re.fullmatch(r"--\w*token", shown[-1])
+        shown.append("***" if secret else re.sub(r"^(--\w*token)=.*", r"\1=***", word))
+    return shown
 
 
 def _git_commit() -> str | None:

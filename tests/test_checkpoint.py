@@ -1,6 +1,7 @@
 """Which checkpoint a run continues from, and what is trusted after saving."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,10 @@ FILES = ("trainer_state.json", "model.safetensors", "optimizer.pt", "scheduler.p
 def checkpoint(folder: Path, step: int) -> Path:
     path = folder / f"checkpoint-{step}"
     path.mkdir()
-    for name in FILES:
-        (path / name).write_text("{}")
+    (path / "trainer_state.json").write_text("{}")
+    save_file({"a": torch.ones(2)}, path / "model.safetensors")
+    for name in FILES[2:]:
+        torch.save({"step": step}, path / name)
     return path
 
 
@@ -30,7 +33,7 @@ def test_the_newest_complete_checkpoint_is_taken_and_the_others_are_named(tmp_pa
         str(good),
         [
             f"{tmp_path}/checkpoint-100: skipped, trainer_state.json is missing or cut",
-            f"{tmp_path}/checkpoint-20: skipped, optimizer.pt is missing or empty",
+            f"{tmp_path}/checkpoint-20: skipped, optimizer.pt is missing",
         ],
     )
 
@@ -44,8 +47,8 @@ def test_without_a_checkpoint_there_is_nothing_to_resume(tmp_path):
     [
         ("trainer_state.json", "trainer_state.json is missing or cut"),
         ("model.safetensors", "the weights are missing"),
-        ("optimizer.pt", "optimizer.pt is missing or empty"),
-        ("scheduler.pt", "scheduler.pt is missing or empty"),
+        ("optimizer.pt", "optimizer.pt is missing"),
+        ("scheduler.pt", "scheduler.pt is missing"),
         ("rng_state.pth", "the random state is missing"),
     ],
 )
@@ -56,13 +59,23 @@ def test_a_checkpoint_without_any_of_its_parts_is_incomplete(tmp_path, name, pro
     assert incomplete(path) == problem
 
 
+@pytest.mark.parametrize("name", FILES[1:])
+@pytest.mark.parametrize("size", [0, 40])
+def test_a_checkpoint_with_a_cut_file_is_incomplete(tmp_path, name, size):
+    path = checkpoint(tmp_path, 1)
+    os.truncate(path / name, size)
+    assert incomplete(path) == f"{name} is cut"
+
+
 def test_deepspeed_checkpoints_hold_their_state_in_a_folder_of_their_own(tmp_path):
     path = checkpoint(tmp_path, 1)
     for name in ("optimizer.pt", "model.safetensors"):
         (path / name).unlink()
     (path / "global_step1").mkdir()
-    (path / "global_step1" / "mp_rank_00_model_states.pt").write_text("x")
+    torch.save({}, path / "global_step1" / "mp_rank_00_model_states.pt")
     assert incomplete(path) is None
+    os.truncate(path / "global_step1" / "mp_rank_00_model_states.pt", 9)
+    assert incomplete(path) == "global_step1/mp_rank_00_model_states.pt is cut"
 
 
 def test_saved_tensors_are_reopened_and_checked(tmp_path):

@@ -1,0 +1,124 @@
+"""Preparing (read, render, tokenise, label, pack): tokens per CPU second and peak memory, ours beside the peers.
+
+    python benchmarks/prepare_speed.py 20000                      # all sides, three times each
+    python benchmarks/prepare_speed.py 200000 --sides ours trl --repeats 1
+
+All sides read the same file of canonical conversations and end with rows of at most 2048 tokens. `ours` uses fastokens;
+for `ours_tokenizers` its import is blocked in the process, as on a machine that lacks it. `floor` is the raw encoder of
+the same name on the rendered texts. `alpaca` is stanford_alpaca's method (it does not pack); `trl` is SFTTrainer with
+packing and assistant_only_loss, one process, with our saved template. CPU seconds begin after the imports.
+"""
+
+import argparse
+import sys
+import tempfile
+
+from records import CpuClock, alternate, build_base, median, peer_python, report, write_records
+
+MAX_LENGTH = 2048
+SIDES = ("ours", "ours_tokenizers", "floor_fastokens", "floor_tokenizers", "trl", "alpaca")
+
+
+def ours(base: str, records: str, fast: bool) -> None:
+    if not fast:
+        sys.modules["fastokens"] = None
+    from sft.chat_format import Renderer
+    from sft.dataset import PackedExamples, prepare
+    from sft.model import load_tokenizer
+
+    renderer = Renderer(load_tokenizer(base), "chatml")
+    with tempfile.TemporaryDirectory() as folder:
+        clock = CpuClock()
+        examples, _ledger = prepare([records], renderer, max_length=MAX_LENGTH, cache_dir=folder, say=lambda text: None)
+        rows = PackedExamples(examples, MAX_LENGTH, seed=0)
+        report(seconds=clock.seconds(), tokens=int(examples.lengths.sum()), fill=rows.fill, encoder=renderer.encoder)
+
+
+def floor(base: str, records: str, fast: bool) -> None:
+    """Only encode the finished texts, a thousand at a time."""
+    from sft.chat_format import Renderer
+    from sft.conversation import read_conversations
+    from sft.dataset import batches
+    from sft.model import load_tokenizer
+
+    renderer = Renderer(load_tokenizer(base), "chatml")
+    texts = [renderer.text(conversation["messages"]) for conversation, *_ in read_conversations([records])]
+    tokenizer = renderer.tokenizer.backend_tokenizer
+    if fast:
+        from fastokens import Tokenizer
+
+        tokenizer = Tokenizer.from_json_str(tokenizer.to_str())
+    clock, tokens = CpuClock(), 0
+    for batch in batches(texts, 1000):
+        if fast:
+            tokens += len(tokenizer.encode_batch_flat(batch)[0]) // 4
+        else:
+            tokens += sum(len(found) for found in tokenizer.encode_batch_fast(batch, add_special_tokens=False))
+    report(seconds=clock.seconds(), tokens=tokens)
+
+
+def trl(base: str, records: str) -> None:
+    from datasets import load_dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import SFTConfig, SFTTrainer
+
+    tokenizer, model = AutoTokenizer.from_pretrained(base), AutoModelForCausalLM.from_pretrained(base)
+    with tempfile.TemporaryDirectory() as folder:
+        settings = {"max_length": MAX_LENGTH, "packing": True, "assistant_only_loss": True}
+        arguments = SFTConfig(output_dir=folder, use_cpu=True, report_to="none", disable_tqdm=True, **settings)
+        clock = CpuClock()
+        rows = load_dataset("json", data_files=records, split="train", cache_dir=folder).select_columns(["messages"])
+        trainer = SFTTrainer(model=model, args=arguments, train_dataset=rows, processing_class=tokenizer)
+        seconds = clock.seconds()
+        tokens = sum(map(len, trainer.train_dataset.with_format("arrow")["input_ids"].to_pylist()))
+        report(seconds=seconds, tokens=tokens, fill=tokens / MAX_LENGTH / len(trainer.train_dataset))
+
+
+def alpaca(base: str, records: str) -> None:
+    """Tokenise prompt + answer, then the prompt alone for its length, one text at a time; all rows stay in lists."""
+    import json
+
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    settings = {"return_tensors": "pt", "max_length": MAX_LENGTH, "truncation": True, "add_special_tokens": False}
+    clock = CpuClock()
+    with open(records, encoding="utf-8") as file:
+        conversations = [json.loads(line)["messages"] for line in file]
+    prompts = [tokenizer.apply_chat_template(c[:-1], add_generation_prompt=True, tokenize=False) for c in conversations]
+    texts = [p + c[-1]["content"] + "<|im_end|>" for p, c in zip(prompts, conversations, strict=True)]
+    input_ids = [tokenizer(text, **settings).input_ids[0] for text in texts]
+    prompt_lengths = [tokenizer(prompt, **settings).input_ids.shape[1] for prompt in prompts]
+    labels = [ids.clone() for ids in input_ids]
+    for row, length in zip(labels, prompt_lengths, strict=True):
+        row[:length] = -100
+    report(seconds=clock.seconds(), tokens=sum(map(len, input_ids)))
+
+
+def measure(side: str, base: str, records: str) -> None:
+    name, _, encoder = side.partition("_")
+    options = {"fast": encoder != "tokenizers"} if name in ("ours", "floor") else {}
+    {"ours": ours, "floor": floor, "trl": trl, "alpaca": alpaca}[name](base, records, **options)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("num_records", type=int, nargs="?", default=20_000)
+    parser.add_argument("--sides", nargs="+", default=SIDES, choices=SIDES)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--measure", nargs=3, metavar=("SIDE", "BASE", "RECORDS"), help="be one measured process")
+    args = parser.parse_args()
+    if args.measure:
+        return measure(*args.measure)
+    base, records = build_base(), write_records(args.num_records)
+    variants = {side: {"command": ("prepare_speed.py", "--measure", side, base, records)} for side in args.sides}
+    for side in {"trl", "alpaca"} & set(variants):
+        variants[side]["python"] = peer_python()
+    runs = alternate("prepare", f"{args.num_records}", variants, args.repeats)
+    for side, found in runs.items():
+        speed = median(found, "tokens") / median(found, "seconds")
+        print(f"{side:17} {speed / 1e6:8.2f} M tokens per CPU second, {median(found, 'peak_mib'):7,.0f} MiB")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,178 @@
+"""One measured process of the step benchmarks: a random model, one side's data path, a few steps under its Trainer.
+
+    python benchmarks/step_side.py ours '{"family": "qwen2", "vocab_size": 32000, ...}'
+
+`ours` is train.py's own assembly: packed rows, isolate_documents, use_chunked_loss, Collator. `trl` is SFTTrainer,
+packed or padded. `alpaca` is transformers' Trainer on padded batches with full logits. All get the same examples
+(random tokens, log-normal lengths, the first quarter without loss), the same model, arguments and fused AdamW. Prints
+wall seconds, CPU seconds and non-pad tokens of the measured steps.
+"""
+
+import json
+import sys
+import tempfile
+import time
+
+import numpy as np
+import torch
+from records import report
+from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+
+SETTINGS = {
+    "family": "qwen2",
+    "config": {},
+    "bf16": False,
+    "packing": True,
+    "max_length": 2048,
+    "rows": 1,  # packed rows per batch, or examples per padded batch
+    "accumulation": 1,
+    "warmup": 1,
+    "steps": 2,
+    "num_examples": 400,
+    "seed": 0,
+}
+
+
+class Examples(list):
+    """Rows of {"input_ids", "labels"} as arrays, with the `lengths` that packing asks for."""
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.asarray([len(row["input_ids"]) for row in self])
+
+
+def make_examples(num_examples: int, vocab_size: int, max_length: int, seed: int) -> Examples:
+    random, examples = np.random.default_rng(seed), Examples()
+    for _ in range(num_examples):
+        length = int(np.clip(random.lognormal(5.2, 0.85), 12, max_length))
+        ids = random.integers(10, min(vocab_size, 30_000), length, dtype=np.int32)
+        labels = np.where(np.arange(length) < length // 4, np.int32(-100), ids)
+        examples.append({"input_ids": ids, "labels": labels})
+    return examples
+
+
+class Clock(TrainerCallback):
+    """Notes the time at each step's end; the collator adds the tokens of its batches."""
+
+    def __init__(self):
+        self.times, self.tokens, self.collate = [], [], None
+
+    def count(self, batch: dict) -> dict:
+        """Count tokens that are not padding; a packed row's padding is left in, as less than a hundredth."""
+        mask = batch.get("attention_mask")
+        self.tokens.append(int(mask.sum()) if mask is not None else batch["input_ids"].numel())
+        return batch
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.times.append((time.perf_counter(), time.process_time()))
+
+
+def build_model(settings: dict):
+    """A random model in fp32, made on the device, as transformers gives it with its default attention."""
+    config = AutoConfig.for_model(settings["family"], **settings["config"])
+    torch.manual_seed(0)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.config.use_cache = False
+    return model
+
+
+def arguments_for(settings: dict, arguments_class: type, folder: str, **more):
+    return arguments_class(
+        output_dir=folder,
+        use_cpu=not torch.cuda.is_available(),
+        bf16=settings["bf16"],
+        per_device_train_batch_size=settings["rows"],
+        gradient_accumulation_steps=settings["accumulation"],
+        max_steps=settings["warmup"] + settings["steps"],
+        optim="adamw_torch_fused",
+        logging_strategy="no",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        remove_unused_columns=False,
+        gradient_checkpointing=False,
+        **more,
+    )
+
+
+def ours(settings: dict, model, examples: Examples, folder: str) -> Trainer:
+    from sft.attention import isolate_documents
+    from sft.collate import Collator
+    from sft.dataset import PackedExamples
+    from sft.loss import use_chunked_loss
+
+    isolate_documents(model)
+    use_chunked_loss(model)
+    rows = PackedExamples(examples, settings["max_length"], seed=0)
+    arguments = arguments_for(settings, TrainingArguments, folder)
+    return Trainer(model=model, args=arguments, train_dataset=rows, data_collator=Collator(0))
+
+
+def trl(settings: dict, model, examples: Examples, folder: str) -> Trainer:
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    options = {"max_length": settings["max_length"], "packing": settings["packing"]}
+    rows = Dataset.from_list([{name: ids.tolist() for name, ids in row.items()} for row in examples])
+    arguments = arguments_for(settings, SFTConfig, folder, **options)
+    return SFTTrainer(model=model, args=arguments, train_dataset=rows, processing_class=stub_tokenizer())
+
+
+def stub_tokenizer():
+    """A tokenizer that TRL asks for and never uses: the examples are tokens already."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1}, "<pad>"))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
+
+
+def alpaca(settings: dict, model, examples: Examples, folder: str) -> Trainer:
+    def pad(rows: list[dict]) -> dict[str, torch.Tensor]:
+        padded = {
+            name: torch.nn.utils.rnn.pad_sequence(
+                [torch.from_numpy(row[name]).long() for row in rows], batch_first=True, padding_value=value
+            )
+            for name, value in (("input_ids", 0), ("labels", -100))
+        }
+        return padded | {"attention_mask": padded["input_ids"].ne(0).long()}
+
+    arguments = arguments_for(settings, TrainingArguments, folder)
+    return Trainer(model=model, args=arguments, train_dataset=examples, data_collator=pad)
+
+
+def main() -> None:
+    settings = SETTINGS | json.loads(sys.argv[2])
+    model = build_model(settings)
+    sizes = [settings[name] for name in ("num_examples", "max_length", "seed")]
+    examples = make_examples(sizes[0], model.config.vocab_size, *sizes[1:])
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = {"ours": ours, "trl": trl, "alpaca": alpaca}[sys.argv[1]](settings, model, examples, folder)
+        clock, collate = Clock(), trainer.data_collator
+        trainer.data_collator = lambda rows: clock.count(collate(rows))
+        trainer.add_callback(clock)
+        trainer.train()
+    mean_seen = float((examples.lengths**2).sum() / examples.lengths.sum())
+    report(**numbers(settings, clock), parameters=sum(p.numel() for p in model.parameters()), mean_seen=mean_seen)
+
+
+def numbers(settings: dict, clock: Clock) -> dict:
+    """Sum up the measured steps; on a GPU with its peak memory."""
+    per_step = np.reshape(clock.tokens[: len(clock.times) * settings["accumulation"]], (len(clock.times), -1)).sum(1)
+    first, last = clock.times[settings["warmup"] - 1], clock.times[-1]
+    found = {
+        "tokens": int(per_step[settings["warmup"] :].sum()),
+        "wall_seconds": last[0] - first[0],
+        "seconds": last[1] - first[1],
+    }
+    if torch.cuda.is_available():
+        found["gpu_peak_mib"] = torch.cuda.max_memory_allocated() / 2**20
+    return found
+
+
+if __name__ == "__main__":
+    main()
