@@ -111,6 +111,17 @@ def test_the_command_line_answers_a_file_in_batches(tiny_base, tmp_path, capsys)
         chat_module.main(arguments)
 
 
+def test_a_bad_line_leaves_no_file_behind_and_a_batch_of_none_is_refused(tiny_base, tmp_path):
+    (tmp_path / "in.jsonl").write_text('{"prompt": "a"}\n{"nothing": 1}\n')
+    arguments = ["--model_path", str(tiny_base("qwen2")), "--input", str(tmp_path / "in.jsonl")]
+    arguments += ["--output", str(tmp_path / "out.jsonl"), "--max_new_tokens", "2"]
+    with pytest.raises(SystemExit, match=r"in\.jsonl line 2: "):
+        chat_module.main(arguments)
+    with pytest.raises(SystemExit, match="--batch_size and --max_new_tokens must be at least 1"):
+        chat_module.main([*arguments, "--batch_size", "0"])
+    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+
+
 def test_the_command_line_keeps_several_turns_in_one_conversation(tiny_base, capsys):
     arguments = ["--model_path", str(tiny_base("qwen2")), "--message", "你好", "--message", "再说一遍"]
     chat_module.main([*arguments, "--max_new_tokens", "4"])

@@ -167,18 +167,20 @@ def test_whole_trailing_turns_go_first_and_the_rest_ends_in_the_stop_token(rende
 
 
 def test_a_cut_answer_has_no_stop_token_and_ends_at_a_whole_character(renderer):
-    answer = "你好😀é𠀀" * 20
+    answer = "你好😀é𠀀👨‍👩‍👧" * 12
     messages = [TURNS[0], {"role": "assistant", "content": answer}]
     prompt = renderer.prompt(messages[:1])
     longest = len(renderer.render(messages).input_ids)
     for max_length in range(len(prompt) + 8, longest - 2, 3):
         cut = renderer.render(messages, max_length=max_length)
         assert cut.outcome == "cut"
-        assert max_length - 8 < len(cut.input_ids) <= max_length
+        assert max_length - 24 < len(cut.input_ids) <= max_length
         assert not set(renderer.stop_ids) & set(cut.input_ids[len(prompt) :].tolist())
         text = renderer.tokenizer.decode(cut.input_ids[len(prompt) :]).strip()
         assert answer.startswith(text)
         assert len(text) > 0
+        assert answer[len(text)] != "\u200d"
+        assert text[-1] != "\u200d"
 
 
 def test_a_prompt_that_fills_max_length_leaves_nothing_to_train_on(renderer):
@@ -259,6 +261,43 @@ def test_a_template_that_rewrites_history_is_refused(tiny_base):
     )
     problems = check_contract(own(tiny_base, thinking))
     assert any("renders a turn differently once it is history" in problem for problem in problems)
+
+
+@pytest.mark.parametrize("change", ["m.content | trim | escape", "(m.content.split('</think>') | last) | trim"])
+def test_a_template_that_looks_at_contents_costs_the_rows_that_it_changes(tiny_base, change):
+    renderer = own(tiny_base, PLAIN_TEMPLATE.replace("m.content", change))
+    assert check_contract(renderer) == []
+    odd = [TURNS[0], {"role": "assistant", "content": "<think>a & b</think>c"}]
+    assert renderer.render_rows([TURNS, odd]).outcomes == ["whole", "template"]
+
+
+def test_a_template_that_writes_the_date_is_refused(tiny_base):
+    with pytest.raises(ValueError, match="writes today's date"):
+        own(tiny_base, "{{ strftime_now('%d %b') }}" + PLAIN_TEMPLATE)
+
+
+def test_a_checkpoint_of_a_bases_own_template_keeps_it(tiny_base, tmp_path):
+    from transformers import AutoTokenizer
+
+    renderer = own(tiny_base, PLAIN_TEMPLATE.replace("m.content", "m.content | trim"))
+    renderer.tokenizer.chat_template = renderer.chat_template
+    renderer.tokenizer.save_pretrained(tmp_path)
+    again = Renderer(AutoTokenizer.from_pretrained(tmp_path))
+    assert again.name == "base"
+    assert again.chat_template == renderer.chat_template
+    assert again.prompt(TURNS[:1]) == renderer.prompt(TURNS[:1])
+
+
+def test_added_words_are_ordinary_text_as_they_are_to_a_server(tiny_base):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base("qwen2"))
+    tokenizer.add_tokens(["微调", "Transformer"])
+    renderer = Renderer(tokenizer, "chatml")
+    messages = [{"role": "user", "content": "什么是微调？"}, {"role": "assistant", "content": "A Transformer 微调"}]
+    ids = tokenizer.apply_chat_template(messages, chat_template=renderer.chat_template, return_dict=False)
+    assert renderer.render(messages).input_ids.tolist() == ids
+    assert tokenizer.convert_tokens_to_ids("微调") in ids
 
 
 def test_a_template_that_drops_the_system_message_is_refused(tiny_base):

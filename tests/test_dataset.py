@@ -135,6 +135,20 @@ def test_the_held_out_file_beside_the_training_file_is_never_trained_on(tmp_path
     assert [file.rsplit("/")[-1] for file in held_out] == ["eval.json"]
 
 
+def test_a_file_named_twice_is_read_once_and_given_held_out_files_join_those_that_lie_beside(tmp_path):
+    for name in ("train.json", "eval.json"):
+        write_lines(tmp_path / name, [record("q", "a")])
+    other = write_lines(tmp_path / "other.jsonl", [record("x", "y")])
+    path = str(tmp_path / "train.json")
+    train, _ = find_files([path, str(tmp_path / "work" / ".." / "train.json")])
+    assert len(train) == 1
+    (tmp_path / "data").mkdir()
+    for name in ("train.json", "eval.json"):
+        os.rename(tmp_path / name, tmp_path / "data" / name)
+    _, held_out = find_files([str(tmp_path / "data")], [other])
+    assert [file.rsplit("/")[-1] for file in held_out] == ["other.jsonl", "eval.json"]
+
+
 def test_a_file_on_both_sides_is_refused(tmp_path):
     file = write_lines(tmp_path / "a.json", [record("q", "a")])
     with pytest.raises(ValueError, match="a held-out file must not be trained on"):

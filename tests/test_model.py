@@ -9,6 +9,8 @@ from sft.model import (
     absolute,
     check_dtype,
     check_model_path,
+    check_rows,
+    check_window,
     choose_compute,
     count_parameters,
     load_model,
@@ -45,6 +47,35 @@ def test_sound_sampling_settings_are_kept_and_length_caps_are_not(tiny_base, tmp
     assert (saved["temperature"], saved["do_sample"]) == (0.7, True)
     assert saved.get("max_new_tokens") is None
     assert saved.get("max_length") is None
+
+
+def test_full_fine_tuning_loads_fp32_masters_whatever_the_computing_type_is(tiny_base):
+    import torch
+
+    model = load_model(str(tiny_base("bloom")), compute="bfloat16")
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    frozen = load_model(str(tiny_base("bloom")), compute="bfloat16", lora=True)
+    assert {parameter.dtype for parameter in frozen.parameters()} == {torch.bfloat16}
+
+
+def test_a_token_without_an_embedding_row_is_named_before_training(tiny_base):
+    model, tokenizer = load_model(str(tiny_base("yi"))), load_tokenizer(str(tiny_base("yi")))
+    rows = model.get_input_embeddings().num_embeddings
+    tokenizer.add_special_tokens({"pad_token": "[PAD]", "additional_special_tokens": ["<|mystop|>"]})
+    assert tokenizer.pad_token_id == rows
+    check_rows(model, tokenizer, "base", used_ids=[2], largest_id=rows - 1)
+    assert tokenizer.pad_token == "<unk>"
+    stop = tokenizer.convert_tokens_to_ids("<|mystop|>")
+    with pytest.raises(ValueError, match=rf"base: token '<\|mystop\|>' has id {stop}, but the model has {rows}"):
+        check_rows(model, tokenizer, "base", used_ids=[stop], largest_id=0)
+
+
+def test_rows_longer_than_the_models_positions_are_refused(tiny_base):
+    check_window(str(tiny_base("qwen2")), 2048)
+    with pytest.raises(ValueError, match=r"--max_length 2049: .* has 2048 positions; use at most that"):
+        check_window(str(tiny_base("qwen2")), 2049)
+    check_window(str(tiny_base("bloom")), 10**6)
+    check_window(str(tiny_base("falcon-rw")), 10**6)
 
 
 def test_half_precision_masters_are_refused_and_a_frozen_half_precision_base_is_not():

@@ -187,6 +187,60 @@ def test_accumulated_batches_weigh_every_trained_token_alike(tiny_base, data, tm
     assert max((first[name] - second[name]).abs().max().item() for name in first) < 1e-5
 
 
+def test_a_finished_run_that_is_started_again_keeps_its_model(tiny_base, data, tmp_path):
+    flags = ("--max_steps", "6", "--save_steps", "3", "--lr_scheduler_type", "constant")
+    first = run(tiny_base("qwen2"), data, tmp_path / "run", *flags)
+    weights = load_file(first / "model.safetensors")
+    (first / "model.safetensors").unlink()
+    run(tiny_base("qwen2"), data, tmp_path / "run", *flags, "--resume_from_checkpoint", "auto")
+    again = load_file(first / "model.safetensors")
+    assert all(torch.equal(weights[name], again[name]) for name in weights)
+    assert json.loads((first / "run.json").read_text())["metrics"]["steps"] == 6
+
+
+@pytest.mark.parametrize("packing", ["true", "false"])
+def test_the_held_out_loss_is_the_mean_over_tokens_whatever_the_batch_size(packing, tiny_base, tmp_path):
+    lines = [json.dumps({"prompt": f"q{i}", "completion": "word " * (40 if i > 5 else 1)}) for i in range(8)]
+    (tmp_path / "data.jsonl").write_text("\n".join(lines))
+    found = []
+    for size in ("1", "8"):
+        flags = ("--eval_data_path", str(tmp_path / "eval"), "--per_device_eval_batch_size", size, "--packing", packing)
+        (tmp_path / "eval").mkdir(exist_ok=True)
+        (tmp_path / "eval" / "e.jsonl").write_text("\n".join(lines))
+        output = run(tiny_base("bloom"), tmp_path / "data.jsonl", tmp_path / size, *flags, "--max_steps", "1")
+        metrics = json.loads((output / "run.json").read_text())["metrics"]
+        found.append((metrics["eval_loss"], metrics["eval_token_accuracy"]))
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
+def test_token_accuracy_looks_one_token_ahead():
+    from types import SimpleNamespace
+
+    import numpy as np
+
+    predictions, labels = np.array([[7, 8, 9, 0]]), np.array([[-100, 7, 8, 1]])
+    result = train.token_accuracy(SimpleNamespace(predictions=predictions, label_ids=labels))
+    assert result == {"token_accuracy": 2 / 3, "tokens": 3, "rows": 1}
+
+
+def test_a_hub_token_reaches_no_file(tiny_base, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--hub_token", "hf_SECRET", "--x_token=hf_SECRET"])
+    monkeypatch.setenv("HF_TOKEN", "")
+    output = run(tiny_base("qwen2"), data, tmp_path / "run", "--max_steps", "1", "--hub_token", "hf_SECRET")
+    leaks = [path for path in output.rglob("*") if path.is_file() and b"hf_SECRET" in path.read_bytes()]
+    assert leaks == []
+
+
+def test_a_model_that_was_saved_badly_is_not_moved_into_place(tiny_base, data, tmp_path, monkeypatch):
+    def refuse(folder, expected=None):
+        raise ValueError("tensor a is empty")
+
+    monkeypatch.setattr(train, "verify_saved", refuse)
+    with pytest.raises(ValueError, match="tensor a is empty"):
+        run(tiny_base("qwen2"), data, tmp_path / "run", "--max_steps", "1")
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_without_a_model(tiny_base, data, tmp_path):
     with pytest.raises(ValueError, match=r"loss is nan at step \d; stopped, no model saved"):
         run(tiny_base("qwen2"), data, tmp_path / "run", "--learning_rate", "1e30", "--logging_steps", "1")
@@ -220,6 +274,36 @@ def test_all_mistakes_are_said_at_once_each_in_a_line(capsys, tmp_path):
     assert [line for line in lines if line in expected] == expected
     assert any(line.startswith(f"train.py: --deepspeed {tmp_path}/bad.json: not valid JSON") for line in lines)
     assert len(lines) == len(expected) + 1
+
+
+def test_values_of_a_wrong_type_are_said_together(capsys, tiny_base, data, tmp_path):
+    base = (
+        "--model_name_or_path",
+        str(tiny_base("qwen2")),
+        "--data_path",
+        str(data),
+        "--output_dir",
+        str(tmp_path / "r"),
+    )
+    lines = problems_of(capsys, *base, "--learning_rate", "abc", "--max_length", "xyz", "--lr", "3")
+    assert lines == [
+        "train.py: --learning_rate/--learning-rate: invalid float value: 'abc'",
+        "train.py: --max_length/--max-length: invalid int value: 'xyz'",
+        "train.py: unknown argument --lr",
+    ]
+
+
+def test_a_checkpoint_that_is_not_there_is_said_before_anything_is_loaded(capsys, tiny_base, data, tmp_path):
+    base = (
+        "--model_name_or_path",
+        str(tiny_base("qwen2")),
+        "--data_path",
+        str(data),
+        "--output_dir",
+        str(tmp_path / "r"),
+    )
+    (line,) = problems_of(capsys, *base, "--resume_from_checkpoint", "/nowhere")
+    assert line.startswith("train.py: --resume_from_checkpoint /nowhere: trainer_state.json is missing or cut")
 
 
 def test_missing_arguments_are_named(capsys):
