@@ -431,7 +431,7 @@ def save(trainer: Trainer, renderer: Renderer) -> None:
     """Save beside, reopen and check every tensor, then move the files into the output folder."""
     folder = Path(trainer.args.output_dir)
     staged = folder / ".final"
-    model = trainer.accelerator.unwrap_model(trainer.model)
+    model = trainer.model
     model.config.use_cache = True
     shapes = saved_shapes(model)
     trainer.save_model(str(staged))
@@ -505,7 +505,7 @@ def reply_all(trainer: Trainer, renderer: Renderer, questions: list, max_new_tok
         return []
     if not trainer.is_world_process_zero():
         return []
-    model = trainer.accelerator.unwrap_model(trainer.model).to(trainer.args.device)
+    model = trainer.model.to(trainer.args.device)
     sampling = replace(GREEDY, max_new_tokens=max_new_tokens)
     chat = Chat(model, renderer)
     asked = [[user(question)] for question, _answers in questions]
