@@ -743,17 +743,25 @@ def _staging(output: str) -> Iterator[str]:
 
 
 def _move_into_place(folder: str, targets: dict[str, str], ledger: str) -> None:
-    """Move the files from staging, the ledger last: it holds the digests of the others."""
-    for name in (TRAIN, EVAL, REJECTS):
-        os.replace(os.path.join(folder, name), targets[name])
+    """Move the files from staging, the ledger last: it holds the digests of the others.
+
+    The ledger may go to another disk, so it is written there first: if that disk is full, nothing has been replaced.
+    """
     parent, name = os.path.split(os.path.abspath(targets[LEDGER]))
-    os.makedirs(parent, exist_ok=True)
     draft = os.path.join(parent, f".{name}.tmp")
-    with open(draft, "w", encoding="utf-8") as file:
-        file.write(ledger)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(draft, targets[LEDGER])
+    try:
+        os.makedirs(parent, exist_ok=True)
+        with open(draft, "w", encoding="utf-8") as file:
+            file.write(ledger)
+            file.flush()
+            os.fsync(file.fileno())
+        for kept in (TRAIN, EVAL, REJECTS):
+            os.replace(os.path.join(folder, kept), targets[kept])
+        os.replace(draft, targets[LEDGER])
+    except OSError as error:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(draft)
+        raise OSError(error.errno, error.strerror, error.filename or targets[LEDGER]) from error
     for path in {os.path.dirname(folder), parent}:
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)

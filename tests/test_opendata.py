@@ -642,3 +642,17 @@ def test_memory_stays_flat(tmp_path):
         [sys.executable, "-c", code, path, tmp_path / "out"], capture_output=True, text=True, cwd=ROOT
     )
     assert done.stdout.splitlines()[-1] == "0 True", done.stderr
+
+
+def test_the_ledger_is_written_on_its_disk_before_any_file_is_replaced(tmp_path, monkeypatch):
+    (tmp_path / "in.jsonl").write_text('{"prompt": "q", "completion": "a"}\n')
+    report, replace, drafted = tmp_path / "elsewhere" / "ledger.json", os.replace, []
+
+    def watch(source, target):
+        drafted.append((report.parent / ".ledger.json.tmp").exists())
+        replace(source, target)
+
+    monkeypatch.setattr(opendata.os, "replace", watch)
+    opendata.build_opendata([str(tmp_path / "in.jsonl")], output=str(tmp_path / "out"), report=str(report), workers=1)
+    assert drafted == [True, True, True, True]
+    assert report.exists()
