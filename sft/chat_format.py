@@ -445,14 +445,10 @@ class Renderer:
         odd = (num_trained == 0) | (row_lengths > (max_length or np.inf))
         if not odd.any():
             return Rows(ids, labels, row_lengths, ["whole"] * len(batch))
-        cuts = np.cumsum(row_lengths)[:-1]
-        rows = zip(np.split(ids, cuts), np.split(labels, cuts), odd, batch, strict=True)
-        return _to_rows(
-            [
-                self.render_or_reason(messages, max_length=max_length) if again else Rendered(row, row_labels, "whole")
-                for row, row_labels, again, messages in rows
-            ]
-        )
+        again = {
+            index: self.render_or_reason(batch[index], max_length=max_length) for index in np.flatnonzero(odd).tolist()
+        }
+        return _replace_rows(Rows(ids, labels, row_lengths, ["whole"] * len(batch)), again)
 
     def _find_stretches(self, roles: tuple[str, ...]) -> list[tuple[tuple[str | int, ...], int]]:
         """Cut a layout where the loss begins and ends: (texts and indices of contents, index of the reply or -1)."""
@@ -506,6 +502,19 @@ def _to_rows(rendered: Sequence[Rendered]) -> Rows:
     ids, labels = (np.concatenate([nothing, *(row[place] for row in kept)]) for place in (0, 1))
     lengths = np.asarray([len(row.input_ids) for row in kept], dtype=np.int64)
     return Rows(ids, labels, lengths, [row.outcome for row in rendered])
+
+
+def _replace_rows(rows: Rows, again: dict[int, Rendered]) -> Rows:
+    """Put other rows, or none, in the place of some; between them the arrays are sliced, not walked through."""
+    starts = np.concatenate([[0], np.cumsum(rows.lengths)])
+    pieces, place = [], 0
+    for index, row in again.items():
+        pieces += [(rows.input_ids[starts[place] : starts[index]], rows.labels[starts[place] : starts[index]]), row[:2]]
+        rows.lengths[index], rows.outcomes[index] = len(row.input_ids), row.outcome
+        place = index + 1
+    pieces.append((rows.input_ids[starts[place] :], rows.labels[starts[place] :]))
+    ids, labels = (np.concatenate(parts) for parts in zip(*pieces, strict=True))
+    return Rows(ids, labels, rows.lengths[rows.lengths > 0], rows.outcomes)
 
 
 def _bulk_encoders(backend: Tokenizer) -> Iterable[tuple[str, Callable]]:
