@@ -3,7 +3,7 @@
 # No network. Without a GPU it runs toys on the CPU and says so.
 #
 #   sh benchmarks/run_gpu.sh
-#   PYTHON=/opt/venv/bin/python sh benchmarks/run_gpu.sh --shapes qwen2.5-0.5b
+#   PYTHON=python3.12 sh benchmarks/run_gpu.sh --shapes qwen2.5-0.5b
 set -eu
 cd "$(dirname "$0")/.."
 
