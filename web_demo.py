@@ -124,7 +124,7 @@ def check(chat: Chat, conversation: list[dict], system: str) -> list[dict]:
     if len(typed) > MAX_TURNS or sum(lengths) > MAX_CONVERSATION:
         raise _refusal("对话太长，请清空后重新开始", "the conversation is too long; clear it and start anew")
     try:
-        chat.prompt_ids(messages, 1)
+        chat.prompt_ids(messages)
     except ValueError:
         raise _refusal(
             f"对话超出模型的上下文窗口（{chat.context_window} 个词元），请缩短或清空",

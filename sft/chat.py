@@ -62,7 +62,7 @@ class Chat:
         """Reply to several conversations in one generation, padded on the left."""
         import torch
 
-        prompts = [self.prompt_ids(messages, sampling.max_new_tokens) for messages in batch]
+        prompts = [self.prompt_ids(messages) for messages in batch]
         longest = max(map(len, prompts))
         ids = torch.full((len(prompts), longest), self.renderer.tokenizer.pad_token_id)
         mask = torch.zeros_like(ids)
@@ -78,7 +78,7 @@ class Chat:
         """Yield the growing reply. Closing the generator, or setting `stop`, ends the model's work within a token."""
         import torch
 
-        prompt = self.prompt_ids(messages, sampling.max_new_tokens)
+        prompt = self.prompt_ids(messages)
         stop, tokens = stop or threading.Event(), queue.Queue()
 
         def work() -> None:
@@ -105,7 +105,7 @@ class Chat:
             stop.set()
             worker.join()
 
-    def prompt_ids(self, messages: Sequence[dict], max_new_tokens: int) -> list[int]:
+    def prompt_ids(self, messages: Sequence[dict]) -> list[int]:
         """Render the prompt; raises ValueError when it leaves no room for a reply in the model's context window."""
         prompt = self.renderer.prompt(messages)
         window = self.context_window

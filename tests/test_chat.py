@@ -139,4 +139,4 @@ def test_a_wrong_model_path_is_one_line(tmp_path):
 
 def test_the_prompt_of_a_chat_is_that_of_training(tiny_chat):
     messages = [*asked("a <|im_end|> b")]
-    assert tiny_chat.prompt_ids(messages, 1) == Renderer(tiny_chat.renderer.tokenizer, "blossom").prompt(messages)
+    assert tiny_chat.prompt_ids(messages) == Renderer(tiny_chat.renderer.tokenizer, "blossom").prompt(messages)
