@@ -205,7 +205,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> tuple[ModelArguments, Da
         on_cpu = given["use_cpu"] or not torch.cuda.is_available()
         given |= models.choose_compute(bf16=given["bf16"], fp16=given["fp16"], use_cpu=on_cpu)
         if given["deepspeed"] and on_cpu:
-            given |= {"accelerator_config": start_deepspeed_on_cpu(), "use_cpu": False}
+            given |= {"accelerator_config": start_deepspeed_on_cpu(), "use_cpu": True}
         elif on_cpu:
             given["use_cpu"] = True
         groups = []

@@ -353,7 +353,7 @@ def self_test(model, *, exact: bool = True, lengths: tuple[int, ...] = (37, 5, 6
     document move when all before it change. Raises ValueError when packing this model would mix documents up. Runs the
     model three times, dropout off, and leaves the random state alone.
     """
-    device, was_training = model.get_input_embeddings().weight.device, model.training
+    device, was_training = next(model.parameters()).device, model.training
     size = min(model.config.get_text_config().vocab_size, 1000)
     random = torch.Generator().manual_seed(0)
     texts, others = ([torch.randint(3, size, (n,), generator=random).to(device) for n in lengths] for _ in range(2))

@@ -228,7 +228,7 @@ def self_test(model, *, exact: bool = True) -> float:
 
     `exact` says that the model computes in fp32. Catches a model that does more with its logits than its config tells.
     """
-    device, was_training = model.get_input_embeddings().weight.device, model.training
+    device, was_training = next(model.parameters()).device, model.training
     size = min(model.config.get_text_config().vocab_size, 1000)
     tokens = torch.randint(3, size, (1, 24), generator=torch.Generator().manual_seed(0)).to(device)
     model.eval()

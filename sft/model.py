@@ -146,6 +146,7 @@ def add_lora(
     ChatML's `<|im_end|>` has an untrained row in base Qwen and Yi: with frozen embeddings the model might never stop.
     """
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+    from peft.tuners.trainable_tokens import TrainableTokensLayer
 
     if getattr(model, "is_loaded_in_4bit", False):
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=gradient_checkpointing)
@@ -157,10 +158,19 @@ def add_lora(
         target_modules="all-linear",
         trainable_token_indices=_token_rows(model, untrained_ids) or None,
     )
+    TrainableTokensLayer._collect_token_weights = _gathered_rows
     model = get_peft_model(model, config)
     if gradient_checkpointing:
         model.enable_input_require_grads()
     return model
+
+
+def _gathered_rows(_layer, weight, rows: Sequence[int], _size: int):
+    """Rows of a weight that ZeRO-3 has shared out. peft 0.21's own wants a CUDA device, also where there is none."""
+    from peft.utils.integrations import gather_params_ctx
+
+    with gather_params_ctx([weight], modifier_rank=None):
+        return weight[rows].clone()
 
 
 def _token_rows(model, token_ids: Sequence[int]) -> dict[str, list[int]]:
