@@ -16,6 +16,7 @@ text is rendered without edge whitespace, and in formats made of ordinary charac
 merge with the reply's first word.
 """
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -34,6 +35,8 @@ from tokenizers import Tokenizer
 from sft.conversation import RecordError
 
 IGNORE_INDEX = -100
+LARGE = 2 << 20  # bytes of data for which it pays to make another encoder
+PROOF_ROOM = (8, 21)  # tokens behind a short prompt: the limits at which cutting must prove equal too
 JOINERS = "\u200d\ufe0f"  # inside one visible emoji: the joiner, and the mark of the coloured form
 
 
@@ -126,6 +129,18 @@ class Rendered(NamedTuple):
     input_ids: np.ndarray
     labels: np.ndarray
     outcome: str
+
+
+class Stretches(NamedTuple):
+    """How a sequence of roles is cut where the loss begins and ends.
+
+    `template` takes the contents and has a seam between two stretches; `reply` is for each stretch the index of the
+    message that it is the reply of, or -1.
+    """
+
+    template: str
+    reply: list[int]
+    is_reply: list[bool]
 
 
 class Rows(NamedTuple):
@@ -351,6 +366,7 @@ class Renderer:
             self._layout = lru_cache(4096)(lambda roles: table_layout(row, roles, bos))
         self._backend, self._sentinels = unforgeable_backend(tokenizer)
         self._stretches = lru_cache(4096)(self._find_stretches)
+        self._seam = f"\ue000{secrets.token_hex(8)}\ue001"
         self.encoder, self._encode_flat = "tokenizers", None
         self._controls = _alternatives(self._sentinels)
         layout = self._layout(("user", "assistant"))
@@ -429,53 +445,101 @@ class Renderer:
         """Render conversations as `render` does, in bulk: no Python per token, none per row that simply fits."""
         if self._encode_flat is None:
             return _to_rows([self.render_or_reason(messages, max_length=max_length) for messages in batch])
-        texts, in_loss, counts = [], [], []
+        texts, replies, in_loss, counts = [], [], [], []
         for messages in batch:
-            stretches = self._stretches(tuple(message["role"] for message in messages))
-            contents = [message["content"].strip() for message in messages]
-            for pieces, reply in stretches:
-                texts.append("".join([contents[piece] if isinstance(piece, int) else piece for piece in pieces]))
-                in_loss.append(reply >= 0 and messages[reply].get("train", True))
-            counts.append(len(stretches))
+            stretches = self._stretches(tuple([message["role"] for message in messages]))
+            text = stretches.template.format(*[message["content"].strip() for message in messages])
+            texts += text.split(self._seam)
+            replies += stretches.is_reply
+            in_loss += stretches.is_reply
+            counts.append(len(stretches.is_reply))
+            if any([not message.get("train", True) for message in messages]):
+                in_loss[-counts[-1] :] = [
+                    reply >= 0 and messages[reply].get("train", True) for reply in stretches.reply
+                ]
+        assert len(texts) == len(replies)
         ids, lengths = self._encode_flat(texts)
-        row_of = np.repeat(np.arange(len(batch)), counts)
-        row_lengths = np.bincount(row_of, weights=lengths, minlength=len(batch)).astype(np.int64)
-        num_trained = np.bincount(row_of, weights=lengths * in_loss, minlength=len(batch))
+        first = np.cumsum([0, *counts])  # each conversation's first stretch
+        ends = np.concatenate([[0], np.cumsum(lengths)])
+        row_lengths = np.diff(ends[first])
+        num_trained = np.diff(np.concatenate([[0], np.cumsum(lengths * in_loss)])[first])
         labels = np.where(np.repeat(in_loss, lengths), ids, np.int32(IGNORE_INDEX))
-        odd = (num_trained == 0) | (row_lengths > (max_length or np.inf))
-        if not odd.any():
-            return Rows(ids, labels, row_lengths, ["whole"] * len(batch))
-        again = {
-            index: self.render_or_reason(batch[index], max_length=max_length) for index in np.flatnonzero(odd).tolist()
-        }
-        return _replace_rows(Rows(ids, labels, row_lengths, ["whole"] * len(batch)), again)
+        rows = Rows(ids, labels, row_lengths, ["whole"] * len(batch))
+        odd = np.flatnonzero((num_trained == 0) | (row_lengths > (max_length or np.inf))).tolist()
+        again = {}
+        for index in odd:
+            stretches, tokens = slice(first[index], first[index + 1]), slice(ends[first[index]], ends[first[index + 1]])
+            if any("\ufffd" in text for text in texts[stretches]):  # what half a character decodes to
+                again[index] = self.render_or_reason(batch[index], max_length=max_length)
+            else:
+                again[index] = self._shorten(
+                    ids[tokens],
+                    labels[tokens],
+                    np.cumsum(lengths[stretches]),
+                    np.asarray(replies[stretches]),
+                    max_length or len(ids),
+                )
+        return _replace_rows(rows, again) if again else rows
 
-    def _find_stretches(self, roles: tuple[str, ...]) -> list[tuple[tuple[str | int, ...], int]]:
-        """Cut a layout where the loss begins and ends: (texts and indices of contents, index of the reply or -1)."""
-        stretches: list[tuple[tuple[str | int, ...], int]] = []
+    def _shorten(
+        self, ids: np.ndarray, labels: np.ndarray, ends: np.ndarray, replies: np.ndarray, max_length: int
+    ) -> Rendered:
+        """Cut a conversation as `render` does, from the ids of its stretches, which end at `ends`."""
+        turn_ends = ends[replies]
+        fitting = turn_ends[turn_ends <= max_length]
+        if len(fitting):
+            length = int(fitting[-1])
+            outcome = "whole" if length == turn_ends[-1] else "turns_dropped"
+        else:
+            length, outcome = min(len(ids), max_length), "cut"
+            begin = int(ends[~replies][0]) if len(turn_ends) else length
+            while begin < length < len(ids) and not self._may_cut_ids(ids[begin:], length - begin):
+                length -= 1
+        if (labels[:length] == IGNORE_INDEX).all():
+            trains = (labels != IGNORE_INDEX).any()
+            return Rendered(ids[:0], ids[:0], "prompt_too_long" if trains and outcome == "cut" else "no_trained_token")
+        return Rendered(ids[:length], labels[:length], outcome)
+
+    def _may_cut_ids(self, ids: np.ndarray, length: int) -> bool:
+        """`_may_cut` for tokens that are bytes, by what those around token `length` decode to."""
+        begin = max(0, length - 16)
+        before, around = (
+            self._backend.decode(ids[begin:end].tolist(), skip_special_tokens=False) for end in (length, length + 16)
+        )
+        return around.startswith(before) and not _is_joined(before, around[len(before) :])
+
+    def _find_stretches(self, roles: tuple[str, ...]) -> Stretches:
+        """Cut a layout where the loss begins and ends."""
+        pieces, replies = [], []
         for part in self._layout(roles):
             reply = part.message if part.in_loss else -1
-            piece = part.message if part.text is None else self._literal(part.text)
-            if stretches and stretches[-1][1] == reply:
-                stretches[-1] = ((*stretches[-1][0], piece), reply)
-            elif piece != "":
-                stretches.append(((piece,), reply))
-        return stretches
+            piece = (
+                f"{{{part.message}}}" if part.text is None else re.sub(r"[{}]", r"\g<0>\g<0>", self._literal(part.text))
+            )
+            if replies and replies[-1] == reply:
+                pieces.append(piece)
+            elif piece:
+                pieces += [self._seam, piece] if replies else [piece]
+                replies.append(reply)
+        return Stretches("".join(pieces), replies, [reply >= 0 for reply in replies])
 
-    def use_bulk_encoder(self, sample: Sequence[Sequence[dict]] = ()) -> str:
+    def use_bulk_encoder(self, sample: Sequence[Sequence[dict]] = (), num_bytes: int = LARGE) -> str:
         """Choose the fastest encoder that proves equal to `render` on odd texts and on `sample`; return its name.
 
+        `num_bytes` is how much is to be encoded: for little, making the fastest encoder takes longer than it saves.
         Stretches are encoded one by one, so words must not reach over them: tokenizers without a pre-tokenizer that
         splits, or with one that puts a space in front of each stretch, keep the slower way.
         """
         if self.name == "base":
             return self.use_slow_encoder()
-        proof = [*_probes(), *_odd_conversations(), *sample]
-        expected = _to_rows([self.render_or_reason(messages) for messages in proof])
-        for name, encoder in _bulk_encoders(self._backend):
+        odd = [*_probes(), *_odd_conversations()]
+        shortest = len(self.prompt([{"role": "user", "content": "x"}]))
+        proof = [([*odd, *sample], None), *((odd, shortest + room) for room in PROOF_ROOM)]
+        expected = [_to_rows([self.render_or_reason(c, max_length=limit) for c in batch]) for batch, limit in proof]
+        for name, encoder in _bulk_encoders(self._backend, num_bytes):
             self.encoder, self._encode_flat = name, encoder
-            found = self.render_rows(proof)
-            if all(np.array_equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True)):
+            found = [self.render_rows(batch, max_length=limit) for batch, limit in proof]
+            if all(map(_same_rows, found, expected)):
                 return name
         return self.use_slow_encoder()
 
@@ -504,6 +568,10 @@ def _to_rows(rendered: Sequence[Rendered]) -> Rows:
     return Rows(ids, labels, lengths, [row.outcome for row in rendered])
 
 
+def _same_rows(found: Rows, expected: Rows) -> bool:
+    return all(np.array_equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+
+
 def _replace_rows(rows: Rows, again: dict[int, Rendered]) -> Rows:
     """Put other rows, or none, in the place of some; between them the arrays are sliced, not walked through."""
     starts = np.concatenate([[0], np.cumsum(rows.lengths)])
@@ -517,16 +585,16 @@ def _replace_rows(rows: Rows, again: dict[int, Rendered]) -> Rows:
     return Rows(ids, labels, rows.lengths[rows.lengths > 0], rows.outcomes)
 
 
-def _bulk_encoders(backend: Tokenizer) -> Iterable[tuple[str, Callable]]:
+def _bulk_encoders(backend: Tokenizer, num_bytes: int) -> Iterable[tuple[str, Callable]]:
     """Encoders of many texts into one array, the fastest first: texts -> (ids, tokens per text)."""
     if not _splits_words(json.loads(backend.to_str())):
         return
-    try:
-        from fastokens import Tokenizer as FastTokenizer
+    fast = None
+    if num_bytes >= LARGE:
+        with contextlib.suppress(ImportError, ValueError, RuntimeError, NotImplementedError):
+            from fastokens import Tokenizer as FastTokenizer
 
-        fast = FastTokenizer.from_json_str(backend.to_str())
-    except (ImportError, ValueError, RuntimeError, NotImplementedError):
-        fast = None
+            fast = FastTokenizer.from_json_str(backend.to_str())
     if fast is not None:
 
         def encode_fast(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -583,8 +651,12 @@ def _label(parts: list[Part], encoding, max_length: int | None) -> Rendered:
 def _may_cut(text: str, offsets: np.ndarray, length: int) -> bool:
     """Say whether a row may end before token `length`: not inside a character, nor before what joins or marks one."""
     place = int(offsets[length, 0])
-    joined = unicodedata.combining(text[place]) or text[place] in JOINERS or text[place - 1] == JOINERS[0]
-    return place >= offsets[length - 1, 1] and not joined
+    return place >= offsets[length - 1, 1] and not _is_joined(text[:place], text[place:])
+
+
+def _is_joined(before: str, after: str) -> bool:
+    """Say whether `after` begins with what belongs to the last character of `before`."""
+    return bool(unicodedata.combining(after[:1] or "x") or after[:1] in [*JOINERS] or before[-1:] == JOINERS[0])
 
 
 def _check_boundaries(parts: list[Part], ends: np.ndarray, offsets: np.ndarray) -> None:
@@ -683,7 +755,7 @@ def _odd_conversations() -> Iterable[list[dict]]:
         "12345",
     ]
     source = random.Random(0)
-    for _ in range(60):
+    for _ in range(40):
         texts = ["".join(source.choices(pieces, k=source.randint(1, 9))) + source.choice(["x", "字"]) for _ in range(4)]
         roles = ("user", "assistant", "user", "assistant")
         yield [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]

@@ -151,8 +151,8 @@ def read_file(path: str | os.PathLike, *, encoding: str = "utf-8") -> Iterator[R
     `encoding` is that of files which are not UTF-8. What is wrong with one record comes in its `error`; ValueError is
     for the file as a whole: missing, unreadable, or plainly in another encoding.
     """
-    for raw in split_file(path, encoding=encoding):
-        if raw.error:
+    for raw in split_file(path, encoding=encoding, parse=True):
+        if raw.error or raw.record is not None:
             yield raw
             continue
         try:
@@ -162,11 +162,16 @@ def read_file(path: str | os.PathLike, *, encoding: str = "utf-8") -> Iterator[R
 
 
 def split_file(
-    path: str | os.PathLike, *, encoding: str = "utf-8", open_file: Callable[[], BinaryIO] | None = None
+    path: str | os.PathLike,
+    *,
+    encoding: str = "utf-8",
+    open_file: Callable[[], BinaryIO] | None = None,
+    parse: bool = False,
 ) -> Iterator[RawRecord]:
     """Like `read_file`, but leave each record unparsed: its `raw` is for `parse_record`, maybe in another process.
 
-    `open_file` opens a file that is not on this machine; `path` then only names it.
+    `open_file` opens a file that is not on this machine; `path` then only names it. With `parse`, a record that gives
+    no cause for a second look comes with its `record`.
     """
     check_encoding(encoding)
     try:
@@ -182,7 +187,7 @@ def split_file(
                 head = next(_read_chunks(stream, zipped, PROBE), b"")
             codec = _choose_codec(head, encoding)
             stream.seek(0)
-            yield from _split_text(_Text(_decode(_read_chunks(stream, zipped, CHUNK), codec)))
+            yield from _split_text(_Text(_decode(_read_chunks(stream, zipped, CHUNK), codec)), parse)
     except RecordError:
         raise
     except OSError as error:
@@ -343,7 +348,7 @@ _RESTART_IN_LINES = re.compile(_RESTART + r"|\n(?![ \t\]}])")
 _FIRST_KEY = re.compile(r'\{\s*"[^"\\]{0,100}"')
 
 
-def _split_text(text: _Text) -> Iterator[RawRecord]:
+def _split_text(text: _Text, parse: bool) -> Iterator[RawRecord]:
     """Records of an array, one a line, or simply one after another; broken ones come with their error."""
     in_array = False
     while char := text.skip():
@@ -352,6 +357,10 @@ def _split_text(text: _Text) -> Iterator[RawRecord]:
             text.advance(text.start + 1)
             continue
         begin = text.begin()
+        length, record = _parse_at_once(text) if parse else (0, None)
+        if length:
+            yield RawRecord(*begin, text.take(length), record)
+            continue
         try:
             yield RawRecord(*begin, text.take(_scan(text)))
         except RecordError as error:
@@ -362,6 +371,17 @@ def _split_text(text: _Text) -> Iterator[RawRecord]:
     if text.fault or in_array:
         unclosed = RecordError("truncated", "the array is not closed, so the end of the file may be missing")
         yield RawRecord(*text.begin(), "", error=text.fault or unclosed)
+
+
+def _parse_at_once(text: _Text) -> tuple[int, object]:
+    """Length and value of the object that starts here, or 0 where it has to be looked at more closely."""
+    try:
+        record, end = _decoder.scan_once(text.buffer, text.start)
+    except (ValueError, StopIteration, RecursionError):
+        return 0, None
+    length = end - text.start
+    usual = type(record) is dict and length <= MAX_RECORD and not _is_broken(text.buffer[text.start : end])
+    return (length, record) if usual else (0, None)
 
 
 def _scan(text: _Text) -> int:
@@ -503,6 +523,12 @@ def read_record(
     """
     if not isinstance(record, dict):
         raise RecordError("not_object", f"the record is {_kind(record)}; write it as an object with named fields")
+    if record.keys() == _OWN_KEYS and (messages := _own_messages(record["messages"])):
+        return {
+            "id": _read_id(record["id"]) or f"{source}:{line}",
+            "source": _own_source(record["source"]) or source,
+            "messages": messages,
+        }
     notes = Counter() if notes is None else notes
     form = _find_form(record)
     if form is None:
@@ -518,13 +544,30 @@ def read_record(
         messages += _read_prompt_and_completion(record, form, reasoning, notes)
     else:
         messages += _read_pair(record, form, notes)
-    # Only our own files have exactly these keys; theirs is the source that counts.
-    own = record.keys() == {"id", "source", "messages"} and isinstance(record["source"], str)
-    return {
-        "id": _read_id(record.get("id")) or f"{source}:{line}",
-        "source": record["source"] if own and record["source"] and not _is_broken(record["source"]) else source,
-        "messages": messages,
-    }
+    own = record.keys() == _OWN_KEYS and _own_source(record["source"])
+    return {"id": _read_id(record.get("id")) or f"{source}:{line}", "source": own or source, "messages": messages}
+
+
+# Only our own files have exactly these keys; theirs is the source that counts.
+_OWN_KEYS = {"id", "source", "messages"}
+_OWN_ROLES = {"system", "user", "assistant"}
+
+
+def _own_source(source: object) -> str:
+    return source if isinstance(source, str) and not _is_broken(source) else ""
+
+
+def _own_messages(messages: object) -> list[Message] | None:
+    """The messages as they are if all have just a known role and a text, or None: then each is read with care."""
+    usual = type(messages) is list and all(
+        type(message) is dict
+        and message.keys() == {"role", "content"}
+        and type(message["role"]) is type(message["content"]) is str
+        and message["role"] in _OWN_ROLES
+        and not _is_broken(message["content"])
+        for message in messages
+    )
+    return messages if usual else None
 
 
 def validate(conversation: Conversation) -> None:

@@ -21,7 +21,7 @@ from sft.opendata import EVAL, TRAIN
 from sft.packing import pack
 
 BATCH_SIZE = 1000  # conversations per call of the tokenizer: enough to keep its threads busy, little memory
-PROOF_SIZE = 64  # conversations of the data on which a bulk encoder must prove itself
+PROOF_SIZE = 16  # conversations of the data on which a bulk encoder must prove itself
 CACHE_DIR = ".cache"
 LOST = ("rejected", "prompt_too_long", "no_trained_token", "boundary", "template")
 
@@ -151,7 +151,8 @@ def _build(files: Sequence[str], renderer: Renderer, folder: Path, *, max_length
     try:
         first = next(batches((item[2] for item in _readable(files, _new_ledger(files, 0), encoding)), PROOF_SIZE), [])
         if files:
-            say(f"tokenising {len(files)} files with {renderer.use_bulk_encoder(first)}")
+            encoder = renderer.use_bulk_encoder(first, sum(map(os.path.getsize, files)))
+            say(f"tokenising {len(files)} files with {encoder}")
         try:
             _write(files, renderer, staged, max_length=max_length, encoding=encoding)
         except DifferentIds as error:

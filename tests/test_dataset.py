@@ -200,7 +200,7 @@ def test_a_bulk_encoder_that_is_found_wrong_is_left_out_and_said(tmp_path, rende
     file = write_lines(tmp_path / "a.json", [record(f"q{i}", f"a{i}") for i in range(200)])
     expected = renderer.render([{"role": "user", "content": "q199"}, {"role": "assistant", "content": "a199"}])
 
-    def pretend(sample=()):
+    def pretend(sample=(), num_bytes=0):
         renderer.encoder, renderer._encode_flat = (
             "a liar",
             lambda texts: (
@@ -240,6 +240,37 @@ def test_the_bulk_way_gives_the_rows_of_the_plain_way(family, tokenizer_of):
     assert rows.lengths.tolist() == [len(each.input_ids) for each in plain if len(each.input_ids)]
     assert rows.input_ids.tolist() == [token for each in plain for token in each.input_ids.tolist()]
     assert rows.labels.tolist() == [token for each in plain for token in each.labels.tolist()]
+
+
+@pytest.mark.parametrize("chat_format", ["blossom", "chatml"])
+def test_the_bulk_way_cuts_where_the_plain_way_cuts(family, chat_format, tokenizer_of):
+    texts = (
+        "汉字\U00020000\U00020001",
+        "e\u0301e\u0302 x\u0301",
+        "\U0001f468\u200d\U0001f469\u2764\ufe0f",
+        "a \ufffd b\ufffd",
+        "plain",
+    )
+    messages = [
+        [{"role": role, "content": text * 4} for role, text in zip(("user", "assistant") * 2, order, strict=False)]
+        for order in [("q", text) for text in texts] + [texts[:4], texts[1:5], ("", texts[0], texts[2], "x")]
+    ]
+    messages.append([{"role": "system", "content": "Be brief."}, *messages[0]])
+    messages.append([*messages[0], messages[0][0], {"role": "assistant", "content": "y", "train": False}])
+    messages.append([messages[0][0], {"role": "assistant", "content": "y", "train": False}, *messages[1]])
+    renderer = Renderer(tokenizer_of(family), chat_format)
+    renderer.use_bulk_encoder()
+    whole = max(len(renderer.render(each).input_ids) for each in messages)
+    for max_length in range(1, whole + 2):
+        rows = renderer.render_rows(messages, max_length=max_length)
+        plain = [renderer.render_or_reason(each, max_length=max_length) for each in messages]
+        assert rows.outcomes == [each.outcome for each in plain], max_length
+        assert rows.input_ids.tolist() == [token for each in plain for token in each.input_ids.tolist()], max_length
+        assert rows.labels.tolist() == [token for each in plain for token in each.labels.tolist()], max_length
+
+
+def test_little_data_does_not_wait_for_the_fastest_encoder_to_be_made(tokenizer_of):
+    assert Renderer(tokenizer_of("qwen2"), "blossom").use_bulk_encoder(num_bytes=1000) == "tokenizers"
 
 
 def test_byte_level_families_take_the_fast_encoder_and_the_others_the_safe_one(tokenizer_of):
