@@ -41,7 +41,7 @@ from sft.dataset import (
     ledger_lines,
     prepare,
 )
-from sft.preflight import check_arguments, paint
+from sft.preflight import check_arguments, deepspeed_config, paint
 from sft.report import plot_losses, provenance, write_json
 
 FIXED_PROMPTS = ("你好", "Hello", "写一首关于春天的诗", "What is the capital of France?")
@@ -106,6 +106,9 @@ class TrainingArguments(transformers.TrainingArguments):
         default="non_padding", metadata={"help": "Count tokens, padding left out."}
     )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Not used: rows hold what the model takes."})
+    offload: bool = field(
+        default=False, metadata={"help": "Under DeepSpeed, keep the optimizer (ZeRO-3: the weights too) on the CPU."}
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -203,6 +206,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> tuple[ModelArguments, Da
         if given["disable_tqdm"] is None:
             given["disable_tqdm"] = not sys.stderr.isatty()
         on_cpu = given["use_cpu"] or not torch.cuda.is_available()
+        if given["deepspeed"]:
+            given["deepspeed"] = deepspeed_config(given["deepspeed"], offload=given["offload"], pin_memory=not on_cpu)
         given |= models.choose_compute(bf16=given["bf16"], fp16=given["fp16"], use_cpu=on_cpu)
         if given["deepspeed"] and on_cpu:
             given |= {"accelerator_config": start_deepspeed_on_cpu(), "use_cpu": True}
@@ -468,7 +473,9 @@ def say_opening(trainer: Trainer, renderer: Renderer, ledger: dict, eval_ledger:
     if isinstance(trainer.train_dataset, PackedExamples):
         say(f"packed: {len(trainer.train_dataset):,} rows, {trainer.train_dataset.fill:.1%} full")
     say(f"tokens: {tokens:,}, trained {examples.num_trained_tokens:,} ({examples.num_trained_tokens / tokens:.0%})")
-    say(f"steps: {steps:,} of {rows} rows each; stop ids: {renderer.stop_ids}")
+    per_update = tokens * rows // len(trainer.train_dataset)
+    share = f"{arguments.train_batch_size} x {arguments.gradient_accumulation_steps} x {arguments.world_size} processes"
+    say(f"steps: {steps:,} of {rows} rows ({share}), about {per_update:,} tokens; stop ids: {renderer.stop_ids}")
     say(f"parameters: {total:,}, trained {trainable:,} ({trainable / total:.1%})")
 
 

@@ -12,6 +12,12 @@ from sft.checkpoint import check_output_dir, incomplete
 from sft.dataset import find_files
 from sft.model import check_dtype, check_model_path
 
+# What a DeepSpeed file and a flag of train.py both say.
+DEEPSPEED_FLAGS = {
+    "train_micro_batch_size_per_gpu": "per_device_train_batch_size",
+    "gradient_accumulation_steps": "gradient_accumulation_steps",
+    "gradient_clipping": "max_grad_norm",
+}
 GREEN, DIM, RESET = "\033[32m", "\033[2m", "\033[0m"
 
 
@@ -29,7 +35,7 @@ def check_arguments(arguments: dict) -> list[str]:
         check_output_dir(arguments["output_dir"], resume=resume),
         *_check_data(arguments),
         *_check_numbers(arguments),
-        *check_deepspeed_config(arguments["deepspeed"]),
+        *check_deepspeed_config(arguments),
     ]
     if arguments["chat_format"] not in FORMAT_NAMES:
         checks.append(f"--chat_format {arguments['chat_format']}: use one of {', '.join(FORMAT_NAMES)}")
@@ -76,10 +82,11 @@ def _check_numbers(arguments: dict) -> list[str]:
     return problems
 
 
-def check_deepspeed_config(path: str | None) -> list[str]:
+def check_deepspeed_config(arguments: dict) -> list[str]:
     """Return what is wrong in a DeepSpeed file: settings that would fail late or change the training without a word."""
+    path = arguments["deepspeed"]
     if not path:
-        return []
+        return ["--offload: works with --deepspeed ds_zero2.json or ds_zero3.json only"] if arguments["offload"] else []
     if not Path(path).is_file():
         return [f"--deepspeed {path}: no such file; use ds_zero2.json or ds_zero3.json"]
     try:
@@ -88,18 +95,45 @@ def check_deepspeed_config(path: str | None) -> list[str]:
         return [f"--deepspeed {path}: not valid JSON ({error})"]
     if not isinstance(config, dict):
         return [f"--deepspeed {path}: must hold a JSON object"]
+    return [f"--deepspeed {path}: {problem}" for problem in _deepspeed_problems(config, arguments)]
+
+
+def _deepspeed_problems(config: dict, arguments: dict) -> list[str]:
     problems = [
-        f"--deepspeed {path}: remove the {block!r} block; it would override the flags of train.py"
+        f"remove the {block!r} block; it would override the flags of train.py"
         for block in ("optimizer", "scheduler")
         if block in config
     ]
-    zero = config.get("zero_optimization")
-    zero = zero if isinstance(zero, dict) else {}
+    zero = _block(config, "zero_optimization")
     if zero.get("stage") == 3 and zero.get("stage3_gather_16bit_weights_on_model_save") is not True:
-        problems.append(f"--deepspeed {path}: stage3_gather_16bit_weights_on_model_save must be true to save weights")
-    if "gradient_clipping" not in config:
-        problems.append(f'--deepspeed {path}: add "gradient_clipping": "auto", else --max_grad_norm is ignored')
+        problems.append("stage3_gather_16bit_weights_on_model_save must be true to save weights")
+    if arguments["offload"] and zero.get("stage") not in (2, 3):
+        problems.append("--offload needs zero_optimization with stage 2 or 3")
+    for name, flag in DEEPSPEED_FLAGS.items():
+        if config.get(name, "missing") not in ("auto", arguments[flag]):
+            problems.append(
+                f'{name} is {config.get(name, "missing")}: write "auto", which takes --{flag} {arguments[flag]}'
+            )
+    problems += [
+        f'add "{name}": {{"enabled": "auto"}}, else --{name} changes nothing'
+        for name in ("bf16", "fp16")
+        if "enabled" not in _block(config, name)
+    ]
     return problems
+
+
+def _block(config: dict, name: str) -> dict:
+    return config[name] if isinstance(config.get(name), dict) else {}
+
+
+def deepspeed_config(path: str, *, offload: bool, pin_memory: bool) -> dict:
+    """Return the settings of a DeepSpeed file; with `offload`, optimizer (and weights, in stage 3) stay on the CPU."""
+    config = json.loads(Path(path).read_text(encoding="utf-8"))
+    if offload:
+        zero = config["zero_optimization"]
+        blocks = ("offload_optimizer", "offload_param") if zero["stage"] == 3 else ("offload_optimizer",)
+        zero |= {block: {"device": "cpu", "pin_memory": pin_memory} for block in blocks}
+    return config
 
 
 def paint(tokenizer, input_ids: np.ndarray, labels: np.ndarray, *, colour: bool | None = None) -> str:

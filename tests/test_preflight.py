@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sft.chat_format import Renderer
-from sft.preflight import check_deepspeed_config, paint
+from sft.preflight import check_deepspeed_config, deepspeed_config, paint
 from tests.conftest import ROOT
 
 
@@ -22,34 +22,79 @@ def test_the_trained_stretches_are_marked_with_and_without_colour(tokenizer_of):
     assert paint(renderer.tokenizer, nothing, nothing, colour=False) == ""
 
 
+FLAGS = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 8, "max_grad_norm": 1.0, "offload": False}
+GOOD = {
+    "bf16": {"enabled": "auto"},
+    "fp16": {"enabled": "auto"},
+    "zero_optimization": {"stage": 2},
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": 8,
+    "gradient_clipping": "auto",
+}
+
+
 @pytest.mark.parametrize("name", ["ds_zero2.json", "ds_zero3.json"])
-def test_our_own_deepspeed_files_pass(name):
-    assert check_deepspeed_config(str(ROOT / name)) == []
+@pytest.mark.parametrize("offload", [True, False])
+def test_our_own_deepspeed_files_pass(name, offload):
+    assert check_deepspeed_config({**FLAGS, "deepspeed": str(ROOT / name), "offload": offload}) == []
     config = json.loads((ROOT / name).read_text())
     assert config["gradient_clipping"] == config["train_batch_size"] == "auto"
 
 
 @pytest.mark.parametrize(
-    ("config", "problem"),
+    ("changes", "problem"),
     [
-        ('{"gradient_clipping": "auto", "scheduler": {"type": "WarmupLR"}}', "remove the 'scheduler' block"),
-        ('{"gradient_clipping": "auto", "optimizer": {}}', "remove the 'optimizer' block"),
-        (
-            '{"gradient_clipping": "auto", "zero_optimization": {"stage": 3}}',
-            "stage3_gather_16bit_weights_on_model_save must be true",
-        ),
-        ('{"zero_optimization": {"stage": 2}}', 'add "gradient_clipping": "auto"'),
-        ("[1]", "must hold a JSON object"),
-        ("{", "not valid JSON"),
+        ({}, None),
+        ({"scheduler": {"type": "WarmupLR"}}, "remove the 'scheduler' block"),
+        ({"optimizer": {}}, "remove the 'optimizer' block"),
+        ({"zero_optimization": {"stage": 3}}, "stage3_gather_16bit_weights_on_model_save must be true"),
+        ({"gradient_clipping": 0.5}, 'gradient_clipping is 0.5: write "auto", which takes --max_grad_norm 1.0'),
+        ({"gradient_accumulation_steps": 2}, "which takes --gradient_accumulation_steps 8"),
+        ({"train_micro_batch_size_per_gpu": 1}, "which takes --per_device_train_batch_size 4"),
+        ({"gradient_clipping": None}, 'gradient_clipping is None: write "auto"'),
+        ({"bf16": {}}, 'add "bf16": {"enabled": "auto"}, else --bf16 changes nothing'),
+        ({"fp16": "yes"}, 'add "fp16": {"enabled": "auto"}, else --fp16 changes nothing'),
     ],
 )
-def test_deepspeed_settings_that_fail_late_or_change_the_run_are_refused(tmp_path, config, problem):
-    (tmp_path / "ds.json").write_text(config)
-    (line,) = check_deepspeed_config(str(tmp_path / "ds.json"))
+def test_deepspeed_settings_that_fail_late_or_change_the_run_are_refused(tmp_path, changes, problem):
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(GOOD | changes))
+    found = check_deepspeed_config({**FLAGS, "deepspeed": str(path)})
+    assert len(found) == (problem is not None)
+    assert all(line.startswith(f"--deepspeed {path}: ") and problem in line for line in found)
+
+
+@pytest.mark.parametrize(("text", "problem"), [("[1]", "must hold a JSON object"), ("{", "not valid JSON")])
+def test_a_deepspeed_file_that_is_none_is_refused(tmp_path, text, problem):
+    (tmp_path / "ds.json").write_text(text)
+    (line,) = check_deepspeed_config({**FLAGS, "deepspeed": str(tmp_path / "ds.json")})
     assert problem in line
 
 
 def test_a_missing_deepspeed_file_names_those_there_are():
-    assert check_deepspeed_config("ds_zero9.json") == [
+    assert check_deepspeed_config({**FLAGS, "deepspeed": "ds_zero9.json"}) == [
         "--deepspeed ds_zero9.json: no such file; use ds_zero2.json or ds_zero3.json"
     ]
+
+
+def test_offload_puts_the_optimizer_and_in_stage_3_the_weights_on_the_cpu(tmp_path):
+    on_cpu = {"device": "cpu", "pin_memory": False}
+    for stage, added in ((2, {"offload_optimizer"}), (3, {"offload_optimizer", "offload_param"})):
+        path = str(ROOT / f"ds_zero{stage}.json")
+        plain = deepspeed_config(path, offload=False, pin_memory=False)
+        assert plain == json.loads((ROOT / f"ds_zero{stage}.json").read_text())
+        moved = deepspeed_config(path, offload=True, pin_memory=False)
+        plain["zero_optimization"] |= dict.fromkeys(added, on_cpu)
+        assert moved == plain
+
+
+def test_offload_without_zero_is_refused(tmp_path):
+    (tmp_path / "ds.json").write_text(json.dumps(GOOD | {"zero_optimization": {"stage": 1}}))
+    for path, problem in (
+        (None, "--offload: works with --deepspeed ds_zero2.json or ds_zero3.json only"),
+        (
+            str(tmp_path / "ds.json"),
+            f"--deepspeed {tmp_path}/ds.json: --offload needs zero_optimization with stage 2 or 3",
+        ),
+    ):
+        assert check_deepspeed_config({**FLAGS, "deepspeed": path, "offload": True}) == [problem]
