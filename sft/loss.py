@@ -10,16 +10,17 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import cross_entropy, linear
+from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils import ModelOutput
 
 from sft.chat_format import IGNORE_INDEX
 
-# Bytes of logits alive at a time: on a GPU large products pay, on a CPU large buffers don't.
+# Bytes of logits alive at a time, and rows of them: on a GPU large products pay, on a CPU large buffers don't.
 CHUNK_BYTES = {"cuda": 2**29, "cpu": 2**27}
-TILE_BYTES = 2**22  # what the softmax of a CPU works on at a time: about its cache
+CHUNK_ROWS = {"cpu": 256}
+TILE_BYTES = 2**21  # what the softmax of a CPU works on at a time: about its cache
 # Settings under which a model changes its logits after the head.
 LOGIT_SETTINGS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
 
@@ -139,11 +140,14 @@ def _sum_with_gradients(hidden, weight, bias, targets, wanted, dtype) -> tuple[t
     sums = [torch.zeros_like(leaf, dtype=torch.float32) if want else None for leaf, want in leaves]
     total = torch.zeros((), dtype=torch.float32, device=hidden.device)
     cast = weight.to(dtype)
-    rows = _rows(weight.shape[0] * cast.element_size(), CHUNK_BYTES, hidden.device.type)
-    for start in range(0, len(hidden), rows):
+    rows = min(len(hidden), _rows(weight.shape[0] * cast.element_size(), hidden.device.type))
+    buffer = cast.new_empty(rows, weight.shape[0])  # fresh memory for each chunk costs a CPU a third of the product
+    for start in range(0, len(hidden), max(1, rows)):
         part = slice(start, start + rows)
         states = hidden[part].to(dtype)
-        logits = linear(states, cast, None if bias is None else bias.to(dtype))
+        logits = torch.mm(states, cast.t(), out=buffer[: len(states)])
+        if bias is not None:
+            logits += bias.to(dtype)
         losses, gradient = _losses_and_gradient(logits, targets[part])
         total += losses
         if wanted[0]:
@@ -162,9 +166,12 @@ def _losses_and_gradient(logits: torch.Tensor, targets: torch.Tensor) -> tuple[t
         return losses.sum(), gradient
     total, rows = 0.0, max(1, TILE_BYTES // (4 * logits.shape[1]))
     for tile, target in zip(logits.split(rows), targets[:, None].split(rows), strict=True):
-        losses, gradient = _softmax(tile, target)
-        total = total + losses.sum()
-        tile.copy_(gradient)
+        probability = tile.softmax(-1, dtype=torch.float32)
+        # The largest logit and its probability give the normalizer without a second exp of every logit.
+        normalizer = tile.amax(-1, keepdim=True).float() - probability.amax(-1, keepdim=True).log()
+        at_target = tile.gather(-1, target).float() - normalizer
+        total = total - at_target.sum()
+        tile.copy_(probability.scatter_(-1, target, at_target.expm1()))
     return total, logits
 
 
@@ -199,7 +206,7 @@ def _sum_through_module(head, hidden, targets, predict: bool, vocab_size: int):
 
     Under ZeRO-3 every call of the head gathers on all ranks, which have other numbers of labels: one chunk there.
     """
-    rows = _rows(vocab_size * 4, CHUNK_BYTES, hidden.device.type)
+    rows = _rows(vocab_size * 4, hidden.device.type)
     if isinstance(head, nn.Module) and any(hasattr(parameter, "ds_id") for parameter in head.parameters()):
         rows = max(1, len(hidden))
     total, predictions = torch.zeros((), dtype=torch.float32, device=hidden.device), []
@@ -215,8 +222,10 @@ def _chunk_loss(head, states, targets, predict: bool):
     return cross_entropy(logits, targets, reduction="sum"), logits.argmax(-1) if predict else None
 
 
-def _rows(bytes_per_row: int, limits: dict[str, int], device: str) -> int:
-    return max(1, limits.get(device, limits["cpu"]) // bytes_per_row)
+def _rows(bytes_per_row: int, device: str) -> int:
+    """Rows of logits that are alive at a time."""
+    device = device if device in CHUNK_BYTES else "cpu"
+    return min(max(1, CHUNK_BYTES[device] // bytes_per_row), CHUNK_ROWS.get(device, 2**20))
 
 
 # --- the proof ----------------------------------------------------------------------------------------------------
