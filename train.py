@@ -5,29 +5,36 @@
 base_run.sh and ds_all.sh call this file with the usual settings. `python train.py --help` lists every flag.
 """
 
+import json
 import math
 import os
+import shlex
+import signal
 import sys
 import time
 import warnings
 from argparse import ArgumentError
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 
 from sft.model import PATIENT_THREADS
 
 os.environ.setdefault(*PATIENT_THREADS)
+if __name__ == "__main__":  # a shell starts what runs in the background with SIGINT ignored
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
 import transformers
-from transformers import HfArgumentParser, ProgressCallback, TrainerCallback, TrainerState, set_seed
+from transformers import HfArgumentParser, ProgressCallback, TrainerCallback, set_seed
 
 from sft import attention, loss
+from sft import checkpoint as checkpoints
 from sft import model as models
 from sft.chat import GREEDY, Chat, Reply
 from sft.chat_format import IGNORE_INDEX, Renderer, check_contract
-from sft.checkpoint import find_checkpoint, move_into_place, saved_shapes, verify_saved
+from sft.checkpoint import find_checkpoint, move_into_place, saved_shapes, unsealed, verify_saved
 from sft.collate import Collator
 from sft.conversation import read_conversations
 from sft.dataset import (
@@ -42,7 +49,9 @@ from sft.dataset import (
     prepare,
 )
 from sft.preflight import check_arguments, deepspeed_config, paint
-from sft.report import plot_losses, provenance, write_json
+from sft.report import plot_losses, provenance, without_secrets, write_json
+from sft.signals import LOST, STOPPED, Agreed, Guard, Stopped
+from sft.trainer import Trainer
 
 FIXED_PROMPTS = ("你好", "Hello", "写一首关于春天的诗", "What is the capital of France?")
 
@@ -106,6 +115,13 @@ class TrainingArguments(transformers.TrainingArguments):
         default="non_padding", metadata={"help": "Count tokens, padding left out."}
     )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Not used: rows hold what the model takes."})
+    allow_changed: str | None = field(
+        default=None, metadata={"help": "What may differ from the checkpoint that is resumed: fields, with commas."}
+    )
+    rank_timeout: float = field(
+        default=90, metadata={"help": "Seconds without a sign of life after which a frozen process ends the run."}
+    )
+    max_shard_size: str = field(default="5GB", metadata={"help": "Largest file of weights that is written."})
     offload: bool = field(
         default=False, metadata={"help": "Under DeepSpeed, keep the optimizer (ZeRO-3: the weights too) on the CPU."}
     )
@@ -115,7 +131,34 @@ def main(arguments: Sequence[str] | None = None) -> None:
     started = time.time()
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning)
-    model_arguments, data_arguments, training_arguments = parse_arguments(arguments)
+    with Guard() as guard:
+        groups = parse_arguments(arguments)
+        try:
+            run(*groups, guard, started=started)
+        except Stopped as stop:
+            guard.stage = "done"
+            say(f"{stop}; {guard.continue_with}")
+            sys.exit(STOPPED)
+        except RuntimeError as error:
+            if not (lost := guard.find_lost(error)):
+                raise
+            guard.stage = "done"
+            print(f"train.py: rank {guard.rank}: {lost}; {guard.continue_with}", file=sys.stderr, flush=True)
+            sys.exit(LOST)
+
+
+def run(
+    model_arguments: ModelArguments,
+    data_arguments: DataArguments,
+    training_arguments: TrainingArguments,
+    guard: Guard,
+    *,
+    started: float,
+) -> None:
+    """Train from the base or the newest sealed checkpoint, and save the model; `guard` has the last word."""
+    again = command_to_continue()
+    guard.hold(training_arguments.output_dir, timeout=training_arguments.rank_timeout, continue_with=again)
+    checkpoint = checkpoint_to_resume(training_arguments, guard)
     set_seed(training_arguments.seed)
     model_arguments.model_name_or_path = models.absolute(model_arguments.model_name_or_path)
     models.check_window(
@@ -131,7 +174,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     held_out, eval_ledger = prepare(eval_files, renderer, say=say, **settings)
     if eval_files:
         check_losses(eval_ledger, data_arguments.max_lost)
-    checkpoint = checkpoint_to_resume(training_arguments)
+    record = {
+        **provenance(),
+        "model": model_arguments.model_name_or_path,
+        "chat_format": renderer.name,
+        "seed": training_arguments.seed,
+        "data": {"train": file_hashes(train_files), "eval": file_hashes(eval_files)},
+        "ledger": {"train": ledger, "eval": eval_ledger},
+    }
+    fingerprint = fingerprint_of(model_arguments, data_arguments, training_arguments, renderer, record)
+    changed = check_unchanged(checkpoint, fingerprint, training_arguments.allow_changed)
 
     model = build_model(model_arguments, training_arguments, tokenizer, renderer)
     models.check_rows(
@@ -142,45 +194,34 @@ def main(arguments: Sequence[str] | None = None) -> None:
         largest_id=max(examples.largest_id, held_out.largest_id),
     )
     models.set_generation_config(model, tokenizer, renderer.stop_ids)
+    model.save_pretrained = partial(model.save_pretrained, max_shard_size=training_arguments.max_shard_size)
     notes = prepare_model(model, packing=data_arguments.packing)
     rows = PackedExamples(examples, data_arguments.max_length, seed=training_arguments.seed)
-    trainer = Trainer(
-        model=model,
-        args=complete(training_arguments, held_out),
-        train_dataset=rows if data_arguments.packing else examples,
-        eval_dataset=held_out if len(held_out) else None,
-        # On a GPU one length for all packed rows: flex attention compiles for it once.
-        data_collator=Collator(
-            tokenizer.pad_token_id, packed_length=data_arguments.max_length if torch.cuda.is_available() else None
-        ),
-        processing_class=tokenizer,
-        compute_metrics=token_accuracy,
-        preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1) if logits.ndim == 3 else logits,
+    trainer = build_trainer(
+        model,
+        complete(training_arguments, held_out),
+        tokenizer,
+        rows if data_arguments.packing else examples,
+        held_out,
+        max_length=data_arguments.max_length,
+        guard=guard,
+        fingerprint=fingerprint,
     )
-    if trainer.pop_callback(ProgressCallback):
-        trainer.add_callback(ProgressWithSpeed)
-    trainer.add_callback(SelfTest(notes, packing=data_arguments.packing))
-    if data_arguments.packing:
-        trainer.add_callback(PackForEachEpoch(rows))
-    record = {
-        **provenance(),
-        "model": model_arguments.model_name_or_path,
-        "chat_format": renderer.name,
-        "seed": training_arguments.seed,
-        "data": {"train": file_hashes(train_files), "eval": file_hashes(eval_files)},
-        "ledger": {"train": ledger, "eval": eval_ledger},
-    }
+    trainer.add_callback(SelfTest(trainer, notes, packing=data_arguments.packing))
+    if checkpoint:
+        trainer.continue_from(checkpoint, changed)
     say_opening(trainer, renderer, ledger, eval_ledger, examples)
     questions = pick_questions(train_files, data_arguments)
     window = models.context_window(model.config)
     if window:
         questions = [pair for pair in questions if len(renderer.prompt([user(pair[0])])) < window]
     before = reply_all(trainer, renderer, questions, data_arguments.max_new_tokens)
-    if not is_finished(trainer, checkpoint):
-        trainer.train(resume_from_checkpoint=checkpoint)
+    guard.stage = "training"
+    trainer.train(resume_from_checkpoint=checkpoint)
     metrics = last_evaluation(trainer)
-    save(trainer, renderer)
+    guard.finish_training()
     after = reply_all(trainer, renderer, questions, data_arguments.max_new_tokens)
+    save(trainer)
     if trainer.is_world_process_zero():
         finish(trainer, record, metrics, questions, before, after, seconds=time.time() - started)
 
@@ -240,11 +281,12 @@ class Parser(HfArgumentParser):
         fail([*self.problems, message])
 
 
-def fail(problems: Sequence[str]) -> None:
-    """Print each problem on a line, from the first process, and exit with code 2."""
-    if int(os.environ.get("RANK", 0)) == 0:
+def fail(problems: Sequence[str], *, everywhere: bool = False) -> None:
+    """Print each problem on a line, from the first process or from `everywhere`, and exit with code 2."""
+    rank = int(os.environ.get("RANK", 0))
+    if rank == 0 or everywhere:
         for problem in problems:
-            print(f"train.py: {problem}", file=sys.stderr)
+            print(f"train.py: {f'rank {rank}: ' if rank else ''}{problem}", file=sys.stderr, flush=True)
     sys.exit(2)
 
 
@@ -275,32 +317,80 @@ def complete(arguments: TrainingArguments, held_out: Examples) -> TrainingArgume
     return arguments
 
 
-def checkpoint_to_resume(arguments: TrainingArguments) -> str | None:
-    """Return the checkpoint to continue from: the named one, or with "auto" the newest complete one."""
-    if arguments.resume_from_checkpoint not in ("auto", "True", "true"):
-        return arguments.resume_from_checkpoint
-    checkpoint, skipped = find_checkpoint(arguments.output_dir)
-    for line in skipped:
+# --- continuing ---------------------------------------------------------------------------------------------------
+
+
+def checkpoint_to_resume(arguments: TrainingArguments, guard: Guard) -> str | None:
+    """Return the checkpoint to continue from: the named one, or with "auto" the newest that is what was sealed."""
+    named, checkpoint, lines, problem = arguments.resume_from_checkpoint, None, [], None
+    if guard.rank == 0:
+        lines = checkpoints.clear_leftovers(Path(arguments.output_dir))
+        if named in ("auto", "True", "true"):
+            checkpoint, skipped = find_checkpoint(arguments.output_dir)
+            lines += skipped
+            lines.append(
+                f"resuming from {checkpoint}"
+                if checkpoint
+                else f"no checkpoint in {arguments.output_dir}; starting anew"
+            )
+        elif named:
+            checkpoint, problem = named, unsealed(Path(named))
+    checkpoint, lines, problem = guard.from_first((checkpoint, lines, problem))
+    for line in lines:
         say(line)
-    say(f"resuming from {checkpoint}" if checkpoint else f"no checkpoint in {arguments.output_dir}; starting anew")
+    if problem:
+        raise Agreed(f"--resume_from_checkpoint {named}: {problem}; use auto, or name another checkpoint")
     return checkpoint
 
 
-def is_finished(trainer: "Trainer", checkpoint: str | None) -> bool:
-    """Load a checkpoint that has all its steps behind it; transformers would take one step more, and another model."""
-    if checkpoint is None or trainer.args.max_steps <= 0:
-        return False
-    state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
-    if state.global_step < trainer.args.max_steps:
-        return False
-    if trainer.is_deepspeed_enabled:
-        raise ValueError(
-            f"{checkpoint}: has all of its {state.global_step} steps behind it; raise --max_steps to go on"
-        )
-    say(f"{checkpoint}: all of its {state.global_step} steps are done; saving its model")
-    trainer._load_from_checkpoint(checkpoint)
-    trainer.state = state
-    return True
+def fingerprint_of(
+    model_arguments: ModelArguments,
+    data_arguments: DataArguments,
+    arguments: TrainingArguments,
+    renderer: Renderer,
+    record: dict,
+) -> dict:
+    """Return what the run depends on, for its checkpoints: flags, data, format, base, processes, versions."""
+    files = record["data"]["train"]
+    names = [Path(file).name for file in files]
+    zero = (arguments.deepspeed or {}).get("zero_optimization", {})
+    return checkpoints.fingerprint(
+        {**vars(arguments), **vars(data_arguments), **vars(model_arguments)},
+        versions={**record["versions"], "device": torch.cuda.get_device_name() if arguments.n_gpu else "cpu"},
+        data=dict(zip(names if len(set(names)) == len(names) else files, files.values(), strict=True)),
+        chat_format={"name": renderer.name, "fingerprint": renderer.fingerprint()},
+        base=checkpoints.hash_base(model_arguments.model_name_or_path) or model_arguments.model_name_or_path,
+        world_size=arguments.world_size,
+        zero_stage=zero.get("stage", 0),
+    )
+
+
+def check_unchanged(checkpoint: str | None, fingerprint: dict, allow_changed: str | None) -> list[str]:
+    """Compare with what a checkpoint was made of, say what differs, and return it; ValueError when not allowed."""
+    if checkpoint is None:
+        return []
+    old = json.loads((Path(checkpoint) / checkpoints.FINGERPRINT).read_text(encoding="utf-8"))
+    allowed = [name.strip() for name in (allow_changed or "").split(",") if name.strip()]
+    refused, said = checkpoints.compare(old, fingerprint, allowed)
+    if refused:
+        raise ValueError("\n".join(f"{checkpoint}: {line}" for line in refused))
+    for line in said:
+        say(line)
+    return [name for name in allowed if old["exact"].get(name) != fingerprint["exact"].get(name)]
+
+
+def command_to_continue() -> str:
+    """Return how to go on: what was typed is the launcher's; this starts the same processes from the same folder."""
+    words, flag = without_secrets(sys.argv), "--resume_from_checkpoint"
+    words = [w for place, w in enumerate(words) if flag not in (w, words[place - 1]) and not w.startswith(f"{flag}=")]
+    command, processes = shlex.join([*words, flag, "auto"]), os.environ.get("LOCAL_WORLD_SIZE")
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        command = f"torchrun --standalone --nproc_per_node {processes} {command}"
+    elif processes:
+        command = f"NUM_GPUS={processes} {sys.executable} -m sft.launch {command}"
+    else:
+        command = f"{sys.executable} {command}"
+    return f"continue with: cd {shlex.quote(os.getcwd())} && {command}"
 
 
 # --- tokenizer and model ------------------------------------------------------------------------------------------
@@ -356,12 +446,14 @@ def prepare_model(model, *, packing: bool) -> list[str]:
 class SelfTest(TrainerCallback):
     """Prove on the real model, in its compute type, that packed rows and the loss in chunks are what they stand for."""
 
-    def __init__(self, notes: list[str], *, packing: bool):
-        self.notes, self.packing = notes, packing
+    def __init__(self, trainer: Trainer, notes: list[str], *, packing: bool):
+        self.trainer, self.notes, self.packing = trainer, notes, packing
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         for note in self.notes:
             say(note)
+        if self.trainer.broken:  # the first step says so, and names its rows
+            return
         low = args.bf16 or args.fp16
         exact = not low and all(parameter.dtype == torch.float32 for parameter in model.parameters())
         dtype = torch.bfloat16 if args.bf16 else torch.float16
@@ -375,25 +467,23 @@ class SelfTest(TrainerCallback):
 # --- training -----------------------------------------------------------------------------------------------------
 
 
-class Trainer(transformers.Trainer):
-    """transformers' Trainer that logs perplexity, and stops at a loss that is not finite."""
-
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Weigh each batch's loss by its trained tokens; `log` divides by all of them."""
-        loss, predictions, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        if loss is not None and labels is not None:
-            loss = loss * (labels[:, 1:] != IGNORE_INDEX).sum() / len(labels)
-        return loss, predictions, labels
-
-    def log(self, logs: dict, start_time: float | None = None) -> None:
-        if "eval_rows" in logs:
-            logs["eval_loss"] *= logs.pop("eval_rows") / logs["eval_tokens"]
-        if "eval_loss" in logs:
-            logs["eval_perplexity"] = math.exp(min(logs["eval_loss"], 700))
-        super().log(logs, start_time)
-        for name in ("loss", "grad_norm", "eval_loss"):
-            if not math.isfinite(logs.get(name, 0.0)):
-                raise ValueError(f"{name} is {logs[name]} at step {self.state.global_step}; stopped, no model saved")
+def build_trainer(model, arguments, tokenizer, rows, held_out: Examples, *, max_length: int, **options) -> Trainer:
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=rows,
+        eval_dataset=held_out if len(held_out) else None,
+        # On a GPU one length for all packed rows: flex attention compiles for it once.
+        data_collator=Collator(tokenizer.pad_token_id, packed_length=max_length if torch.cuda.is_available() else None),
+        processing_class=tokenizer,
+        compute_metrics=token_accuracy,
+        preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1) if logits.ndim == 3 else logits,
+        say=say,
+        **options,
+    )
+    if trainer.pop_callback(ProgressCallback):
+        trainer.add_callback(ProgressWithSpeed)
+    return trainer
 
 
 class ProgressWithSpeed(ProgressCallback):
@@ -404,16 +494,6 @@ class ProgressWithSpeed(ProgressCallback):
         if self.training_bar is not None and "loss" in (logs or {}):
             speed = logs.get("train_tokens_per_second", 0)
             self.training_bar.set_postfix_str(f"loss {logs['loss']:.3f}, {speed:,.0f} tokens/s")
-
-
-class PackForEachEpoch(TrainerCallback):
-    """Put other examples together in each epoch; a run that resumes in an epoch finds that epoch's rows."""
-
-    def __init__(self, rows: PackedExamples):
-        self.rows = rows
-
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        self.rows.pack_for(int(state.epoch + 1e-6))
 
 
 def last_evaluation(trainer: Trainer) -> dict[str, float]:
@@ -432,21 +512,26 @@ def token_accuracy(prediction) -> dict[str, float]:
     return {"token_accuracy": accuracy, "tokens": int(in_loss.sum()), "rows": len(labels)}
 
 
-def save(trainer: Trainer, renderer: Renderer) -> None:
+def save(trainer: Trainer) -> None:
     """Save beside, reopen and check every tensor, then move the files into the output folder."""
-    folder = Path(trainer.args.output_dir)
-    staged = folder / ".final"
-    model = trainer.model
+    folder, model = Path(trainer.args.output_dir), trainer.model
     model.config.use_cache = True
     shapes = saved_shapes(model)
+    size = sum(
+        getattr(p, "ds_numel", p.numel()) * p.element_size() for p in model.parameters() if shapes or p.requires_grad
+    )
+    staged = trainer.open_staging(size, "the model") / "model"
     trainer.save_model(str(staged))
     if trainer.is_world_process_zero():
         verify_saved(staged, shapes)
         model.generation_config.save_pretrained(staged)  # an adapter comes without
         for name in ("training_args.bin", "README.md"):  # a pickle that holds the hub token; peft's empty model card
             (staged / name).unlink(missing_ok=True)
+        trainer.guard.stage = "done"  # a few renames: a signal comes too late for them
         move_into_place(staged, folder)
+        checkpoints.clear_leftovers(folder)
     trainer.accelerator.wait_for_everyone()
+    trainer.guard.stage = "done"
 
 
 # --- what a person sees -------------------------------------------------------------------------------------------
@@ -474,8 +559,10 @@ def say_opening(trainer: Trainer, renderer: Renderer, ledger: dict, eval_ledger:
         say(f"packed: {len(trainer.train_dataset):,} rows, {trainer.train_dataset.fill:.1%} full")
     say(f"tokens: {tokens:,}, trained {examples.num_trained_tokens:,} ({examples.num_trained_tokens / tokens:.0%})")
     per_update = tokens * rows // len(trainer.train_dataset)
-    share = f"{arguments.train_batch_size} x {arguments.gradient_accumulation_steps} x {arguments.world_size} processes"
-    say(f"steps: {steps:,} of {rows} rows ({share}), about {per_update:,} tokens; stop ids: {renderer.stop_ids}")
+    shares = (
+        f"{arguments.train_batch_size} x {arguments.gradient_accumulation_steps} x {arguments.world_size} processes"
+    )
+    say(f"steps: {steps:,} of {rows} rows ({shares}), about {per_update:,} tokens; stop ids: {renderer.stop_ids}")
     say(f"parameters: {total:,}, trained {trainable:,} ({trainable / total:.1%})")
 
 
@@ -558,9 +645,6 @@ if __name__ == "__main__":
         main()
     except torch.OutOfMemoryError as error:
         remedies = "lower --per_device_train_batch_size or --max_length, add --gradient_checkpointing, or use ds_all.sh"
-        fail([f"out of memory ({str(error).splitlines()[0]}); {remedies}"])
+        fail([f"out of memory ({str(error).splitlines()[0]}); {remedies}"], everywhere=True)
     except (ValueError, OSError) as error:
-        fail([str(error)])
-    except KeyboardInterrupt:
-        say("interrupted; --resume_from_checkpoint auto continues from the last checkpoint")
-        sys.exit(130)
+        fail(str(error).splitlines(), everywhere=getattr(error, "alone", False))

@@ -242,7 +242,7 @@ def test_a_model_that_was_saved_badly_is_not_moved_into_place(tiny_base, data, t
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_without_a_model(tiny_base, data, tmp_path):
-    with pytest.raises(ValueError, match=r"loss is nan at step \d; stopped, no model saved"):
+    with pytest.raises(ValueError, match=r"step \d: the loss is nan on rank 0, in example .*no model saved"):
         run(tiny_base("qwen2"), data, tmp_path / "run", "--learning_rate", "1e30", "--logging_steps", "1")
     assert not (tmp_path / "run" / "model.safetensors").exists()
 
@@ -303,7 +303,7 @@ def test_a_checkpoint_that_is_not_there_is_said_before_anything_is_loaded(capsys
         str(tmp_path / "r"),
     )
     (line,) = problems_of(capsys, *base, "--resume_from_checkpoint", "/nowhere")
-    assert line.startswith("train.py: --resume_from_checkpoint /nowhere: trainer_state.json is missing or cut")
+    assert line.startswith("train.py: --resume_from_checkpoint /nowhere: it has no manifest.json")
 
 
 def test_missing_arguments_are_named(capsys):

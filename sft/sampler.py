@@ -1,0 +1,105 @@
+"""Which rows each process takes at each update: a function of seed, epoch and the rows already taken, of nothing else.
+
+So a run goes on with another number of processes, or another batch, without repeating or losing a row.
+"""
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from sft.chat_format import IGNORE_INDEX
+
+EMPTY = -1  # the number of a row with nothing to learn
+
+
+class Updates:
+    """Batch sampler of one process: `accumulation` batches of row numbers for each update, over one epoch.
+
+    An update takes the next `batch_size * accumulation * world_size` rows of the epoch's order, a batch for each
+    process, then the next for each. The last one may have fewer; a process without a row left then gets an EMPTY one,
+    so that all do the same steps and no row is seen twice. Two processes, batches of 1, accumulation 2, 5 rows:
+
+        rank 0: [a] [c]   [e] [-]
+        rank 1: [b] [d]   [-] [-]
+
+    A run that resumes in `first_epoch` after `taken` rows has its remaining rows in that epoch's last updates.
+    """
+
+    def __init__(
+        self,
+        num_rows: int,
+        *,
+        batch_size: int,
+        accumulation: int,
+        world_size: int,
+        rank: int,
+        seed: int,
+        shuffle: bool = True,
+        drop_last: bool = False,
+        on_epoch: Callable[[int], None] | None = None,
+    ):
+        self.num_rows, self.batch_size, self.accumulation = num_rows, batch_size, accumulation
+        self.world_size, self.rank, self.seed, self.shuffle = world_size, rank, seed, shuffle
+        self.rows_per_update = batch_size * accumulation * world_size
+        self.drop_last = drop_last and num_rows >= self.rows_per_update
+        self.per_epoch = self._updates_in(num_rows)
+        self.epoch, self.first_epoch, self.taken, self._on_epoch = 0, 0, 0, on_epoch
+        self._ordered, self._rows = None, np.arange(num_rows)
+
+    def _updates_in(self, rows: int) -> int:
+        return rows // self.rows_per_update if self.drop_last else -(-rows // self.rows_per_update)
+
+    def set_epoch(self, epoch: int) -> None:
+        if self._on_epoch and epoch != self.epoch:
+            self._on_epoch(epoch)
+        self.epoch = epoch
+
+    def start_at(self, epoch: int, taken: int) -> int:
+        """Begin in `epoch` after `taken` of its rows; return how many of its updates that stands for."""
+        self.first_epoch, self.taken = epoch, taken
+        return self.per_epoch - self._updates_in(self.num_rows - taken)
+
+    def is_over(self, taken: int) -> bool:
+        """Whether an epoch has no update left after `taken` rows."""
+        return self._updates_in(self.num_rows - min(taken, self.num_rows)) == 0
+
+    def __len__(self) -> int:
+        return self.per_epoch * self.accumulation
+
+    def __iter__(self) -> Iterator[list[int]]:
+        taken = self.taken if self.epoch == self.first_epoch else 0
+        left = self._updates_in(self.num_rows - taken)
+        for _skipped in range(self.per_epoch - left):
+            yield from [[EMPTY]] * self.accumulation
+        for number in range(left):
+            yield from self.batches_at(self.epoch, taken + number * self.rows_per_update)[self.rank]
+
+    def batches_at(self, epoch: int, taken: int) -> list[list[list[int]]]:
+        """Return the batches of the update after `taken` rows of `epoch`, for each rank."""
+        rows = self._order(epoch)[taken : taken + self.rows_per_update].tolist()
+        size, ranks = self.batch_size, range(self.world_size)
+        starts = [[(micro * self.world_size + rank) * size for micro in range(self.accumulation)] for rank in ranks]
+        return [[rows[start : start + size] or [EMPTY] for start in of_rank] for of_rank in starts]
+
+    def _order(self, epoch: int) -> np.ndarray:
+        if self.shuffle and self._ordered != epoch:
+            self._ordered = epoch
+            self._rows = np.random.default_rng([self.seed, epoch, 1]).permutation(self.num_rows)
+        return self._rows
+
+
+class WithEmpty:
+    """A dataset that has also a row EMPTY: one token, without a label."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        if index != EMPTY:
+            return self.rows[index]
+        first = {name: values[:1].copy() for name, values in self.rows[0].items()}
+        first["labels"][:] = IGNORE_INDEX
+        return first

@@ -1,0 +1,364 @@
+"""transformers' Trainer with what a long run needs: sealed checkpoints, an exact way back, a stop that loses nothing.
+
+Stops at a loss or gradient that is not finite before it reaches the weights, and takes its rows from `sft.sampler`.
+"""
+
+import json
+import math
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+import transformers
+from accelerate.data_loader import prepare_data_loader
+from safetensors import SafetensorError
+from torch.utils.data import DataLoader
+from transformers import TrainerCallback
+
+from sft import checkpoint as checkpoints
+from sft.chat_format import IGNORE_INDEX
+from sft.sampler import EMPTY, Updates, WithEmpty
+from sft.signals import Agreed, Guard, Stopped
+
+
+@dataclass
+class Progress:
+    """Where a run stands between two updates: `taken` rows of `epoch` are behind it, after `updates` in all."""
+
+    epoch: int = 0
+    taken: int = 0
+    updates: int = 0
+    num_rows: int = 0
+    losses: list[float] = field(default_factory=list)  # summed since the last log line, of each rank
+    total_loss: float = 0.0
+    last_logged: int = 0
+    evaluate: bool = False  # an evaluation was due, and cut off by a signal
+
+
+class EvaluationStopped(Exception):
+    """A signal came while the held-out rows were evaluated."""
+
+
+class Trainer(transformers.Trainer):
+    """`guard` watches the process; `fingerprint` says what the run depends on; `say` prints from the first rank."""
+
+    def __init__(self, *arguments, guard: Guard, fingerprint: dict, say: Callable[[str], None], **options):
+        super().__init__(*arguments, **options)
+        self.guard, self.fingerprint, self.say = guard, fingerprint, say
+        self.run, self.progress, self.shift = guard.from_first(uuid.uuid4().hex), Progress(), 0
+        self.changed: set[str] = set()
+        # transformers' own rotation deletes whatever is named checkpoint-N.
+        self.keep, self.args.save_total_limit = self.args.save_total_limit, None
+        self._evaluating = False
+        self._staging, self._losses, self._gradients, self.broken = None, [], [], None
+        self.updates = Updates(
+            len(self.train_dataset),
+            batch_size=self.args.train_batch_size,
+            accumulation=self.args.gradient_accumulation_steps,
+            world_size=self.args.world_size,
+            rank=self.args.process_index,
+            seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
+            shuffle=self.args.train_sampling_strategy != "sequential",
+            drop_last=self.args.dataloader_drop_last,
+            on_epoch=getattr(self.train_dataset, "pack_for", None),
+        )
+        self.add_callback(Restore(self))
+        self._watch_gradient()
+
+    # --- rows: where to begin, and how many updates are left ---
+
+    def continue_from(self, folder: str, changed: Sequence[str] = ()) -> None:
+        """Take up the run of a sealed checkpoint: its identity, its place in the data, its open log lines.
+
+        Flags in `changed` take effect; without that, optimizer and schedule go on with their old ones.
+        """
+        self.changed = set(changed)
+        self.run = checkpoints.read_manifest(Path(folder))["run"]
+        self.progress = Progress(**json.loads((Path(folder) / checkpoints.PROGRESS).read_text()))
+        if self.progress.num_rows != len(self.train_dataset):  # other data was allowed: the same share of it
+            self.progress.taken = self.progress.taken * len(self.train_dataset) // self.progress.num_rows
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Batches of `self.updates`; its generator is its own, so that workers draw nothing from the global one."""
+        workers = self.args.dataloader_num_workers
+        loader = DataLoader(
+            WithEmpty(self.train_dataset),
+            batch_sampler=self.updates,
+            collate_fn=self.data_collator,
+            num_workers=workers,
+            pin_memory=self.args.dataloader_pin_memory,
+            prefetch_factor=self.args.dataloader_prefetch_factor if workers else None,
+            multiprocessing_context=self.args.dataloader_multiprocessing_context if workers else None,
+            generator=torch.Generator().manual_seed(self.args.seed),
+        )
+        return prepare_data_loader(loader, self.args.device, num_processes=1, process_index=0, put_on_device=True)
+
+    def set_initial_training_values(self, args, dataloader):
+        """Count epochs and updates from where the run stands; another batch or world size changes what is left."""
+        epochs, per_epoch, *counts, max_steps = super().set_initial_training_values(args, dataloader)
+        progress = self.progress
+        self._skipped = self.updates.start_at(progress.epoch, progress.taken)
+        if args.max_steps > 0:
+            left = max(0, max_steps - progress.updates)
+            epochs = progress.epoch + math.ceil((self._skipped + left) / per_epoch)
+        else:
+            # The schedule goes by the share of the rows: `shift` is what this place counts more than updates made.
+            self.shift = progress.epoch * per_epoch + self._skipped - progress.updates
+            max_steps = max(progress.updates, max_steps - self.shift)
+        return epochs, per_epoch, *counts, max_steps
+
+    def _init_training_state(self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume, trial):
+        place = super()._init_training_state(max_steps, num_update_steps_per_epoch, num_train_epochs, resume, trial)
+        if resume is None:
+            return place
+        self.state.compute_steps(self.args, max_steps)
+        if self.state.global_step >= max_steps:
+            return num_train_epochs, 0
+        return self.progress.epoch, self._skipped * self.args.gradient_accumulation_steps
+
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        scheduler = super().create_scheduler(num_training_steps + self.shift, optimizer)
+        if self.shift and hasattr(scheduler, "lr_lambdas"):
+            shift = self.shift
+            scheduler.lr_lambdas = [lambda step, of=of: of(step + shift) for of in scheduler.lr_lambdas]
+        return scheduler
+
+    # --- the end of a step ---
+
+    def _maybe_log_save_evaluate(self, tr_loss, grad_norm, model, trial, *rest, **options):
+        stop = None
+        if self.state.global_step != self.progress.updates:
+            self._advance()
+            stop = self.guard.agree_to_stop()
+        if stop and self.control.should_evaluate:
+            self.progress.evaluate, self.control.should_evaluate = True, False
+        self.control.should_save |= bool(stop)
+        try:
+            super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *rest, **options)
+        except EvaluationStopped:
+            stop, self.progress.evaluate = True, True
+            self._save_checkpoint(model, trial)
+        if stop:
+            raise Stopped(f"stopped at step {self.state.global_step}")
+
+    def _advance(self) -> None:
+        progress, self._losses, self._gradients = self.progress, [], []
+        progress.updates, progress.num_rows = self.state.global_step, len(self.train_dataset)
+        progress.taken += self.updates.rows_per_update
+        if self.updates.is_over(progress.taken):
+            progress.epoch, progress.taken = progress.epoch + 1, 0
+
+    def evaluate(self, *arguments, **options):
+        """Evaluate without a trace in the random state, so that training doesn't depend on when it is done."""
+        devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+        with torch.random.fork_rng(devices):
+            return super().evaluate(*arguments, **options)
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Weigh each batch's loss by its trained tokens; `log` divides by all of them."""
+        if self.is_in_train and self.guard.agree_to_stop():
+            raise EvaluationStopped
+        self._evaluating = True
+        try:
+            loss, predictions, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        finally:
+            self._evaluating = False
+        if loss is not None and labels is not None:
+            loss = loss * (labels[:, 1:] != IGNORE_INDEX).sum() / len(labels)
+        return loss, predictions, labels
+
+    def _get_num_items_in_batch(self, batch_samples, device):
+        """In evaluation each rank's loss is the mean over its own tokens: transformers 5.23 divides by all ranks'."""
+        return None if self._evaluating else super()._get_num_items_in_batch(batch_samples, device)
+
+    def log(self, logs: dict, start_time: float | None = None) -> None:
+        if "eval_rows" in logs:
+            logs["eval_loss"] *= logs.pop("eval_rows") / logs["eval_tokens"]
+        if "eval_loss" in logs:
+            logs["eval_perplexity"] = math.exp(min(logs["eval_loss"], 700))
+        super().log(logs, start_time)
+        if not math.isfinite(logs.get("eval_loss", 0.0)):
+            raise Agreed(f"eval_loss is {logs['eval_loss']} at step {self.state.global_step}; stopped, no model saved")
+
+    # --- numbers that are none ---
+
+    def _watch_gradient(self) -> None:
+        """Note on this rank whether the gradient that reaches the embeddings is finite: the summed one hides who."""
+
+        def note(_module, _inputs, output):
+            if self.is_in_train and torch.is_tensor(output) and output.requires_grad:
+                output.register_hook(lambda gradient: self._gradients.append(gradient.isfinite().all()))
+
+        self.model.get_input_embeddings().register_forward_hook(note)
+
+    def compute_loss(self, model, inputs, *arguments, **options):
+        result = super().compute_loss(model, inputs, *arguments, **options)
+        if model.training:
+            self._losses.append((result[0] if isinstance(result, tuple) else result).detach())
+            if self.is_deepspeed_enabled and self.accelerator.sync_gradients:  # its backward makes the update, too
+                self._check_finite(norm=0.0)
+        return result
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        skipped = self.is_deepspeed_enabled and getattr(self.model_wrapped.optimizer, "overflow", False)
+        # Under fp16 a gradient that is not finite is no fault: its scale is lowered, and the update left out.
+        self._check_finite(norm=0.0 if self.args.fp16 else math.inf if skipped else norm)
+        return norm
+
+    def _check_finite(self, *, norm) -> None:
+        """Raise Agreed on all ranks when the loss of one, or the summed gradient, is not finite."""
+        norm = torch.as_tensor(norm, dtype=torch.float32, device=self.args.device)
+        fine = torch.stack([norm.reshape(()), *(loss.float().reshape(()) for loss in self._losses)]).isfinite().all()
+        if self.guard.any_of(not fine.item()) or self.broken:
+            raise Agreed(self._say_where(float(norm)))
+
+    def _say_where(self, norm: float) -> str:
+        losses = [float(loss) for loss in self._losses]
+        gradients = [bool(finite) for finite in self._gradients]
+        found, of_ranks = [], self.updates.batches_at(self.progress.epoch, self.progress.taken)
+        for rank, (values, finite) in enumerate(self.guard.gather((losses, gradients))):
+            batches = of_ranks[rank]
+            bad = [place for place, value in enumerate(values) if not math.isfinite(value)]
+            what = f"the loss is {values[bad[0]]}" if bad else "the gradient is not finite"
+            bad = bad or [place for place, fine in enumerate(finite) if not fine]
+            rows = [row for place in bad for row in batches[place]]
+            found += [f"{what} on rank {rank}, in {self._name_rows(rows)}"] if bad else []
+        if not found:
+            rows = [row for batches in of_ranks for batch in batches for row in batch]
+            what = f"the gradient is not finite (norm {norm}), every loss is; " if not math.isfinite(norm) else ""
+            found = [f"{what}in {self._name_rows(rows)}"]
+        step = self.state.global_step + 1
+        found += [f"{self.broken} was not finite before"] if self.broken else []
+        return f"step {step}: {'; '.join(found)}; stopped before the update, no model saved"
+
+    def _name_rows(self, rows: list[int]) -> str:
+        """Name the examples of rows by number and first words; examples count from 0, in the order of the files."""
+        packed = getattr(self.train_dataset, "rows", None)
+        examples = [n for row in rows if row != EMPTY for n in ([row] if packed is None else packed[row].tolist())]
+        source = self.train_dataset if packed is None else self.train_dataset.examples
+        shown = [(n, self.processing_class.decode(source[n]["input_ids"][:16].tolist())) for n in examples[:4]]
+        more = f" and {', '.join(map(str, examples[4:40]))}" if len(examples) > 4 else ""
+        return ", ".join(f"example {n} ({' '.join(text.split())[:60]!r})" for n, text in shown) + more
+
+    # --- checkpoints ---
+
+    def _get_output_dir(self, trial) -> str:
+        return self._staging or super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """Save beside, on all ranks; then all is on the disk, then it is sealed, then it gets its name."""
+        if bad := self.bad_weight():
+            raise Agreed(f"step {self.state.global_step}: {bad} is not finite; stopped, not saved")
+        output, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
+        staging = self.open_staging(self._bytes_of_a_checkpoint(output), name)
+        self._staging = str(staging)
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if checkpoints.is_full_disk(error):
+                raise ValueError(f"{output}: the disk is full ({error}); older checkpoints are whole") from error
+            raise
+        finally:
+            self._staging = None
+        self._write_progress(staging / name)
+        self._seal(staging / name, output)
+
+    def open_staging(self, needed: int, what: str) -> Path:
+        """Empty the folder for what is being saved, when the disk has room for `needed` bytes more."""
+        output, problem = Path(self.args.output_dir), None
+        if self.args.should_save:
+            try:
+                checkpoints.open_staging(output, self.run)
+                checkpoints.check_space(output, needed, what)
+            except (ValueError, OSError) as error:
+                problem = str(error)
+        problem = self.guard.from_first(problem)
+        if problem:
+            raise Agreed(problem)
+        return output / checkpoints.SAVING
+
+    def bad_weight(self) -> str | None:
+        """Return the name of a weight that is not finite on some rank, the same on all, or None."""
+        return next((name for name in self.guard.gather(checkpoints.bad_weight(self.model)) if name), None)
+
+    def _bytes_of_a_checkpoint(self, output: Path) -> int:
+        """As large as the last one of this run; the first: weights, and in fp32 masters and two moments."""
+        sizes = [checkpoints.size_of(folder) for folder in output.glob("checkpoint-*") if folder.is_dir()]
+        if any(sizes):
+            return max(sizes) * 101 // 100
+        sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in self.model.parameters()]
+        return sum(size * (12 if self.is_deepspeed_enabled else 8) + size * 4 for size, trained in sizes if trained)
+
+    def _write_progress(self, folder: Path) -> None:
+        losses = self.guard.gather(self._tr_loss.item())
+        progress = {
+            "losses": losses,
+            "total_loss": self._total_loss_scalar,
+            "last_logged": self._globalstep_last_logged,
+        }
+        if not self.args.should_save:
+            return
+        checkpoints.write_whole(folder / checkpoints.PROGRESS, asdict(self.progress) | progress)
+        checkpoints.write_whole(folder / checkpoints.FINGERPRINT, self.fingerprint)
+        if self.state.best_model_checkpoint == str(folder):
+            self.state.best_model_checkpoint = str(Path(self.args.output_dir) / folder.name)
+            self.state.save_to_json(str(folder / "trainer_state.json"))
+
+    def _seal(self, folder: Path, output: Path) -> None:
+        """Each rank brings its share of the files to the disk and hashes it; the first one seals."""
+        began = time.monotonic()
+        self.guard.gather(None)
+        names = self.guard.from_first(checkpoints.list_files(folder) if self.args.should_save else None)
+        share = names[self.args.process_index :: self.args.world_size]
+        parts = self.guard.gather(checkpoints.hash_files(folder, share, to_disk=True))
+        if self.args.should_save:
+            step, files = self.state.global_step, {name: part[name] for part in parts for name in sorted(part)}
+            checkpoints.seal(folder, files, step=step, run=self.run)
+            aside = checkpoints.put_in_place(folder, output / folder.name, self.run)
+            best = self.state.best_model_checkpoint
+            checkpoints.rotate(output, keep=self.keep, step=step, run=self.run, spare=best)
+            size = sum(size for size, _sha256 in files.values())
+            checkpoints.clear_leftovers(output)
+            self.say(aside or f"sealed {output / folder.name}: {size:,} bytes in {time.monotonic() - began:.2f} s")
+        self.guard.gather(None)
+
+
+class Restore(TrainerCallback):
+    """Before the first step: look at the weights; put back open log lines, and do an evaluation that is due."""
+
+    def __init__(self, trainer: Trainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        trainer, progress = self.trainer, self.trainer.progress
+        trainer.broken = trainer.bad_weight()
+        if not progress.updates:
+            return
+        mine = progress.losses
+        same = len(mine) == args.world_size
+        trainer._tr_loss += mine[args.process_index] if same else sum(mine) / len(mine)
+        trainer._total_loss_scalar, trainer._globalstep_last_logged = progress.total_loss, progress.last_logged
+        self.take_new_flags(args)
+        if progress.evaluate and trainer.eval_dataset is not None:
+            progress.evaluate = False
+            trainer._evaluate(None, None)
+
+    def take_new_flags(self, args) -> None:
+        """Let allowed changes of the optimizer's flags take effect: a checkpoint brings the old ones with it."""
+        changed, scheduler = self.trainer.changed, self.trainer.lr_scheduler
+        for group in self.trainer.optimizer.param_groups:
+            if "learning_rate" in changed:
+                group["lr"] *= args.learning_rate / (group.get("initial_lr") or args.learning_rate)
+                group["initial_lr"] = args.learning_rate
+            if "weight_decay" in changed and group.get("weight_decay"):
+                group["weight_decay"] = args.weight_decay
+            if changed & {"adam_beta1", "adam_beta2"} and "betas" in group:
+                group["betas"] = (args.adam_beta1, args.adam_beta2)
+            if "adam_epsilon" in changed and "eps" in group:
+                group["eps"] = args.adam_epsilon
+        if "learning_rate" in changed and hasattr(scheduler, "base_lrs"):
+            scheduler.base_lrs = [args.learning_rate] * len(scheduler.base_lrs)
