@@ -5,7 +5,6 @@
 base_run.sh and ds_all.sh call this file with the usual settings. `python train.py --help` lists every flag.
 """
 
-import json
 import math
 import os
 import shlex
@@ -34,7 +33,7 @@ from sft import checkpoint as checkpoints
 from sft import model as models
 from sft.chat import GREEDY, Chat, Reply
 from sft.chat_format import IGNORE_INDEX, Renderer, check_contract
-from sft.checkpoint import find_checkpoint, move_into_place, saved_shapes, unsealed, verify_saved
+from sft.checkpoint import check_unchanged, find_checkpoint, unsealed
 from sft.collate import Collator
 from sft.conversation import read_conversations
 from sft.dataset import (
@@ -131,7 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     started = time.time()
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning)
-    with Guard() as guard:
+    with Guard(lasting=__name__ == "__main__") as guard:
         groups = parse_arguments(arguments)
         try:
             run(*groups, guard, started=started)
@@ -183,7 +182,7 @@ def run(
         "ledger": {"train": ledger, "eval": eval_ledger},
     }
     fingerprint = fingerprint_of(model_arguments, data_arguments, training_arguments, renderer, record)
-    changed = check_unchanged(checkpoint, fingerprint, training_arguments.allow_changed)
+    changed = check_unchanged(checkpoint, fingerprint, training_arguments.allow_changed, say)
 
     model = build_model(model_arguments, training_arguments, tokenizer, renderer)
     models.check_rows(
@@ -221,7 +220,7 @@ def run(
     metrics = last_evaluation(trainer)
     guard.finish_training()
     after = reply_all(trainer, renderer, questions, data_arguments.max_new_tokens)
-    save(trainer)
+    trainer.save_final()
     if trainer.is_world_process_zero():
         finish(trainer, record, metrics, questions, before, after, seconds=time.time() - started)
 
@@ -365,20 +364,6 @@ def fingerprint_of(
     )
 
 
-def check_unchanged(checkpoint: str | None, fingerprint: dict, allow_changed: str | None) -> list[str]:
-    """Compare with what a checkpoint was made of, say what differs, and return it; ValueError when not allowed."""
-    if checkpoint is None:
-        return []
-    old = json.loads((Path(checkpoint) / checkpoints.FINGERPRINT).read_text(encoding="utf-8"))
-    allowed = [name.strip() for name in (allow_changed or "").split(",") if name.strip()]
-    refused, said = checkpoints.compare(old, fingerprint, allowed)
-    if refused:
-        raise ValueError("\n".join(f"{checkpoint}: {line}" for line in refused))
-    for line in said:
-        say(line)
-    return [name for name in allowed if old["exact"].get(name) != fingerprint["exact"].get(name)]
-
-
 def command_to_continue() -> str:
     """Return how to go on: what was typed is the launcher's; this starts the same processes from the same folder."""
     words, flag = without_secrets(sys.argv), "--resume_from_checkpoint"
@@ -510,28 +495,6 @@ def token_accuracy(prediction) -> dict[str, float]:
     in_loss = labels != IGNORE_INDEX
     accuracy = float((guesses == labels)[in_loss].mean())
     return {"token_accuracy": accuracy, "tokens": int(in_loss.sum()), "rows": len(labels)}
-
-
-def save(trainer: Trainer) -> None:
-    """Save beside, reopen and check every tensor, then move the files into the output folder."""
-    folder, model = Path(trainer.args.output_dir), trainer.model
-    model.config.use_cache = True
-    shapes = saved_shapes(model)
-    size = sum(
-        getattr(p, "ds_numel", p.numel()) * p.element_size() for p in model.parameters() if shapes or p.requires_grad
-    )
-    staged = trainer.open_staging(size, "the model") / "model"
-    trainer.save_model(str(staged))
-    if trainer.is_world_process_zero():
-        verify_saved(staged, shapes)
-        model.generation_config.save_pretrained(staged)  # an adapter comes without
-        for name in ("training_args.bin", "README.md"):  # a pickle that holds the hub token; peft's empty model card
-            (staged / name).unlink(missing_ok=True)
-        trainer.guard.stage = "done"  # a few renames: a signal comes too late for them
-        move_into_place(staged, folder)
-        checkpoints.clear_leftovers(folder)
-    trainer.accelerator.wait_for_everyone()
-    trainer.guard.stage = "done"
 
 
 # --- what a person sees -------------------------------------------------------------------------------------------

@@ -9,19 +9,23 @@ output_dir/.saving/                 a checkpoint or model on its way; moved into
 python -m sft.checkpoint consolidate runs/my_run/model --output rebuilt     a model from the newest ZeRO checkpoint
 """
 
+import argparse
 import ctypes
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
 import stat
+import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from sft import zero
 from sft.signals import LOCK, RANKS, write_whole
 
 MANIFEST, FINGERPRINT, PROGRESS, SAVING, MARKER = (
@@ -330,6 +334,24 @@ def compare(old: dict, new: dict, allowed: Sequence[str]) -> tuple[list[str], li
     return refused, said
 
 
+def check_unchanged(checkpoint: str | None, new: dict, allow_changed: str | None, say: Callable) -> list[str]:
+    """Compare with what a checkpoint was made of, say what differs, return the fields; ValueError if not allowed."""
+    if checkpoint is None:
+        return []
+    old = json.loads((Path(checkpoint) / FINGERPRINT).read_text(encoding="utf-8"))
+    allowed = [name.strip() for name in (allow_changed or "").split(",") if name.strip()]
+    sizes = ("world_size", "per_device_train_batch_size", "gradient_accumulation_steps")
+    rows, rows_then = (math.prod(of["exact"][name] for name in sizes) for of in (new, old))
+    if "world_size" in allowed and rows == rows_then:  # as the launchers do it: other shares of the same update
+        allowed = [*allowed, *sizes[1:]]
+    refused, said = compare(old, new, allowed)
+    if refused:
+        raise ValueError("\n".join(f"{checkpoint}: {line}" for line in refused))
+    for line in said:
+        say(line)
+    return [name for name in allowed if old["exact"].get(name) != new["exact"].get(name)]
+
+
 def _brief(value) -> str:
     text = json.dumps(value, ensure_ascii=False) if not isinstance(value, str) else value
     return text if len(text) <= 300 else text[:300] + "..."
@@ -413,3 +435,74 @@ def move_into_place(staged: Path, folder: Path) -> None:
             os.fsync(stream.fileno())
         os.replace(staged / name, folder / name)
     shutil.rmtree(staged)
+
+
+# --- a model out of a ZeRO checkpoint -----------------------------------------------------------------------------
+
+
+def consolidate(folder: str, output: str | None = None, max_shard_size: str = "5GB") -> Path:
+    """Rebuild the model of the newest sealed checkpoint, in fp32, from what each rank saved; return its folder.
+
+    `folder` is a run's output_dir, or one checkpoint. Nothing pickled is run: the files must be those that were sealed,
+    and hold only tensors and numbers. Raises ValueError otherwise, and when `output` holds something already.
+    """
+    checkpoint = _sealed_in(Path(folder))
+    target = Path(output) if output else Path(folder) / "consolidated"
+    if target.exists() and any(target.iterdir()):
+        raise ValueError(f"{target}: is not empty; name a new folder with --output")
+    if not (checkpoint / "latest").is_file():
+        raise ValueError(f"{checkpoint}: is no ZeRO checkpoint; its weights are in it as they are")
+    shards = zero.Shards(checkpoint)
+    check_space(checkpoint, 4 * sum(math.prod(shape) for shape in shards.shapes.values()), "the model")
+    staged = target.with_name(f".{target.name}.{os.getpid()}")
+    staged.mkdir(parents=True)
+    try:
+        adapter = (checkpoint / "adapter_config.json").is_file()
+        for path in checkpoint.iterdir():
+            kept = path.suffix in (".jinja", ".json", ".model", ".txt") and not path.name.endswith(".index.json")
+            if kept and path.name not in (MANIFEST, FINGERPRINT, PROGRESS, "trainer_state.json"):
+                shutil.copyfile(path, staged / path.name)
+        if adapter:  # the frozen base is no part of it; peft's own file is what was gathered from the same shards
+            shutil.copyfile(checkpoint / "adapter_model.safetensors", staged / "adapter_model.safetensors")
+        else:
+            zero.write_weights(shards, staged, max_shard_size)
+        verify_saved(staged, None if adapter else shards.shapes)
+        target.mkdir(parents=True, exist_ok=True)
+        move_into_place(staged, target)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+    return target
+
+
+def _sealed_in(folder: Path) -> Path:
+    """The folder itself when it is a checkpoint, else the newest sealed one in it; says which were skipped."""
+    if (folder / MANIFEST).is_file():
+        problem = unsealed(folder)
+        if problem:
+            raise ValueError(f"{folder}: {problem}")
+        return folder
+    found, skipped = find_checkpoint(str(folder))
+    for line in skipped:
+        print(line)
+    if found is None:
+        raise ValueError(f"{folder}: holds no sealed checkpoint")
+    return Path(found)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m sft.checkpoint")
+    commands = parser.add_subparsers(required=True, dest="command")
+    rebuild = commands.add_parser("consolidate", help="rebuild a model from the newest sealed ZeRO checkpoint")
+    rebuild.add_argument("folder", help="the output_dir of a run, or one checkpoint")
+    rebuild.add_argument("--output", help="where to write the model; FOLDER/consolidated")
+    rebuild.add_argument("--max_shard_size", default="5GB", help="largest file of weights; 5GB")
+    options = parser.parse_args(arguments)
+    try:
+        print(f"model rebuilt in {consolidate(options.folder, options.output, options.max_shard_size)}")
+    except (ValueError, OSError) as error:
+        print(f"sft.checkpoint: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

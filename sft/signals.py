@@ -35,11 +35,14 @@ class Agreed(ValueError):
 class Guard:
     """What stands around a run. As a context it installs the handlers, and on leaving puts everything back.
 
+    `lasting`: the process ends next, and a late signal shall not change its exit code.
+
     `stage` decides what a signal does: "loading" and "saving" end the process at once (nothing is lost: before the
     first step, or after the last checkpoint), "training" waits for the end of the step, "done" ignores it.
     """
 
-    def __init__(self):
+    def __init__(self, *, lasting: bool = False):
+        self.lasting = lasting
         self.rank, self.world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.stage, self.requested, self.lock, self.continue_with = "loading", None, None, ""
         self.folder, self.timeout, self._group = None, 0.0, None
@@ -67,7 +70,7 @@ class Guard:
         self.stage, self._active = "done", False
         signal.set_wakeup_fd(self._wakeup)
         for number, handler in self._handlers.items():
-            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+            signal.signal(number, signal.SIG_IGN if self.lasting else handler or signal.SIG_DFL)
         os.write(self._write, b"\0")
         self._thread.join()
         os.close(self._read), os.close(self._write)

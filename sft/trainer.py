@@ -8,6 +8,7 @@ import math
 import time
 import uuid
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
 from sft import checkpoint as checkpoints
+from sft import zero
 from sft.chat_format import IGNORE_INDEX
 from sft.sampler import EMPTY, Updates, WithEmpty
 from sft.signals import Agreed, Guard, Stopped
@@ -125,6 +127,25 @@ class Trainer(transformers.Trainer):
             shift = self.shift
             scheduler.lr_lambdas = [lambda step, of=of: of(step + shift) for of in scheduler.lr_lambdas]
         return scheduler
+
+    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+        """Load a checkpoint as it is; or take it apart, when another number of processes or ZeRO stage wrote it."""
+        if resume_from_checkpoint is None or not self._is_laid_out_anew(Path(resume_from_checkpoint)):
+            with zero.only_safe_files() if self.is_deepspeed_enabled else nullcontext():
+                return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        folder = Path(resume_from_checkpoint)
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        decayed = set(self.get_decay_parameter_names(self.model))
+        names = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
+        groups = [[name for name in names if (name in decayed) is wanted] for wanted in (True, False)]
+        source = zero.Shards(folder) if (folder / "latest").is_file() else zero.Plain(folder, groups)
+        zero.load_into(self.model_wrapped if self.is_deepspeed_enabled else self.model, self.optimizer, source)
+        self.lr_scheduler.load_state_dict(zero.load_safely(folder / "scheduler.pt"))
+        return prepared
+
+    def _is_laid_out_anew(self, folder: Path) -> bool:
+        sharded = (folder / "latest").is_file()
+        return sharded != self.is_deepspeed_enabled or (sharded and bool(self.changed & {"world_size", "zero_stage"}))
 
     # --- the end of a step ---
 
@@ -259,9 +280,7 @@ class Trainer(transformers.Trainer):
         try:
             super()._save_checkpoint(model, trial)
         except (OSError, RuntimeError, SafetensorError) as error:
-            if checkpoints.is_full_disk(error):
-                raise ValueError(f"{output}: the disk is full ({error}); older checkpoints are whole") from error
-            raise
+            raise self._explained(error) from error
         finally:
             self._staging = None
         self._write_progress(staging / name)
@@ -326,6 +345,38 @@ class Trainer(transformers.Trainer):
             self.say(aside or f"sealed {output / folder.name}: {size:,} bytes in {time.monotonic() - began:.2f} s")
         self.guard.gather(None)
 
+    # --- the final model ---
+
+    def save_final(self) -> None:
+        """Save beside, reopen and check every tensor, then move the files into the output folder."""
+        folder, model = Path(self.args.output_dir), self.model
+        model.config.use_cache = True
+        shapes = checkpoints.saved_shapes(model)
+        sizes = [(getattr(p, "ds_numel", p.numel()) * p.element_size(), p.requires_grad) for p in model.parameters()]
+        needed = sum(size for size, trained in sizes if shapes or trained)
+        staged = self.open_staging(needed, "the model") / "model"
+        try:
+            self.save_model(str(staged))
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise self._explained(error) from error
+        if self.args.should_save:
+            checkpoints.verify_saved(staged, shapes)
+            model.generation_config.save_pretrained(staged)  # an adapter comes without
+            for name in ("training_args.bin", "README.md"):  # a pickle that holds the arguments; peft's empty card
+                (staged / name).unlink(missing_ok=True)
+            self.guard.stage = "done"  # a few renames: a signal comes too late for them
+            checkpoints.move_into_place(staged, folder)
+            checkpoints.clear_leftovers(folder)
+        self.guard.gather(None)
+        self.guard.stage = "done"
+
+    def _explained(self, error: Exception) -> Exception:
+        """The same error, or when a disk is full, a ValueError that says so."""
+        if not checkpoints.is_full_disk(error):
+            return error
+        where = self.args.output_dir
+        return ValueError(f"{where}: the disk is full ({str(error).splitlines()[0]}); the checkpoints in it are whole")
+
 
 class Restore(TrainerCallback):
     """Before the first step: look at the weights; put back open log lines, and do an evaluation that is due."""
@@ -352,8 +403,7 @@ class Restore(TrainerCallback):
         changed, scheduler = self.trainer.changed, self.trainer.lr_scheduler
         for group in self.trainer.optimizer.param_groups:
             if "learning_rate" in changed:
-                group["lr"] *= args.learning_rate / (group.get("initial_lr") or args.learning_rate)
-                group["initial_lr"] = args.learning_rate
+                group["lr"] = group["initial_lr"] = args.learning_rate
             if "weight_decay" in changed and group.get("weight_decay"):
                 group["weight_decay"] = args.weight_decay
             if changed & {"adam_beta1", "adam_beta2"} and "betas" in group:
@@ -362,3 +412,6 @@ class Restore(TrainerCallback):
                 group["eps"] = args.adam_epsilon
         if "learning_rate" in changed and hasattr(scheduler, "base_lrs"):
             scheduler.base_lrs = [args.learning_rate] * len(scheduler.base_lrs)
+        if changed and hasattr(scheduler, "lr_lambdas"):
+            for group, rate in zip(self.trainer.optimizer.param_groups, scheduler.get_lr(), strict=False):
+                group["lr"] = rate

@@ -23,6 +23,8 @@ ORDER = [
     "model",
     "tiny",
     "signals",
+    "launch",
+    "zero",
     "checkpoint",
     "trainer",
     "preflight",

@@ -1,0 +1,223 @@
+"""Reads what DeepSpeed and torch save of an optimizer, without running what is pickled in it; puts it together again.
+
+A ZeRO checkpoint holds flat slices of all parameters, one file per rank. Here they are whole tensors by name, so that a
+model can be rebuilt from them, or a run go on with another number of processes or another stage.
+"""
+
+import contextlib
+import json
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+# All that deepspeed 0.19's files name beside tensors; plain records of numbers.
+ALLOWED = (
+    ("deepspeed.runtime.fp16.loss_scaler", "LossScaler"),
+    ("deepspeed.runtime.fp16.loss_scaler", "DynamicLossScaler"),
+    ("deepspeed.runtime.zero.config", "ZeroStageEnum"),
+    ("deepspeed.utils.tensor_fragment", "fragment_address"),
+)
+KINDS = ("weight", "exp_avg", "exp_avg_sq")
+
+
+def load_safely(path: Path, *, mmap: bool = False):
+    """Load a file of tensors and plain values; ValueError when it holds anything else, or is cut."""
+    with torch.serialization.safe_globals(_allowed_classes()):
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        except pickle.UnpicklingError as error:
+            reason = next((line for line in str(error).splitlines() if "GLOBAL" in line or "global" in line), "")
+            raise ValueError(f"{path}: holds more than tensors and numbers; nothing of it was run. {reason}") from None
+        except (RuntimeError, EOFError, OSError) as error:
+            raise ValueError(f"{path}: can't be read ({str(error).splitlines()[0]})") from None
+
+
+def _allowed_classes() -> list:
+    from importlib import import_module
+
+    return [getattr(import_module(module), name) for module, name in ALLOWED]
+
+
+@contextlib.contextmanager
+def only_safe_files() -> Iterator[None]:
+    """Let DeepSpeed load its checkpoints through `load_safely`; 0.19 runs what is pickled in them."""
+    from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+
+    unsafe = TorchCheckpointEngine.load
+    TorchCheckpointEngine.load = lambda _self, path, map_location=None: load_safely(Path(path))
+    try:
+        yield
+    finally:
+        TorchCheckpointEngine.load = unsafe
+
+
+class Shards:
+    """The trained parameters of a ZeRO-2 or ZeRO-3 checkpoint and their two moments, whole and in fp32."""
+
+    def __init__(self, checkpoint: Path):
+        folder = checkpoint / (checkpoint / "latest").read_text().strip()
+        models = sorted(folder.glob("*_model_states.pt"), key=_rank)
+        optimizers = sorted(folder.glob("*_optim_states.pt"), key=_rank)
+        if not models or not optimizers:
+            raise ValueError(f"{folder}: no optimizer states of ZeRO-2 or ZeRO-3")
+        model = load_safely(models[0], mmap=True)
+        self._ranks = [load_safely(path, mmap=True)["optimizer_state_dict"] for path in optimizers]
+        self.stage = int(self._ranks[0]["zero_stage"])
+        if self.stage not in (2, 3):
+            raise ValueError(f"{folder}: is of ZeRO stage {self.stage}; only 2 and 3 can be put together")
+        self.shapes = {name: tuple(shape) for group in model["param_shapes"] for name, shape in group.items()}
+        self.aliases = dict(model["shared_params"])
+        places = self._places_in_stage_2() if self.stage == 2 else self._places_in_stage_3(model["param_shapes"])
+        self._places: dict[str, list[tuple[int, int, int, int]]] = places
+
+    def _places_in_stage_2(self) -> dict:
+        """Where each parameter lies, as (rank, group, start, length): a group is cut into one stretch per rank."""
+        places: dict = {name: [] for name in self.shapes}
+        for rank, state in enumerate(self._ranks):
+            for group, mapping in enumerate(state["param_slice_mappings"]):
+                for name, address in mapping.items():
+                    places[name].append((rank, group, address.start, address.numel))
+        return places
+
+    def _places_in_stage_3(self, groups: list) -> dict:
+        """Every parameter is cut into one stretch per rank, padded; each rank's stretches follow each other."""
+        places: dict = {name: [] for name in self.shapes}
+        sizes, part, start = [len(flat) for flat in self._ranks[0]["fp32_flat_groups"]], 0, 0
+        for name, shape in ((name, shape) for group in groups for name, shape in group.items()):
+            if start == sizes[part]:
+                part, start = part + 1, 0
+            length = -(-shape.numel() // len(self._ranks))
+            places[name] = [(rank, part, start, length) for rank in range(len(self._ranks))]
+            start += length
+        return places
+
+    def _flat(self, rank: int, group: int, kind: str) -> torch.Tensor:
+        state = self._ranks[rank]
+        if kind == "weight":
+            return state["single_partition_of_fp32_groups" if self.stage == 2 else "fp32_flat_groups"][group]
+        return state["base_optimizer_state" if self.stage == 2 else "optimizer_state_dict"]["state"][group][kind]
+
+    @property
+    def step(self) -> float:
+        state = self._ranks[0]["base_optimizer_state" if self.stage == 2 else "optimizer_state_dict"]["state"]
+        return float(next(iter(state.values()))["step"])
+
+    def get(self, name: str, kind: str) -> torch.Tensor:
+        """Return a parameter, or a moment of it, in its full shape, in fp32."""
+        places = self._places[name]
+        parts = [self._flat(rank, group, kind)[start : start + length] for rank, group, start, length in places]
+        whole, numel = torch.cat(parts).float(), torch.Size(self.shapes[name]).numel()
+        if whole.numel() < numel:
+            raise ValueError(f"{name} has {whole.numel()} numbers in the shards, not {numel}")
+        return whole[:numel].reshape(self.shapes[name])
+
+
+def write_weights(shards: Shards, folder: Path, max_shard_size: str) -> None:
+    """Write the parameters as safetensors that transformers loads, one file in memory at a time."""
+    from huggingface_hub import split_torch_state_dict_into_shards
+    from safetensors.torch import save_file
+
+    meta = {name: torch.empty(shape, device="meta") for name, shape in shards.shapes.items()}
+    plan = split_torch_state_dict_into_shards(meta, max_shard_size=max_shard_size)
+    for file, members in plan.filename_to_tensors.items():
+        tensors = {name: shards.get(name, "weight").contiguous() for name in members}
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
+
+
+def _rank(path: Path) -> int:
+    words = path.name.split("_")
+    return int(words[words.index("rank") + 1]) if path.name.startswith(("zero_pp", "bf16_zero")) else 0
+
+
+class Plain:
+    """The same view of a checkpoint without ZeRO: its weights, and the moments in optimizer.pt."""
+
+    def __init__(self, checkpoint: Path, names: list[list[str]]):
+        from safetensors import safe_open
+
+        saved = load_safely(checkpoint / "optimizer.pt", mmap=True)
+        numbers = [group["params"] for group in saved["param_groups"]]
+        if [len(group) for group in names] != [len(group) for group in numbers]:
+            raise ValueError(f"{checkpoint}: its optimizer holds other parameters than the model")
+        self._states = {
+            name: saved["state"][number]
+            for of_names, of_numbers in zip(names, numbers, strict=True)
+            for name, number in zip(of_names, of_numbers, strict=True)
+        }
+        self.step = float(next(iter(self._states.values()))["step"])
+        self._files = {}
+        for path in checkpoint.glob("*.safetensors"):
+            opened = safe_open(path, framework="pt")
+            self._files |= {name: opened for name in opened.keys()}  # noqa: SIM118 (safe_open is no dict)
+
+    def get(self, name: str, kind: str) -> torch.Tensor:
+        if kind != "weight":
+            return self._states[name][kind].float()
+        for known in (name, name.replace(".default", "")):
+            if known in self._files:
+                return self._files[known].get_tensor(known).float()
+        raise ValueError(f"{name} is not in the checkpoint's weights")
+
+
+def load_into(model, optimizer, source: Shards | Plain) -> None:
+    """Put weights and moments into a model and its AdamW, under ZeRO-2, ZeRO-3 or neither.
+
+    `model` is DeepSpeed's engine, or a plain module with the `optimizer` that makes its updates.
+    """
+    if not hasattr(model, "zero_optimization_stage"):
+        for name, parameter in _trained(model):
+            values = {kind: source.get(name, kind).to(parameter.device) for kind in KINDS}
+            parameter.data.copy_(values.pop("weight"))
+            optimizer.state[parameter] = {"step": torch.tensor(source.step), **values}
+        return
+    stage = model.zero_optimization_stage()
+    _make_moments(model.optimizer, stage)
+    for name, parameter in _trained(model.module):
+        values = {kind: source.get(name, kind).to(parameter.device) for kind in KINDS}
+        (_set_in_stage_3 if stage == 3 else _set_in_stage_2)(parameter, values)
+    for state in model.optimizer.optimizer.state.values():
+        state["step"] = torch.tensor(source.step)
+
+
+def _trained(module) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    return ((name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad)
+
+
+def _make_moments(sharded, stage: int) -> None:
+    """AdamW makes its moments at the first update; here they are needed before, where DeepSpeed looks for them."""
+    flats = sharded.fp32_partitioned_groups_flat if stage == 3 else sharded.single_partition_of_fp32_groups
+    for flat in flats:
+        sharded.optimizer.state[flat] = {"step": torch.tensor(0.0)} | {k: torch.zeros_like(flat) for k in KINDS[1:]}
+    if stage != 3:
+        sharded._hp_optimizer_states_linked = False
+        sharded._lazy_init_hp_params_optimizer_state()
+
+
+def _set_in_stage_2(parameter, values: dict) -> None:
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+    parameter.data.copy_(values["weight"])
+    safe_set_full_fp32_param(parameter, values["weight"])
+    for kind in KINDS[1:]:
+        safe_set_full_optimizer_state(parameter, values[kind], kind)
+
+
+def _set_in_stage_3(parameter, values: dict) -> None:
+    """deepspeed 0.19's own function fails where a parameter doesn't divide evenly among the ranks."""
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+        if torch.distributed.get_rank() == 0:
+            parameter.data.copy_(values["weight"])
+    sharded = parameter._z3_optimizer
+    for kind, value in values.items():
+        key = None if kind == "weight" else kind
+        part, _ = sharded._get_fp32_opt_state_partition(parameter, release_swap_buffers=False, optim_state_key=key)
+        begin = part.numel() * sharded._get_param_partition_rank(parameter)
+        stretch = value.flatten()[begin : begin + part.numel()]
+        part.data[: len(stretch)].copy_(stretch)
