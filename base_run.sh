@@ -9,7 +9,8 @@
 #   OUTPUT         folder of the run; runs/<time>       EPOCHS         times through the data; 3
 #   LEARNING_RATE  peak; 1e-5                           MAX_LENGTH     tokens per row; 2048
 #   BATCH_SIZE     rows per process and step; 4         ACCUMULATION   steps per update; 8
-#   PYTHON         the interpreter; python3             LAUNCHER       what runs train.py; set by ds_all.sh
+#   PYTHON         the interpreter; python3
+#   LAUNCHER       what runs train.py, and NUM_PROCESSES, which share the steps of an update: set by ds_all.sh
 set -eu
 cd "$(dirname "$0")"
 
@@ -31,6 +32,30 @@ fi
 
 : "${DATA:=data_proj/opendata}"
 : "${EPOCHS:=3}" "${LEARNING_RATE:=1e-5}" "${BATCH_SIZE:=4}" "${ACCUMULATION:=8}" "${MAX_LENGTH:=2048}"
+
+# An update takes BATCH_SIZE x ACCUMULATION rows, however many processes there are: each does its part of the steps, of
+# smaller ones if need be, and more than its part only where nothing else is left.
+: "${NUM_PROCESSES:=1}"
+if [ "$NUM_PROCESSES" -gt 1 ]; then
+    case "$BATCH_SIZE:$ACCUMULATION" in
+    0*:* | *:0* | *[!0-9:]* | :* | *:)
+        echo "base_run.sh: BATCH_SIZE=$BATCH_SIZE ACCUMULATION=$ACCUMULATION: use whole numbers from 1" >&2
+        exit 2
+        ;;
+    esac
+    rows=$((BATCH_SIZE * ACCUMULATION))
+    each=$(((rows + NUM_PROCESSES - 1) / NUM_PROCESSES))
+    if [ $((each * NUM_PROCESSES)) -eq "$rows" ]; then
+        while [ $((each % BATCH_SIZE)) -ne 0 ]; do BATCH_SIZE=$((BATCH_SIZE - 1)); done
+    elif [ "$each" -lt "$BATCH_SIZE" ]; then
+        BATCH_SIZE=$each
+    fi
+    ACCUMULATION=$(((each + BATCH_SIZE - 1) / BATCH_SIZE))
+    taken=$((NUM_PROCESSES * BATCH_SIZE * ACCUMULATION))
+    if [ "$taken" -ne "$rows" ]; then
+        echo "base_run.sh: $NUM_PROCESSES processes can't share $rows rows per update evenly: it takes $taken" >&2
+    fi
+fi
 
 # LAUNCHER is a command line: its words are split on purpose.
 # shellcheck disable=SC2086

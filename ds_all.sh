@@ -3,27 +3,35 @@
 #
 #   MODEL=Qwen/Qwen2.5-7B DATA=data_proj/opendata sh ds_all.sh --learning_rate 1e-5     8 x 80 GB, ZeRO-3
 #   ZERO=2 NUM_GPUS=4 MODEL=bigscience/bloom-1b7 sh ds_all.sh                           4 x 24 GB
-#   HOSTFILE=hosts MODEL=01-ai/Yi-34B sh ds_all.sh                                      several machines
 #
-# The knobs of base_run.sh, and:
+# The knobs of base_run.sh, and the same rows per update: all processes share BATCH_SIZE x ACCUMULATION.
 #   ZERO      2 shares optimizer and gradients among the GPUs, 3 the weights too; 3
+#   OFFLOAD   1 keeps the optimizer's state in the machine's memory, under ZERO=3 the weights too; 0
 #   NUM_GPUS  processes on this machine; all GPUs, or two CPU processes where there are none
-#   HOSTFILE  DeepSpeed's list of machines, a line each: "name slots=8"; needs ssh and the same paths on each
+#   GRACE     seconds to save a checkpoint in after TERM, INT, HUP or USR1, before KILL; 60
+# Several machines, which see the same folders; MODEL and OUTPUT must be named:
+#   HOSTFILE  a line for each machine: "name slots=8"; started from one of them, needs ssh to the others
+#   srun sh ds_all.sh under Slurm, one task per machine; or by hand on each, with NNODES, NODE_RANK and MASTER_ADDR
+#   MASTER_PORT   where they meet; by hand 29500, under Slurm from the job's number, else a free one
+#   NODE_TIMEOUT  seconds to wait for another machine, at the start or when it falls silent; 300
 set -eu
 cd "$(dirname "$0")"
 
 : "${PYTHON:=python3}"
 : "${ZERO:=3}"
 case "$ZERO" in 2 | 3) ;; *) echo "ds_all.sh: ZERO=$ZERO: use 2 or 3" >&2; exit 2 ;; esac
-if [ -z "${NUM_GPUS:-}" ]; then
-    NUM_GPUS=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count() or 2)')
+case "${OFFLOAD:=0}" in
+0) ;;
+1) set -- --offload "$@" ;;
+*) echo "ds_all.sh: OFFLOAD=$OFFLOAD: use 0 or 1" >&2; exit 2 ;;
+esac
+if [ -n "${SLURM_JOB_ID:-}" ]; then
+    # The same folder on every machine, and again when the job has been put back into the queue.
+    : "${OUTPUT:=runs/slurm-$SLURM_JOB_ID}"
+    export OUTPUT
 fi
 
-# torchrun takes a free port, and ends the workers when it is ended itself; the deepspeed launcher reaches other machines.
-if [ -n "${HOSTFILE:-}" ]; then
-    LAUNCHER="$PYTHON -m deepspeed.launcher.runner --hostfile $HOSTFILE"
-else
-    LAUNCHER="$PYTHON -m torch.distributed.run --standalone --nproc_per_node $NUM_GPUS"
-fi
-export PYTHON LAUNCHER
+NUM_PROCESSES=$("$PYTHON" -m sft.launch --processes)
+LAUNCHER="$PYTHON -m sft.launch"
+export PYTHON LAUNCHER NUM_PROCESSES
 exec sh base_run.sh --deepspeed "ds_zero$ZERO.json" "$@"

@@ -1,0 +1,276 @@
+"""The launcher: who takes part, signals and exit codes, and that nothing outlives it. Real processes, no model."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from sft import launch
+from sft.launch import Job, first_host, plan
+from sft.signals import LOST, STOPPED
+from tests.conftest import ROOT
+
+SEVERAL = {"MODEL": "m", "OUTPUT": "o", "NUM_GPUS": "4"}
+SLURM = {**SEVERAL, "SLURM_NNODES": "3", "SLURM_JOB_ID": "123456", "SLURM_NODEID": "2"}
+
+
+@pytest.fixture(autouse=True)
+def eight_gpus(monkeypatch):
+    monkeypatch.setattr(launch, "count_gpus", lambda: 8)
+
+
+@pytest.mark.parametrize(
+    ("environment", "job"),
+    [
+        ({}, Job((8,))),
+        ({"NUM_GPUS": "4", "MASTER_PORT": "1234"}, Job((4,), port=1234)),
+        ({"SLURM_NNODES": "1", "SLURM_JOB_ID": "5"}, Job((8,))),
+        ({**SEVERAL, "NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "a"}, Job((4, 4), 1, "a", 29500)),
+        ({**SLURM, "SLURM_JOB_NODELIST": "gpu[07-08,12]"}, Job((4, 4, 4), 2, "gpu07", 23456)),
+        (
+            {**SLURM, "SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NODELIST": "b,c", "SLURM_NODEID": "0"},
+            Job((4, 4), 0, "b", 23456),
+        ),
+        ({**SLURM, "SLURM_JOB_NODELIST": "a", "NNODES": "1"}, Job((4,))),
+    ],
+)
+def test_the_environment_says_who_takes_part(environment, job):
+    assert plan(environment) == job
+
+
+@pytest.mark.parametrize(
+    ("environment", "problem"),
+    [
+        ({"NUM_GPUS": "0"}, "NUM_GPUS=0: use a whole number, 1 or more"),
+        ({"NUM_GPUS": "two"}, "NUM_GPUS=two: use a whole number, 1 or more"),
+        ({"NUM_GPUS": "9"}, "NUM_GPUS=9: this machine has 8"),
+        ({"MASTER_PORT": "70000"}, "MASTER_PORT=70000: use a whole number, 0 to 65535"),
+        ({"GRACE": "-1"}, "GRACE=-1: use a whole number, 0 or more"),
+        ({"HOSTFILE": "/nowhere"}, "HOSTFILE=/nowhere: no such file; a line for each machine: name slots=8"),
+        ({"NNODES": "2", "MODEL": "m"}, "several machines: name OUTPUT, one folder that all of them see"),
+        ({"NNODES": "2"}, "several machines: name MODEL; the embedded default is for one"),
+        (
+            {**SEVERAL, "NNODES": "2"},
+            "NNODES: give NODE_RANK (0 to NNODES-1) and MASTER_ADDR, the name of the machine of rank 0",
+        ),
+        (
+            {**SEVERAL, "NNODES": "2", "NODE_RANK": "2", "MASTER_ADDR": "a"},
+            "NODE_RANK=2: use a whole number, 0 to 1",
+        ),
+        (
+            {**SLURM, "SLURM_LOCALID": "1", "SLURM_JOB_NODELIST": "a"},
+            "Slurm started several tasks on this machine; one is enough: --ntasks-per-node=1",
+        ),
+        (SLURM, "SLURM_NNODES=3 without SLURM_JOB_NODELIST and SLURM_NODEID: start with srun sh ds_all.sh"),
+    ],
+)
+def test_a_mistake_is_said_in_one_line(environment, problem):
+    with pytest.raises(ValueError) as error:
+        plan(environment)
+    assert str(error.value) == problem
+
+
+def test_without_gpus_there_are_two_processes_or_as_many_as_are_asked_for(monkeypatch):
+    monkeypatch.setattr(launch, "count_gpus", lambda: 0)
+    assert plan({}) == Job((2,))
+    assert plan({"NUM_GPUS": "5"}) == Job((5,))
+
+
+def test_a_hostfile_names_machines_and_their_slots(tmp_path):
+    hosts = tmp_path / "hosts"
+    hosts.write_text("# rack 1\nnode1 slots=8\n\nnode2 slots=4  # half of it\n")
+    environment = {"HOSTFILE": str(hosts), "MODEL": "m"}
+    assert plan(environment) == Job((8, 4), 0, "node1", 0, ("node1", "node2"))
+    with pytest.raises(ValueError, match="HOSTFILE and NUM_GPUS: give one of them"):
+        plan({**environment, "NUM_GPUS": "2"})
+    for text, place in (("node1\n", 1), ("a slots=1\na slots=2\n", 2), ("a slots=0\n", 1), ("-oProxy slots=1\n", 1)):
+        hosts.write_text(text)
+        with pytest.raises(ValueError, match=f"hosts line {place}: .* write each machine once, as: name slots=8"):
+            plan(environment)
+    hosts.write_text("# nothing\n")
+    with pytest.raises(ValueError, match="names no machine"):
+        plan(environment)
+    hosts.write_text("localhost slots=1\nb slots=1\n")
+    with pytest.raises(ValueError, match="can't reach a machine named localhost"):
+        plan(environment)
+
+
+def test_the_first_of_slurms_machines_is_found():
+    assert first_host("node[07-09,12],login") == "node07"
+    assert first_host("a,b") == "a"
+    assert first_host("rack[2-3]n[1,4]") == "rack2n1"
+
+
+# --- real processes -----------------------------------------------------------------------------------------------
+
+WORKER = """
+import os, signal, sys, time
+rank, mode = int(os.environ["RANK"]), sys.argv[1]
+if mode == "stop":
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, lambda *_: (time.sleep(rank), os.write(1, b"saved\\n"), sys.exit(75)))
+if mode == "deaf":
+    signal.signal(signal.SIGTERM, lambda *_: None)
+words = ("pid", os.getpid(), rank, os.environ["WORLD_SIZE"], os.environ["LOCAL_RANK"])
+os.write(1, (" ".join(map(str, words)) + "\\n").encode())  # a line at a time, whatever the others write
+if mode == "mistake":
+    sys.exit(2)
+if mode == "die" and rank == 1:
+    os.kill(os.getpid(), signal.SIGKILL)
+if mode == "die":
+    time.sleep(1)
+    sys.exit(76)
+while True:
+    time.sleep(0.1)
+"""
+
+
+class Run:
+    """A launcher under way, the process numbers of its workers, and later its exit code and what it said."""
+
+    def __init__(self, tmp_path: Path, mode: str, num_workers: int = 2, **environment: str):
+        (tmp_path / "worker.py").write_text(WORKER)
+        command = [sys.executable, "-m", "sft.launch", str(tmp_path / "worker.py"), mode]
+        settings = {"NUM_PROCESSES": "2", "OMP_NUM_THREADS": "1", **environment}
+        names = ("HOSTFILE", "NNODES", "MASTER_ADDR", "MASTER_PORT", "SLURM_NNODES", "NUM_GPUS")
+        inherited = {name: value for name, value in os.environ.items() if name not in names}
+        self.process = subprocess.Popen(
+            command, cwd=ROOT, env=inherited | settings, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        lines = [self.process.stdout.readline().split() for _ in range(num_workers)]
+        self.workers, self.places = [int(line[1]) for line in lines], sorted(line[2:] for line in lines)
+
+    def end(self) -> tuple[int, str]:
+        self.out, self.err = self.process.communicate(timeout=60)
+        return self.process.returncode, self.err
+
+    def living(self) -> list[int]:
+        """Workers that still run; a process that was killed may need a moment."""
+        until = time.monotonic() + 15
+        while (alive := [pid for pid in self.workers if _runs(pid)]) and time.monotonic() < until:
+            time.sleep(0.05)
+        return alive
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"])
+def test_a_signal_reaches_every_worker_and_their_exit_code_comes_back(tmp_path, name):
+    run = Run(tmp_path, "stop")
+    assert run.places == [["0", "2", "0"], ["1", "2", "1"]]
+    run.process.send_signal(getattr(signal, name))
+    assert run.end() == (STOPPED, f"launch: passing {name} on to rank 0, rank 1\n")
+    assert run.out == "saved\nsaved\n"
+    assert run.living() == []
+
+
+@pytest.mark.slow
+def test_one_rank_that_stops_in_good_order_leaves_the_others_the_time_to_do_so(tmp_path):
+    run = Run(tmp_path, "stop")
+    os.kill(run.workers[0], signal.SIGTERM)
+    time.sleep(1)
+    assert run.process.poll() is None
+    os.kill(run.workers[1], signal.SIGUSR1)
+    assert run.end() == (STOPPED, "")
+
+
+@pytest.mark.slow
+def test_no_worker_outlives_a_launcher_that_is_killed(tmp_path):
+    run = Run(tmp_path, "stop")
+    run.process.kill()
+    assert run.end() == (-signal.SIGKILL, "")
+    assert run.living() == []
+
+
+@pytest.mark.slow
+def test_workers_that_ignore_a_signal_are_killed_after_the_grace(tmp_path):
+    run = Run(tmp_path, "deaf", GRACE="1")
+    run.process.terminate()
+    code, said = run.end()
+    assert code == 128 + signal.SIGKILL
+    assert said.endswith("launch: rank 0 did not end; killed\nlaunch: rank 1 did not end; killed\n")
+    assert run.living() == []
+
+
+@pytest.mark.slow
+def test_the_rank_that_died_is_named_and_gives_the_exit_code(tmp_path):
+    run = Run(tmp_path, "die")
+    said = "launch: rank 1 was killed by SIGKILL\nlaunch: rank 0 ended with exit code 76\n"
+    assert run.end() == (128 + signal.SIGKILL, said)
+
+
+@pytest.mark.slow
+def test_a_mistake_in_the_arguments_is_left_to_train_py_to_say(tmp_path):
+    assert Run(tmp_path, "mistake").end() == (2, "")
+
+
+@pytest.mark.slow
+def test_a_port_in_use_is_one_line(tmp_path):
+    import socket
+
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        command = [sys.executable, "-m", "sft.launch", "worker.py"]
+        settings = {**os.environ, "NUM_PROCESSES": "2", "MASTER_PORT": str(port)}
+        done = subprocess.run(command, cwd=ROOT, env=settings, capture_output=True, text=True, check=False)
+    said = f"ds_all.sh: MASTER_PORT={port}: Address already in use; choose another, or leave it out on one machine\n"
+    assert (done.returncode, done.stderr) == (2, said)
+
+
+@pytest.fixture
+def two_machines(tmp_path) -> dict[str, str]:
+    """A hostfile of two machines, and an ssh that runs here what it is given."""
+    (tmp_path / "hosts").write_text("one slots=1\ntwo slots=2\n")
+    (tmp_path / "bin").mkdir()
+    ssh = tmp_path / "bin" / "ssh"
+    ssh.write_text('#!/bin/sh\nwhile [ "$1" = -o ]; do shift 2; done\nshift\nsh -c "$*"\n')
+    ssh.chmod(0o755)
+    settings = {"HOSTFILE": str(tmp_path / "hosts"), "MASTER_ADDR": "127.0.0.1", "MODEL": "m", "NUM_PROCESSES": ""}
+    return {**settings, "PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
+
+
+@pytest.mark.slow
+def test_a_hostfile_starts_every_machine_and_a_signal_reaches_all_of_them(tmp_path, two_machines):
+    run = Run(tmp_path, "stop", 3, **two_machines)
+    assert run.places == [["0", "3", "0"], ["1", "3", "0"], ["2", "3", "1"]]
+    run.process.terminate()
+    code, said = run.end()
+    assert code == STOPPED
+    assert "launch: passing SIGTERM on to machine one, machine two\n" in said
+    assert run.out == "saved\n" * 3
+
+
+@pytest.mark.slow
+def test_no_machine_goes_on_when_the_one_that_started_it_is_killed(tmp_path, two_machines):
+    run = Run(tmp_path, "deaf", 3, **two_machines)
+    run.process.kill()
+    assert run.living() == []
+
+
+@pytest.mark.slow
+def test_machines_that_start_by_themselves_end_together(tmp_path):
+    """The first is killed; the other notices that nobody holds, or comes to, their meeting place."""
+    with launch.listen(0) as free:
+        port = free.getsockname()[1]
+    knobs = {"NNODES": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "MODEL": "m", "OUTPUT": "o"}
+    first, second = (Run(tmp_path, "stop", 1, **knobs, NODE_RANK=rank, NODE_TIMEOUT="5") for rank in "01")
+    first.process.kill()
+    first.end()
+    code, said = second.end()
+    assert code == LOST
+    gone, never = f"the launcher of machine 0 (localhost:{port}) is gone", f"no launcher at localhost:{port} for NODE_"
+    assert said.startswith((f"launch: {gone}\n", f"launch: {never}"))
+    assert said.endswith("launch: rank 1 did not end; killed\n")
+    assert first.living() == second.living() == []
