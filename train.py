@@ -18,11 +18,13 @@ from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 
-from sft.model import PATIENT_THREADS
+from sft import model as models
 
-os.environ.setdefault(*PATIENT_THREADS)
+os.environ.setdefault(*models.PATIENT_THREADS)
 if __name__ == "__main__":  # a shell starts what runs in the background with SIGINT ignored
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # transformers 5.23 and accelerate 1.15 import these wherever they find them: a second at every start.
+    sys.modules |= dict.fromkeys(models.unused_packages([*sys.argv, *os.environ]))
 
 import torch
 import transformers
@@ -30,7 +32,6 @@ from transformers import HfArgumentParser, ProgressCallback, TrainerCallback, se
 
 from sft import attention, loss
 from sft import checkpoint as checkpoints
-from sft import model as models
 from sft.chat import GREEDY, Chat, Reply
 from sft.chat_format import IGNORE_INDEX, Renderer, check_contract
 from sft.checkpoint import check_unchanged, find_checkpoint, unsealed
@@ -214,7 +215,7 @@ def run(
     window = models.context_window(model.config)
     if window:
         questions = [pair for pair in questions if len(renderer.prompt([user(pair[0])])) < window]
-    before = reply_all(trainer, renderer, questions, data_arguments.max_new_tokens)
+    before = reply_all(trainer, renderer, questions[: len(FIXED_PROMPTS)], data_arguments.max_new_tokens)
     guard.stage = "training"
     trainer.train(resume_from_checkpoint=checkpoint)
     metrics = last_evaluation(trainer)
@@ -589,11 +590,12 @@ def finish(
         summary["stop_rate"] = sum(reply.ended for reply in after) / len(after)
         summary["replies_as_in_data"] = f"{sum(text in answers for text, answers in known)} of {len(known)}"
     replies = [
-        {"question": question, "answers_in_data": answers, "before": old.text, "after": new.text, "ended": new.ended}
-        for (question, answers), old, new in zip(questions, before, after, strict=False)
+        {"question": question, "answers_in_data": answers, "after": new.text, "ended": new.ended}
+        | ({"before": before[number].text} if number < len(before) else {})
+        for number, ((question, answers), new) in enumerate(zip(questions, after, strict=False))
     ]
     write_json(folder / "run.json", {**record, "metrics": summary, "replies": replies, "log_history": history})
-    for reply in replies[: len(FIXED_PROMPTS)]:
+    for reply in replies[: len(before)]:
         say(f"\n> {reply['question']}\n  before: {reply['before'][:80]!r}\n  after:  {reply['after']}")
     say("\ndone: " + ", ".join(f"{name} {_short(value)}" for name, value in summary.items() if value is not None))
     say(f"chat with it: python -m sft.chat --model_path {folder}")

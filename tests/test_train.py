@@ -358,3 +358,18 @@ def test_the_sample_is_read_whole_but_for_its_deliberate_dirt():
     results = list(read_conversations([str(path) for path in sorted((ROOT / "data_proj/sample").glob("*.json*"))]))
     malformed = [e.reason for _c, e, _f, _l in results if e is not None and e.reason not in ("empty", "role_order")]
     assert sorted(malformed) == ["malformed_json", "not_text"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("flags", "expected"), [([], []), (["--lora"], ["peft"])])
+def test_a_run_does_not_wait_for_packages_that_it_does_not_use(flags, expected):
+    code = (
+        "import runpy, sys\n"
+        f"sys.argv = ['train.py', *{flags}, '--help']\n"
+        "try:\n    runpy.run_path('train.py', run_name='__main__')\n"
+        "except SystemExit:\n    pass\n"
+        "import accelerate.utils, transformers.trainer\n"
+        "print([name for name in ('datasets', 'deepspeed', 'peft') if sys.modules.get(name)])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == str(expected)
