@@ -16,8 +16,8 @@ class Updates:
     """Batch sampler of one process: `accumulation` batches of row numbers for each update, over one epoch.
 
     An update takes the next `batch_size * accumulation * world_size` rows of the epoch's order, a batch for each
-    process, then the next for each. The last one may have fewer; a process without a row left then gets an EMPTY one,
-    so that all do the same steps and no row is seen twice. Two processes, batches of 1, accumulation 2, 5 rows:
+    process, then the next for each. The last one may have fewer, shared out evenly; a batch without a row gets an EMPTY
+    one, so that all do the same steps and no row is seen twice. Two processes, batches of 1, accumulation 2, 5 rows:
 
         rank 0: [a] [c]   [e] [-]
         rank 1: [b] [d]   [-] [-]
@@ -76,10 +76,9 @@ class Updates:
 
     def batches_at(self, epoch: int, taken: int) -> list[list[list[int]]]:
         """Return the batches of the update after `taken` rows of `epoch`, for each rank."""
-        rows = self._order(epoch)[taken : taken + self.rows_per_update].tolist()
-        size, ranks = self.batch_size, range(self.world_size)
-        starts = [[(micro * self.world_size + rank) * size for micro in range(self.accumulation)] for rank in ranks]
-        return [[rows[start : start + size] or [EMPTY] for start in of_rank] for of_rank in starts]
+        rows = self._order(epoch)[taken : taken + self.rows_per_update]
+        batches = [part.tolist() or [EMPTY] for part in np.array_split(rows, self.accumulation * self.world_size)]
+        return [batches[rank :: self.world_size] for rank in range(self.world_size)]
 
     def _order(self, epoch: int) -> np.ndarray:
         if self.shuffle and self._ordered != epoch:

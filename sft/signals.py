@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 STOPPED = 75  # exit code after a signal, once a checkpoint is sealed: the same command continues the run
@@ -58,7 +59,9 @@ class Guard:
         ]
         self._handlers = {number: signal.signal(number, lambda *_: None) for number in numbers}
         self._wakeup, self._active = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False), True
-        os.register_at_fork(after_in_child=self._forget)
+        # Blocked while forking: else a signal to the child, before it forgets, would arrive here.
+        block, unblock = partial(self._mask, signal.SIG_BLOCK), partial(self._mask, signal.SIG_UNBLOCK)
+        os.register_at_fork(before=block, after_in_parent=unblock, after_in_child=self._forget)
         self._thread = threading.Thread(target=self._run, name="guard", daemon=True)
         self._thread.start()
         return self
@@ -82,6 +85,12 @@ class Guard:
             signal.set_wakeup_fd(-1)
             for number in self._handlers:
                 signal.signal(number, signal.SIG_IGN if number == signal.SIGINT else signal.SIG_DFL)
+            self._mask(signal.SIG_UNBLOCK)
+            self._active = False
+
+    def _mask(self, how: int) -> None:
+        if self._active:
+            signal.pthread_sigmask(how, SIGNALS)
 
     # --- what the thread does ---
 

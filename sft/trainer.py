@@ -257,13 +257,18 @@ class Trainer(transformers.Trainer):
         return f"step {step}: {'; '.join(found)}; stopped before the update, no model saved"
 
     def _name_rows(self, rows: list[int]) -> str:
-        """Name the examples of rows by number and first words; examples count from 0, in the order of the files."""
+        """Name the examples of rows by number and the words before the reply; they count from 0, as in the files."""
         packed = getattr(self.train_dataset, "rows", None)
         examples = [n for row in rows if row != EMPTY for n in ([row] if packed is None else packed[row].tolist())]
         source = self.train_dataset if packed is None else self.train_dataset.examples
-        shown = [(n, self.processing_class.decode(source[n]["input_ids"][:16].tolist())) for n in examples[:4]]
         more = f" and {', '.join(map(str, examples[4:40]))}" if len(examples) > 4 else ""
-        return ", ".join(f"example {n} ({' '.join(text.split())[:60]!r})" for n, text in shown) + more
+        return ", ".join(f"example {n} ({self._words_of(source[n])!r})" for n in examples[:4]) + more
+
+    def _words_of(self, example: dict) -> str:
+        reply = int((example["labels"] != IGNORE_INDEX).argmax())
+        return " ".join(
+            self.processing_class.decode(example["input_ids"][max(0, reply - 32) : reply].tolist()).split()
+        )[-60:]
 
     # --- checkpoints ---
 

@@ -19,6 +19,11 @@ def test_the_last_update_is_filled_with_empty_rows():
     assert len(updates(0)) == 4
 
 
+def test_the_rows_of_a_last_update_are_shared_out_evenly():
+    last = updates(rows=17, batch_size=8, accumulation=2).batches_at(0, 0)
+    assert [[len(batch) for batch in rank] for rank in last] == [[5, 4], [4, 4]]
+
+
 def test_rows_are_shuffled_anew_in_each_epoch_and_the_same_in_each_process():
     orders = [updates(rank, rows=50)._order(epoch).tolist() for epoch in (0, 1) for rank in (0, 1)]
     assert orders[0] == orders[1] != orders[2] == orders[3]

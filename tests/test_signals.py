@@ -1,0 +1,167 @@
+"""Signals, lost ranks, and two runs in one folder."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from sft.signals import LOCK, RANKS, Agreed, Guard, Stopped, _myself, _start_time, take_lock
+from tests.conftest import ROOT
+
+
+def script(code: str, **environment: str) -> subprocess.Popen:
+    """A Python process that imports the guard and then runs `code`."""
+    code = "import os, signal, sys, time\nfrom sft.signals import *\n" + code
+    settings = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([sys.executable, "-c", code], env=settings, text=True, **pipes)
+
+
+def dead_process() -> dict:
+    process = subprocess.Popen([sys.executable, "-c", "pass"])
+    process.wait()
+    return {**_myself(), "pid": process.pid}
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"])
+def test_before_the_first_step_a_signal_ends_the_process_even_inside_a_call_that_does_not_return(name):
+    process = script("with Guard():\n    print('ready', flush=True)\n    time.sleep(60)\n")
+    process.stdout.readline()
+    process.send_signal(signal.Signals[name])
+    _out, errors = process.communicate(timeout=20)
+    assert process.returncode == 128 + signal.Signals[name]
+    assert errors == f"train.py: {name} before the first step; nothing to save\n"
+
+
+def test_a_signal_in_training_is_kept_for_the_end_of_the_step_and_a_second_changes_nothing():
+    with Guard() as guard:
+        guard.stage = "training"
+        assert guard.agree_to_stop() is None
+        for number in (signal.SIGUSR1, signal.SIGTERM):
+            os.kill(os.getpid(), number)
+            deadline = time.monotonic() + 10
+            while guard.requested is None and time.monotonic() < deadline:
+                threading.Event().wait(0.01)
+        assert guard.agree_to_stop() == signal.SIGUSR1
+
+
+def test_handlers_are_put_back():
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)]
+    with Guard():
+        assert signal.getsignal(signal.SIGTERM) != before[0]
+    assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)] == before
+
+
+def test_sigint_is_heard_in_the_background_of_a_shell_and_sighup_is_not_under_nohup():
+    process = script(
+        "signal.signal(signal.SIGINT, signal.SIG_IGN)\nsignal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
+        "with Guard() as guard:\n    guard.stage = 'training'\n    print('ready', flush=True)\n"
+        "    while guard.requested is None: time.sleep(0.01)\n    print(guard.requested)\n"
+    )
+    process.stdout.readline()
+    process.send_signal(signal.SIGHUP)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=20)[0] == "2\n"
+
+
+def test_a_forked_worker_has_its_own_signals():
+    with Guard() as guard:
+        guard.stage = "training"
+        child = os.fork()
+        if child == 0:
+            time.sleep(60)
+            os._exit(0)
+        os.kill(child, signal.SIGTERM)
+        assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGTERM
+        assert guard.requested is None
+
+
+def test_when_the_launcher_is_gone_the_process_ends():
+    """A shell stands for the launcher: it starts a worker in the background, says its number, and is killed."""
+    code = 'from sft.signals import Guard\nimport time\nwith Guard(): print("ready", flush=True); time.sleep(60)'
+    command = f"LOCAL_RANK=0 {sys.executable} -c '{code}' & echo $!; wait"
+    launcher = subprocess.Popen(["sh", "-c", command], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    worker = int(launcher.stdout.readline())
+    assert launcher.stdout.readline() == "ready\n"
+    launcher.kill()
+    launcher.wait()
+    assert launcher.stdout.read() == ""  # the worker's end is closed: it has ended
+    with pytest.raises(ProcessLookupError):
+        while True:
+            os.kill(worker, 0)
+
+
+def test_a_second_run_in_a_folder_is_refused_with_the_first_ones_process(tmp_path):
+    take_lock(tmp_path)
+    with pytest.raises(ValueError, match=f"process {os.getpid()} on {socket.gethostname()} since .* trains into it"):
+        take_lock(tmp_path)
+
+
+def test_the_lock_of_a_dead_process_is_taken_over(tmp_path):
+    for holder in (dead_process(), {**_myself(), "start": "1"}):
+        (tmp_path / LOCK).write_text(json.dumps(holder))
+        assert json.loads(take_lock(tmp_path).read_text())["pid"] == os.getpid()
+        (tmp_path / LOCK).unlink()
+
+
+def test_the_lock_of_another_machine_holds_as_long_as_it_is_touched(tmp_path):
+    (tmp_path / LOCK).write_text(json.dumps({**_myself(), "host": "elsewhere", "start": "1"}))
+    with pytest.raises(ValueError, match="on elsewhere since"):
+        take_lock(tmp_path)
+    os.utime(tmp_path / LOCK, (1, 1))
+    assert json.loads(take_lock(tmp_path).read_text())["host"] == socket.gethostname()
+
+
+def test_a_run_that_saves_its_last_checkpoint_is_waited_for(tmp_path):
+    (tmp_path / LOCK).write_text(json.dumps({**_myself(), "stopping": True}))
+    threading.Timer(0.3, (tmp_path / LOCK).unlink).start()
+    assert take_lock(tmp_path).is_file()
+
+
+def test_the_folder_is_left_as_it_was_found(tmp_path):
+    with Guard() as guard:
+        guard.hold(str(tmp_path / "new"), timeout=9, continue_with="")
+        assert sorted(os.listdir(tmp_path / "new")) == [LOCK, RANKS]
+    assert os.listdir(tmp_path) == []
+    with pytest.raises(Agreed, match="trains into it"), Guard() as guard:
+        take_lock(tmp_path)
+        guard.hold(str(tmp_path), timeout=9, continue_with="")
+    assert os.listdir(tmp_path) == [LOCK]
+
+
+@pytest.mark.parametrize(
+    ("state", "said"),
+    [("dead", r"rank 1 \(process \d+ on .*\) died"), ("frozen", r"rank 1 .* has not answered for \d+ seconds")],
+)
+def test_a_rank_that_died_or_froze_ends_the_others_with_its_name(tmp_path, state, said):
+    """Rank 0 of two, without a process group: its guard looks at the file of rank 1."""
+    code = (
+        "from pathlib import Path\nwith Guard() as guard:\n    guard.world_size = 2\n"
+        f"    guard.folder, guard.timeout, guard.stage = Path({str(tmp_path)!r}), 2.0, 'training'\n"
+        "    guard.continue_with = 'continue'\n    time.sleep(60)\n"
+    )
+    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    (tmp_path / RANKS).mkdir()
+    (tmp_path / RANKS / "1").write_text(json.dumps({**_myself(), "pid": other.pid, "start": _start_time(other.pid)}))
+    if state == "dead":
+        other.kill()
+        other.wait()
+    process = script(code, RANK="0")
+    _out, errors = process.communicate(timeout=30)
+    assert process.returncode == 76
+    assert re.search(said + r".*; the run ends, continue", errors), errors
+    other.wait(timeout=10)  # a frozen one on the same machine is killed, so that nothing is left
+
+
+def test_training_that_is_over_stops_for_a_signal_that_came_before():
+    guard = Guard()
+    guard.requested = signal.SIGTERM
+    with pytest.raises(Stopped):
+        guard.finish_training()
