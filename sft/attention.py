@@ -99,12 +99,14 @@ def _register_once(model, hook) -> bool:
     return new
 
 
+@torch.compiler.disable
 def _enter_without_documents(model, args, kwargs):
     """Before the forward of a packed batch: keep no cache, with which transformers takes the row for one text."""
     given = [kwargs.get(name) is not None for name in ("position_ids", "attention_mask", "past_key_values")]
     return (args, {**kwargs, "use_cache": False}) if given == [True, False, False] else None
 
 
+@torch.compiler.disable
 def _enter(model, args, kwargs):
     """Before the forward of a packed batch: the same, and note where its documents lie."""
     entered = _enter_without_documents(model, args, kwargs)
@@ -115,10 +117,12 @@ def _enter(model, args, kwargs):
     return entered
 
 
+@torch.compiler.disable
 def _leave(model, args, output) -> None:
     _current.set(None)
 
 
+@torch.compiler.disable  # a graph that looked into the documents would be compiled anew for each batch
 def document_mask(*, local_size=None, **options):
     """Stand in for transformers' sdpa mask: the documents of a packed batch, else the usual mask."""
     documents = _current.get()
@@ -142,6 +146,7 @@ def _give_documents_as_mask(modeling) -> None:
     """Let the family's `create_causal_mask` return the documents while a packed batch runs."""
     original = modeling.create_causal_mask
 
+    @torch.compiler.disable
     @functools.wraps(original)
     def create_causal_mask(*args, **kwargs):
         return _current.get() or original(*args, **kwargs)
@@ -208,6 +213,7 @@ OWN_ATTENTION = {"bloom": _bloom_attention, "falcon": _falcon_attention}
 # --- the attention ------------------------------------------------------------------------------------------------
 
 
+@torch.compiler.disable
 def attend(query, key, value, documents: Documents, *, scale, dropout: float = 0.0, alibi=None) -> torch.Tensor:
     """Causal attention inside each document; query (tokens, heads, head size), key and value of as many heads or fewer.
 

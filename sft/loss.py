@@ -83,6 +83,7 @@ def _with_chunked_loss(model_class: type) -> type:
     return type(model_class.__name__, (_ChunkedLoss, model_class), members)
 
 
+@torch.compiler.disable  # its shapes follow the number of labels, another one in each batch
 def _loss_of(model, hidden: torch.Tensor, labels: torch.Tensor, num_items) -> LossOutput:
     """The sum over labelled positions, over `num_items` (else their number); a graph, and 0, where there is none."""
     labels = labels.to(hidden.device)

@@ -9,6 +9,7 @@ import torch
 from sft import attention
 from sft.attention import Documents, attend_flex, attend_one_by_one, attend_varlen, isolate_documents, read_documents
 from sft.attention import self_test as run_self_test
+from sft.loss import use_chunked_loss
 from sft.tiny import FAMILIES
 
 # Falcon and bloom bring their own attention; the rest go through transformers' interface.
@@ -148,6 +149,30 @@ def test_isolating_twice_is_isolating_once_and_a_copy_works(load, family):
     batch = packed(texts_of([6, 9]))
     with torch.no_grad():
         assert torch.equal(copy.deepcopy(model)(**batch).logits, model(**batch).logits)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["qwen2", "falcon", "bloom"])
+def test_a_compiled_model_gives_the_same_gradients_and_is_compiled_once_for_all_documents(load, family):
+    model = load(family)
+    isolate_documents(model)
+    use_chunked_loss(model)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled, graphs = torch.compile(model, backend="aot_eager"), []
+    for number, lengths in enumerate(([5, 3, 7, 9], [24], [1, 1, 20, 2], [12, 12], [8, 16])):
+        batch = packed(texts_of(lengths, seed=number))
+        batch["labels"] = batch["input_ids"].where(batch["position_ids"] > number % 3, -100)
+        found, expected = [], []
+        for each, results in ((compiled, found), (model, expected)):
+            model.zero_grad()
+            loss = each(**batch).loss
+            loss.backward()
+            results += [loss.item(), *(p.grad.norm().item() for p in model.parameters())]
+        assert found == pytest.approx(expected, rel=1e-4, abs=1e-6)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs[-1] == graphs[1]
+    torch._dynamo.reset()
 
 
 def test_the_saved_config_does_not_know(load, family, tmp_path):
