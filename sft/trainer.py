@@ -418,5 +418,7 @@ class Restore(TrainerCallback):
         if "learning_rate" in changed and hasattr(scheduler, "base_lrs"):
             scheduler.base_lrs = [args.learning_rate] * len(scheduler.base_lrs)
         if changed and hasattr(scheduler, "lr_lambdas"):
-            for group, rate in zip(self.trainer.optimizer.param_groups, scheduler.get_lr(), strict=False):
-                group["lr"] = rate
+            for group, base, of in zip(
+                self.trainer.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=False
+            ):
+                group["lr"] = base * of(scheduler.last_epoch)

@@ -1,0 +1,296 @@
+"""A run that was stopped, killed or moved goes on as if nothing had happened, or says what is different."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train
+from sft.checkpoint import consolidate, find_checkpoint, hash_files, list_files, seal
+from sft.trainer import Trainer
+from tests.conftest import ROOT
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory) -> Path:
+    """Thirty conversations of different lengths, five of them held out as well."""
+    folder = tmp_path_factory.mktemp("resume")
+    lines = [
+        json.dumps({"prompt": f"question {i}", "completion": "answer " * (1 + i * 7 % 23)}) + "\n" for i in range(30)
+    ]
+    for name, chosen in (("train.json", lines), ("eval.json", lines[:5])):
+        (folder / name).write_text("".join(chosen))
+    return folder
+
+
+def run(base, data, output, **flags) -> Path:
+    """Call train.py's main."""
+    settings = {"max_length": 128, "max_steps": 8, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    settings |= {"learning_rate": 1e-3, "logging_steps": 3, "save_steps": 4, "eval_strategy": "steps", "eval_steps": 4}
+    settings |= {
+        "max_new_tokens": 4,
+        "num_reply_prompts": 1,
+        "disable_tqdm": True,
+        "cache_dir": f"{output.parent}/cache",
+    }
+    words = [str(word) for name, value in (settings | flags).items() for word in (f"--{name}", value)]
+    train.main(["--model_name_or_path", str(base), "--data_path", str(data), "--output_dir", str(output), *words])
+    return output
+
+
+def stop_at(monkeypatch, step: int, *, method: str = "training_step") -> None:
+    """Let a SIGTERM arrive while that update is computed, or in the evaluation after it."""
+    original, sent = getattr(Trainer, method), []
+
+    def with_signal(self, *arguments, **options):
+        if self.state.global_step == step and not sent:
+            sent.append(os.kill(os.getpid(), signal.SIGTERM))
+            while self.guard.requested is None:
+                time.sleep(0.001)
+        return original(self, *arguments, **options)
+
+    monkeypatch.setattr(Trainer, method, with_signal)
+
+
+def logs_of(output: Path) -> list[dict]:
+    kept = ("loss", "grad_norm", "learning_rate", "eval_loss", "step", "epoch", "num_input_tokens_seen")
+    history = json.loads((output / "run.json").read_text())["log_history"]
+    lines = [{name: entry[name] for name in kept if name in entry} for entry in history]
+    return [line for line in lines if "loss" in line or "eval_loss" in line]
+
+
+def weights_of(output: Path) -> dict[str, torch.Tensor]:
+    return load_file(next(output.glob("*model.safetensors")))
+
+
+def assert_same(first: Path, second: Path) -> None:
+    ours, theirs = weights_of(first), weights_of(second)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert logs_of(first) == logs_of(second)
+
+
+@pytest.mark.parametrize("flags", [{}, {"packing": False}, {"lora": True}], ids=["packed", "padded", "lora"])
+def test_a_run_stopped_by_a_signal_saves_that_step_and_goes_on_to_the_same_bits(
+    flags, tiny_base, data, tmp_path, monkeypatch, capsys
+):
+    """Step 5 is no step that is logged or saved; the signal comes in the first half of its accumulation."""
+    whole = run(tiny_base("qwen2"), data, tmp_path / "whole", **flags)
+    with monkeypatch.context() as patched, pytest.raises(SystemExit) as exit_:
+        stop_at(patched, 4)
+        run(tiny_base("qwen2"), data, tmp_path / "stopped", **flags)
+    assert exit_.value.code == 75
+    assert sorted(path.name for path in (tmp_path / "stopped").iterdir()) == ["checkpoint-4", "checkpoint-5"]
+    assert re.search(r"stopped at step 5; continue with: cd .* --resume_from_checkpoint auto", capsys.readouterr().out)
+    run(tiny_base("qwen2"), data, tmp_path / "stopped", resume_from_checkpoint="auto", **flags)
+    assert_same(whole, tmp_path / "stopped")
+
+
+def test_a_signal_in_an_evaluation_stops_it_and_it_is_done_when_the_run_goes_on(tiny_base, data, tmp_path, monkeypatch):
+    flags = {"per_device_eval_batch_size": 1}
+    whole = run(tiny_base("qwen2"), data, tmp_path / "whole", **flags)
+    with monkeypatch.context() as patched, pytest.raises(SystemExit):
+        stop_at(patched, 4, method="prediction_step")
+        run(tiny_base("qwen2"), data, tmp_path / "stopped", **flags)
+    assert [path.name for path in (tmp_path / "stopped").iterdir()] == ["checkpoint-4"]
+    run(tiny_base("qwen2"), data, tmp_path / "stopped", resume_from_checkpoint="auto", **flags)
+    assert_same(whole, tmp_path / "stopped")
+
+
+def test_a_broken_checkpoint_is_named_and_the_one_before_it_leads_to_the_same_bits(tiny_base, data, tmp_path, capsys):
+    whole = run(tiny_base("qwen2"), data, tmp_path / "whole", save_steps=3)
+    shutil.copytree(whole / "checkpoint-3", tmp_path / "again" / "checkpoint-3")
+    broken = shutil.copytree(whole / "checkpoint-6", tmp_path / "again" / "checkpoint-6") / "optimizer.pt"
+    broken.write_bytes(broken.read_bytes()[:-1] + b"\xff")
+    (tmp_path / "again" / "checkpoint-999").mkdir()
+    (tmp_path / "again" / "checkpoint-999" / "thesis.txt").write_text("precious")
+    run(tiny_base("qwen2"), data, tmp_path / "again", save_steps=3, save_total_limit=1, resume_from_checkpoint="auto")
+    lines = capsys.readouterr().out.splitlines()
+    assert f"{tmp_path}/again/checkpoint-6: skipped, optimizer.pt has other bytes than were sealed" in lines
+    assert f"resuming from {tmp_path}/again/checkpoint-3" in lines
+    assert sorted(p.name for p in (tmp_path / "again").glob("checkpoint-*")) == ["checkpoint-8", "checkpoint-999"]
+    assert (tmp_path / "again" / "checkpoint-999" / "thesis.txt").read_text() == "precious"
+    assert_same(whole, tmp_path / "again")
+
+
+def test_what_changed_is_refused_with_both_values_until_it_is_allowed(tiny_base, data, tmp_path, capsys):
+    whole = run(tiny_base("qwen2"), data, tmp_path / "whole")
+    shutil.copytree(whole / "checkpoint-4", tmp_path / "again" / "checkpoint-4")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "train.json").write_text("".join((data / "train.json").read_text().splitlines(True)[1:]))
+    flags = {"learning_rate": 2e-3, "resume_from_checkpoint": "auto", "logging_steps": 1, "save_steps": 7}
+    with pytest.raises(ValueError) as error:
+        run(tiny_base("qwen2"), tmp_path / "other", tmp_path / "again", **flags)
+    first, second = str(error.value).splitlines()
+    assert re.search(r"checkpoint-4: data was .*train.json.* and is .*add --allow_changed data$", first)
+    assert "checkpoint-4: learning_rate was 0.001 and is 0.002; give the old one again, or add" in second
+    run(tiny_base("qwen2"), tmp_path / "other", tmp_path / "again", allow_changed="data,learning_rate", **flags)
+    assert "allowed: learning_rate was 0.001 and is 0.002; from here on" in capsys.readouterr().out
+    rates = [line["learning_rate"] for line in logs_of(tmp_path / "again") if line["step"] == 6 and "loss" in line]
+    whole_rates = [line["learning_rate"] for line in logs_of(whole) if line["step"] == 6 and "loss" in line]
+    assert rates == [pytest.approx(2 * whole_rates[0])]
+
+
+def test_another_batch_goes_on_without_repeating_or_losing_a_row(tiny_base, data, tmp_path):
+    """One epoch of 30 rows by 4, stopped after 12 of them, goes on by 6: the tokens seen are those of the epoch."""
+    flags = {"max_steps": -1, "num_train_epochs": 2, "packing": False, "logging_steps": 1, "save_steps": 3}
+    flags |= {"save_total_limit": 9}
+    whole = run(tiny_base("qwen2"), data, tmp_path / "whole", **flags)
+    shutil.copytree(whole / "checkpoint-3", tmp_path / "again" / "checkpoint-3")
+    flags |= {"per_device_train_batch_size": 3, "allow_changed": "per_device_train_batch_size"}
+    again = run(tiny_base("qwen2"), data, tmp_path / "again", resume_from_checkpoint="auto", **flags)
+    first, second = logs_of(whole), logs_of(again)
+    assert [line["step"] for line in second if "loss" in line] == list(range(1, 12))  # 3 + 18 / 6 + 30 / 6
+    assert first[-1]["num_input_tokens_seen"] == second[-1]["num_input_tokens_seen"]
+    assert [line["epoch"] for line in second if "loss" in line][5] == 1.0
+    assert second[-2]["learning_rate"] == pytest.approx(first[-2]["learning_rate"], abs=5e-5)
+
+
+def test_a_run_killed_before_its_model_was_saved_saves_it(tiny_base, data, tmp_path):
+    whole = run(tiny_base("qwen2"), data, tmp_path / "whole")
+    again = tmp_path / "again"
+    shutil.copytree(whole / "checkpoint-8", again / "checkpoint-8")
+    (again / ".saving" / "model").mkdir(parents=True)
+    (again / ".saving" / "run.json").write_text("{}")
+    run(tiny_base("qwen2"), data, again, resume_from_checkpoint="auto")
+    assert all(torch.equal(weights_of(whole)[name], tensor) for name, tensor in weights_of(again).items())
+    assert not (again / ".saving").exists()
+
+
+def test_a_disk_that_is_full_ends_the_run_before_the_save_and_leaves_the_last_checkpoint(
+    tiny_base, data, tmp_path, monkeypatch
+):
+    real = shutil.disk_usage
+
+    def usage(path):
+        full = (tmp_path / "run" / "checkpoint-4").is_dir()
+        return shutil._ntuple_diskusage(10**12, 10**12, 1000) if full else real(path)
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    with pytest.raises(ValueError, match=r"has 1,000 bytes free, and checkpoint-8 needs [\d,]+; nothing was removed"):
+        run(tiny_base("qwen2"), data, tmp_path / "run")
+    assert find_checkpoint(str(tmp_path / "run")) == (str(tmp_path / "run" / "checkpoint-4"), [])
+
+
+# --- two processes, for real --------------------------------------------------------------------------------------
+
+
+def start(output: Path, base: Path, data: Path, *flags: str, zero: str, **knobs: str) -> subprocess.Popen:
+    """Start ds_all.sh, or with zero="" plain processes, its lines in OUTPUT.log."""
+    script = ["ds_all.sh"] if zero else ["base_run.sh"]
+    settings = {"MODEL": str(base), "DATA": str(data), "OUTPUT": str(output), "MAX_LENGTH": "128", "BATCH_SIZE": "2"}
+    settings |= {"ACCUMULATION": "2", "LEARNING_RATE": "1e-3", "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    settings |= {"ZERO": zero, "NUM_GPUS": "2"} if zero else {"LAUNCHER": f"{sys.executable} -m sft.launch"}
+    settings |= {} if zero else {"NUM_GPUS": "2", "NUM_PROCESSES": "2"}
+    common = ["--max_steps", "30", "--save_steps", "5", "--logging_steps", "3", "--max_new_tokens", "4"]
+    common += ["--num_reply_prompts", "1", "--cache_dir", f"{output.parent}/cache", "--eval_strategy", "no"]
+    with open(f"{output}.log", "a") as log:
+        command = ["dash", *script, *common, *flags]
+        return subprocess.Popen(command, cwd=ROOT, env={**os.environ, **settings, **knobs}, stdout=log, stderr=log)
+
+
+def wait_until(sign, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while not sign():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def pid_of(output: Path, rank: int) -> int:
+    return json.loads((output / "model" / ".ranks" / str(rank)).read_text())["pid"]
+
+
+@pytest.fixture(scope="session")
+def whole_runs(tiny_base, data, tmp_path_factory):
+    """Return a function that gives a run of 30 steps under a ZeRO stage, never touched."""
+    folder, done = tmp_path_factory.mktemp("whole"), {}
+
+    def whole(zero: str) -> Path:
+        if zero not in done:
+            process = start(folder / f"zero{zero}", tiny_base("qwen2"), data, zero=zero)
+            assert process.wait(timeout=200) == 0, (folder / f"zero{zero}.log").read_text()[-3000:]
+            done[zero] = folder / f"zero{zero}" / "model"
+        return done[zero]
+
+    return whole
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero", ["2", "3", ""], ids=["ZeRO-2", "ZeRO-3", "DDP"])
+def test_two_processes_stopped_by_a_signal_to_one_and_killed_in_a_save_end_in_the_same_bits(
+    zero, whole_runs, tiny_base, data, tmp_path
+):
+    whole, output, log = whole_runs(zero), tmp_path / "run", tmp_path / "run.log"
+    process = start(output, tiny_base("qwen2"), data, zero=zero)
+    wait_until(lambda: "'loss'" in log.read_text(), process)
+    os.kill(pid_of(output, 1), signal.SIGTERM)
+    assert process.wait(timeout=60) == 75
+    assert not (output / "model" / "model.safetensors").exists()
+    command = re.findall(r"stopped at step \d+; continue with: (.*)", log.read_text())[0]
+    assert shlex.split(command)[-2:] == ["--resume_from_checkpoint", "auto"]
+    process = start(output, tiny_base("qwen2"), data, "--resume_from_checkpoint", "auto", zero=zero)
+    wait_until(lambda: any((output / "model" / ".saving").glob("checkpoint-*")), process)
+    process.kill()
+    process.wait()
+    with open(log, "a") as stream:
+        settings = {**os.environ, "OMP_NUM_THREADS": "1"}
+        again = subprocess.run(
+            ["sh", "-c", command], env=settings, stdout=stream, stderr=stream, timeout=120, check=False
+        )
+    assert again.returncode == 0, log.read_text()[-3000:]
+    assert_same(whole, output / "model")
+
+
+@pytest.mark.slow
+def test_a_zero_2_run_goes_on_under_zero_3_or_in_one_plain_process_with_the_same_losses(
+    whole_runs, tiny_base, data, tmp_path
+):
+    expected = [line["loss"] for line in logs_of(whole_runs("2")) if "loss" in line]
+    for zero, allowed in (("3", "zero_stage"), ("", "zero_stage,world_size")):
+        output = tmp_path / f"zero{zero}"
+        shutil.copytree(whole_runs("2") / "checkpoint-20", output / "model" / "checkpoint-20")
+        knobs = {} if zero else {"NUM_GPUS": "1", "NUM_PROCESSES": "1"}
+        flags = ("--resume_from_checkpoint", "auto", "--allow_changed", allowed)
+        process = start(output, tiny_base("qwen2"), data, *flags, zero=zero, **knobs)
+        assert process.wait(timeout=120) == 0, Path(f"{output}.log").read_text()[-3000:]
+        found = [line["loss"] for line in logs_of(output / "model") if "loss" in line]
+        assert found == pytest.approx(expected, abs=1e-4)
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch /tmp/sft_was_run",)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero", ["2", "3"])
+def test_a_model_is_rebuilt_from_the_shards_and_hostile_ones_are_refused(zero, whole_runs, tmp_path):
+    whole = whole_runs(zero)
+    rebuilt = consolidate(str(whole), str(tmp_path / "rebuilt"), max_shard_size="300KB")
+    assert len(list(rebuilt.glob("*.safetensors"))) == 4
+    tensors = {name: tensor for file in rebuilt.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    expected = weights_of(whole)
+    assert expected.keys() - tensors.keys() <= {"lm_head.weight"}
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in tensors.items())
+    with pytest.raises(ValueError, match=r"rebuilt: is not empty"):
+        consolidate(str(whole), str(tmp_path / "rebuilt"))
+
+    hostile = shutil.copytree(whole / "checkpoint-30", tmp_path / "run" / "checkpoint-30")
+    shard = next(hostile.glob("global_step30/*rank_1*optim_states.pt"))
+    torch.save({"optimizer_state_dict": Evil()}, shard)
+    with pytest.raises(ValueError, match=r"rank_1.*has \S+ bytes, not"):
+        consolidate(str(hostile))
+    seal(hostile, hash_files(hostile, list_files(hostile)), step=30, run="forged")
+    with pytest.raises(ValueError, match=r"rank_1.*holds more than tensors and numbers; nothing of it was run"):
+        consolidate(str(hostile))
+    assert not Path("/tmp/sft_was_run").exists()
