@@ -49,7 +49,21 @@ from sft.dataset import (
     prepare,
 )
 from sft.preflight import check_arguments, deepspeed_config, paint
-from sft.report import plot_losses, provenance, without_secrets, write_json
+from sft.report import (
+    PAGE,
+    RunPage,
+    mfu_of_a_token,
+    plot_losses,
+    provenance,
+    rates,
+    render_page,
+    replies_entry,
+    summarise,
+    without_secrets,
+    write_card,
+    write_json,
+    write_text,
+)
 from sft.signals import LOST, STOPPED, Agreed, Guard, Stopped
 from sft.trainer import Trainer
 
@@ -97,6 +111,9 @@ class DataArguments:
         metadata={"help": "Questions of the data answered at the end for the stop rate, beside four fixed prompts."},
     )
     max_new_tokens: int = field(default=128, metadata={"help": "Longest reply before and after training, in tokens."})
+    eval_replies: bool = field(
+        default=True, metadata={"help": "At each evaluation, reply to the four fixed prompts for the run page."}
+    )
 
 
 @dataclass
@@ -193,9 +210,11 @@ def run(
         used_ids=[*renderer.stop_ids, *renderer.control_ids],
         largest_id=max(examples.largest_id, held_out.largest_id),
     )
+    record |= describe(model, renderer, fingerprint)
     models.set_generation_config(model, tokenizer, renderer.stop_ids)
     model.save_pretrained = partial(model.save_pretrained, max_shard_size=training_arguments.max_shard_size)
-    notes = prepare_model(model, packing=data_arguments.packing)
+    notes = prepare_model(model, packing=data_arguments.packing, liger=training_arguments.use_liger_kernel)
+    training_arguments.use_liger_kernel = False  # done; transformers would put its loss over ours
     rows = PackedExamples(examples, data_arguments.max_length, seed=training_arguments.seed)
     trainer = build_trainer(
         model,
@@ -215,7 +234,9 @@ def run(
     window = models.context_window(model.config)
     if window:
         questions = [pair for pair in questions if len(renderer.prompt([user(pair[0])])) < window]
-    before = reply_all(trainer, renderer, questions[: len(FIXED_PROMPTS)], data_arguments.max_new_tokens)
+    fixed = questions[: len(FIXED_PROMPTS)]
+    before = reply_all(trainer, renderer, fixed, data_arguments.max_new_tokens)
+    trainer.add_callback(run_page(trainer, renderer, record, fixed, before, data_arguments))
     guard.stage = "training"
     trainer.train(resume_from_checkpoint=checkpoint)
     metrics = last_evaluation(trainer)
@@ -250,6 +271,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> tuple[ModelArguments, Da
         if given["deepspeed"]:
             given["deepspeed"] = deepspeed_config(given["deepspeed"], offload=given["offload"], pin_memory=not on_cpu)
         given |= models.choose_compute(bf16=given["bf16"], fp16=given["fp16"], use_cpu=on_cpu)
+        if given["use_liger_kernel"] and on_cpu:
+            raise ValueError("--use_liger_kernel: its kernels are Triton's and need a GPU; leave the flag out")
         if given["deepspeed"] and on_cpu:
             given |= {"accelerator_config": start_deepspeed_on_cpu(), "use_cpu": True}
         elif on_cpu:
@@ -424,9 +447,10 @@ def build_model(model_arguments: ModelArguments, arguments: TrainingArguments, t
     )
 
 
-def prepare_model(model, *, packing: bool) -> list[str]:
-    """Keep packed documents apart, and compute the loss in chunks; return what was done."""
-    return ([attention.isolate_documents(model)] if packing else []) + [loss.use_chunked_loss(model)]
+def prepare_model(model, *, packing: bool, liger: bool = False) -> list[str]:
+    """Keep packed documents apart, compute the loss in chunks, use Liger's kernels if asked; return what was done."""
+    notes = [models.use_liger_kernels(model)] if liger else []
+    return notes + ([attention.isolate_documents(model)] if packing else []) + [loss.use_chunked_loss(model)]
 
 
 class SelfTest(TrainerCallback):
@@ -570,34 +594,68 @@ def reply_all(trainer: Trainer, renderer: Renderer, questions: list, max_new_tok
     return [reply for batch in batches(asked, 8) for reply in chat.reply_batch(batch, sampling)]
 
 
+def describe(model, renderer: Renderer, fingerprint: dict) -> dict:
+    """Return what run.json, the run page and the model card tell of the model and the settings."""
+    trained, total = models.count_parameters(model)
+    example = [user("1+1等于几？"), {"role": "assistant", "content": "2"}]
+    known = ("data", "base", "chat_format")
+    return {
+        "parameters": {"all": total, "trained": trained},
+        "device": fingerprint["told"]["device"],
+        "settings": {name: value for name, value in fingerprint["exact"].items() if name not in known},
+        "example": renderer.text(example),
+    }
+
+
+def run_page(trainer: Trainer, renderer: Renderer, record: dict, fixed: list, before: list, data_arguments) -> RunPage:
+    """Return what keeps report.html up to date, from before the first step on."""
+    arguments, questions = trainer.args, [question for question, _answers in fixed]
+    mfu = None
+    if arguments.bf16 or arguments.fp16:
+        mfu = mfu_of_a_token(trainer.model, device=record["device"], world_size=arguments.world_size)
+    return RunPage(
+        Path(arguments.output_dir),
+        record,
+        before=replies_entry(0, questions, before) if before else None,
+        questions=questions,
+        reply=partial(reply_all, trainer, renderer, fixed, data_arguments.max_new_tokens)
+        if before and data_arguments.eval_replies
+        else None,
+        mfu=mfu,
+    )
+
+
 def finish(
     trainer: Trainer, record: dict, metrics: dict, questions: list, before: list, after: list, *, seconds: float
 ) -> None:
-    """Write training_loss.png and run.json, show the replies, and sum the run up in a line."""
-    folder, history = Path(trainer.args.output_dir), trainer.state.log_history
+    """Write run.json, the run page, the model card and training_loss.png, show the replies, and sum the run up."""
+    folder, history, steps = Path(trainer.args.output_dir), trainer.state.log_history, trainer.state.global_step
     plot_losses(history, folder / "training_loss.png")
-    losses = [entry["loss"] for entry in history if "loss" in entry]
     summary = {
-        "steps": trainer.state.global_step,
-        "first_loss": losses[0] if losses else None,
-        "last_loss": losses[-1] if losses else None,
+        "steps": steps,
+        **summarise(history),
         "seconds": round(seconds, 1),
         "tokens_seen": trainer.state.num_input_tokens_seen,
         **{name: metrics[name] for name in ("eval_loss", "eval_perplexity", "eval_token_accuracy") if name in metrics},
     }
     if after:
         known = [(reply.text, answers) for reply, (_question, answers) in zip(after, questions, strict=True) if answers]
-        summary["stop_rate"] = sum(reply.ended for reply in after) / len(after)
+        summary |= rates(after)
         summary["replies_as_in_data"] = f"{sum(text in answers for text, answers in known)} of {len(known)}"
+        history.append(replies_entry(steps, [question for question, _answers in questions[: len(before)]], after))
     replies = [
         {"question": question, "answers_in_data": answers, "after": new.text, "ended": new.ended}
         | ({"before": before[number].text} if number < len(before) else {})
         for number, ((question, answers), new) in enumerate(zip(questions, after, strict=False))
     ]
-    write_json(folder / "run.json", {**record, "metrics": summary, "replies": replies, "log_history": history})
+    record = {**record, "metrics": summary, "replies": replies, "log_history": history}
+    write_json(folder / "run.json", record)
+    write_text(folder / PAGE, render_page(record, step=steps, steps=steps, finished=True))
+    write_card(folder, record)
     for reply in replies[: len(before)]:
         say(f"\n> {reply['question']}\n  before: {reply['before'][:80]!r}\n  after:  {reply['after']}")
     say("\ndone: " + ", ".join(f"{name} {_short(value)}" for name, value in summary.items() if value is not None))
+    say(f"the run, its curves and replies: {folder / PAGE}")
     say(f"chat with it: python -m sft.chat --model_path {folder}")
 
 

@@ -140,6 +140,24 @@ def _four_bit(compute: str) -> dict:
     return {"quantization_config": config, "device_map": {"": int(os.environ.get("LOCAL_RANK", 0))}}
 
 
+def use_liger_kernels(model) -> str:
+    """Put Liger's kernels for rotary positions, norms and MLP into a model that Liger knows; return what was done.
+
+    Its fused loss is left out: it takes every position through the head, ours only those with a label. Liger 0.8 does
+    nothing, without a word, for families that it doesn't know.
+    """
+    try:
+        from liger_kernel.transformers import monkey_patch
+    except ImportError:
+        raise ValueError("--use_liger_kernel: pip install liger-kernel, or leave the flag out") from None
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    family = base.config.get_text_config().model_type
+    if family not in monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN:
+        return f"no Liger kernels: there are none for {family}"
+    monkey_patch._apply_liger_kernel_to_instance(model=base, fused_linear_cross_entropy=False)
+    return f"Liger kernels for {family}"
+
+
 def add_lora(
     model,
     *,

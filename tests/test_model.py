@@ -1,6 +1,8 @@
 """What is loaded, and what is saved with it."""
 
 import json
+import sys
+import types
 
 import pytest
 
@@ -17,6 +19,7 @@ from sft.model import (
     load_tokenizer,
     set_generation_config,
     untrained_ids,
+    use_liger_kernels,
 )
 
 
@@ -128,3 +131,23 @@ def test_parameters_are_counted_once_where_they_are_tied(tiny_base):
     assert (
         trainable == total == sum(tensor.numel() for tensor in {p.data_ptr(): p for p in model.parameters()}.values())
     )
+
+
+def test_liger_kernels_go_where_liger_knows_the_family_and_it_is_said_where_not(tiny_base, monkeypatch):
+    calls = []
+    patch = types.SimpleNamespace(
+        MODEL_TYPE_TO_APPLY_LIGER_FN={"qwen2": None},
+        _apply_liger_kernel_to_instance=lambda **options: calls.append(options),
+    )
+    monkeypatch.setitem(sys.modules, "liger_kernel", types.ModuleType("liger_kernel"))
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", types.SimpleNamespace(monkey_patch=patch))
+    qwen2, bloom = (load_model(tiny_base(family)) for family in ("qwen2", "bloom"))
+    assert use_liger_kernels(qwen2) == "Liger kernels for qwen2"
+    assert use_liger_kernels(bloom) == "no Liger kernels: there are none for bloom"
+    assert calls == [{"model": qwen2, "fused_linear_cross_entropy": False}]
+
+
+def test_liger_kernels_that_are_not_installed_are_named(tiny_base, monkeypatch):
+    monkeypatch.setitem(sys.modules, "liger_kernel", None)
+    with pytest.raises(ValueError, match="pip install liger-kernel"):
+        use_liger_kernels(load_model(tiny_base("qwen2")))

@@ -331,6 +331,9 @@ def test_fp16_on_a_cpu_and_flags_that_transformers_refuses_are_one_line(capsys, 
         assert problems_of(capsys, *base, "--fp16", "true") == [
             "train.py: --fp16 needs a GPU; a CPU ignores it without a word. Use --bf16, or neither for fp32"
         ]
+        assert problems_of(capsys, *base, "--use_liger_kernel", "true") == [
+            "train.py: --use_liger_kernel: its kernels are Triton's and need a GPU; leave the flag out"
+        ]
     assert len(problems_of(capsys, *base, "--eval_strategy", "sometimes")) == 1
     assert len(problems_of(capsys, *base, "--max_steps", "many")) >= 1
 
