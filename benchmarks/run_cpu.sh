@@ -21,9 +21,8 @@ if [ ! -x "$PEER_PYTHON" ]; then
 fi
 
 "$PYTHON" benchmarks/prepare_speed.py "$NUM_RECORDS" --repeats "$REPEATS"
-for number in 50000 200000; do
-    "$PYTHON" benchmarks/prepare_speed.py "$number" --sides ours ours_tokenizers trl --repeats 1
-done
+"$PYTHON" benchmarks/prepare_speed.py 50000 --sides ours --repeats 1
+"$PYTHON" benchmarks/prepare_speed.py 200000 --sides ours trl --repeats 1
 "$PYTHON" benchmarks/step_speed.py --repeats "$REPEATS"
 "$PYTHON" benchmarks/startup.py --repeats "$REPEATS"
 "$PYTHON" benchmarks/results.py
