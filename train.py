@@ -67,6 +67,7 @@ from sft.report import (
 from sft.signals import LOST, STOPPED, Agreed, Guard, Stopped
 from sft.trainer import Trainer
 
+LORA_FLAGS = ("lora_rank", "lora_alpha", "lora_dropout")
 FIXED_PROMPTS = ("你好", "Hello", "写一首关于春天的诗", "What is the capital of France?")
 
 
@@ -598,7 +599,7 @@ def describe(model, renderer: Renderer, fingerprint: dict) -> dict:
     """Return what run.json, the run page and the model card tell of the model and the settings."""
     trained, total = models.count_parameters(model)
     example = [user("1+1等于几？"), {"role": "assistant", "content": "2"}]
-    known = ("data", "base", "chat_format")
+    known = ("data", "base", "chat_format") + (() if hasattr(model, "peft_config") else LORA_FLAGS)
     return {
         "parameters": {"all": total, "trained": trained},
         "device": fingerprint["told"]["device"],
@@ -642,7 +643,8 @@ def finish(
         known = [(reply.text, answers) for reply, (_question, answers) in zip(after, questions, strict=True) if answers]
         summary |= rates(after)
         summary["replies_as_in_data"] = f"{sum(text in answers for text, answers in known)} of {len(known)}"
-        history.append(replies_entry(steps, [question for question, _answers in questions[: len(before)]], after))
+        fixed = [question for question, _answers in questions[: len(before)]]
+        history.append(replies_entry(steps, fixed, after[: len(before)]))
     replies = [
         {"question": question, "answers_in_data": answers, "after": new.text, "ended": new.ended}
         | ({"before": before[number].text} if number < len(before) else {})
@@ -650,7 +652,7 @@ def finish(
     ]
     record = {**record, "metrics": summary, "replies": replies, "log_history": history}
     write_json(folder / "run.json", record)
-    write_text(folder / PAGE, render_page(record, step=steps, steps=steps, finished=True))
+    write_text(folder / PAGE, render_page(record, folder, step=steps, steps=steps, finished=True))
     write_card(folder, record)
     for reply in replies[: len(before)]:
         say(f"\n> {reply['question']}\n  before: {reply['before'][:80]!r}\n  after:  {reply['after']}")

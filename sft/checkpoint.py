@@ -36,6 +36,7 @@ MANIFEST, FINGERPRINT, PROGRESS, SAVING, MARKER = (
     "run.json",
 )
 LOADABLE = (".bin", ".json", ".pkl", ".pt", ".pth", ".py", ".safetensors")  # nothing of these may slip in unsealed
+PAGE = "report.html"  # all that a run leaves which ends before its first checkpoint; written anew at every start
 UNUSED = ("training_args.bin", "zero_to_fp32.py", "zero_to_torch.py")  # pickled arguments; scripts that load pickles
 
 
@@ -47,7 +48,7 @@ def check_output_dir(output_dir: str, *, resume: bool) -> str | None:
         existing = existing.parent
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         return f"--output_dir {output_dir}: {existing} can't be written to"
-    if not resume and folder.is_dir() and {path.name for path in folder.iterdir()} - {LOCK, RANKS, SAVING}:
+    if not resume and folder.is_dir() and {path.name for path in folder.iterdir()} - {LOCK, RANKS, SAVING, PAGE}:
         return (
             f"--output_dir {output_dir}: is not empty, and nothing in it will be overwritten; name a new folder, or "
             "continue the run in it with --resume_from_checkpoint auto"
