@@ -143,3 +143,18 @@ def test_two_machines_train_what_one_does_to_the_bit(tmp_path, tiny_base):
     one, two = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("one", "two"))
     assert one.keys() == two.keys()
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.slow
+def test_lora_with_rows_of_control_tokens_trains_in_bf16_under_zero_3(tmp_path, tiny_base):
+    knobs = {"MODEL": str(tiny_base("qwen2")), "DATA": "data_proj/sample", "MAX_LENGTH": "512", "BATCH_SIZE": "2"}
+    knobs |= {"ACCUMULATION": "2", "NUM_GPUS": "2", "ZERO": "3", "OUTPUT": str(tmp_path)}
+    flags = ["--max_steps", "2", "--learning_rate", "1e-3", "--bf16", "true"]
+    flags += ["--lora", "true", "--chat_format", "chatml"]
+    done = sh("ds_all.sh", *flags, **knobs)
+    assert done.returncode == 0, done.stderr[-3000:]
+    adapter = load_file(tmp_path / "model" / "adapter_model.safetensors")
+    (name,) = [name for name in adapter if "trainable_tokens" in name]
+    rows = load_file(tiny_base("qwen2") / "model.safetensors")["model.embed_tokens.weight"]
+    assert adapter[name].shape == (2, rows.shape[1])
+    assert not any(torch.equal(row, base.to(row.dtype)) for row in adapter[name] for base in rows)
