@@ -7,7 +7,8 @@ model can be rebuilt from them, or a run go on with another number of processes 
 import contextlib
 import json
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -22,9 +23,13 @@ ALLOWED = (
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
 
 
-def load_safely(path: Path, *, mmap: bool = False):
-    """Load a file of tensors and plain values; ValueError when it holds anything else, or is cut."""
-    with torch.serialization.safe_globals(_allowed_classes()):
+class StandIn(int):
+    """Takes the place of deepspeed's own records where only tensors are read, so that deepspeed is not needed."""
+
+
+def load_safely(path: Path, *, mmap: bool = False, known: Sequence = ()):
+    """Load a file of tensors, plain values and `known` classes; ValueError when it holds anything else, or is cut."""
+    with torch.serialization.safe_globals(list(known)):
         try:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         except pickle.UnpicklingError as error:
@@ -34,19 +39,13 @@ def load_safely(path: Path, *, mmap: bool = False):
             raise ValueError(f"{path}: can't be read ({str(error).splitlines()[0]})") from None
 
 
-def _allowed_classes() -> list:
-    from importlib import import_module
-
-    return [getattr(import_module(module), name) for module, name in ALLOWED]
-
-
 @contextlib.contextmanager
 def only_safe_files() -> Iterator[None]:
     """Let DeepSpeed load its checkpoints through `load_safely`; 0.19 runs what is pickled in them."""
     from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 
-    unsafe = TorchCheckpointEngine.load
-    TorchCheckpointEngine.load = lambda _self, path, map_location=None: load_safely(Path(path))
+    unsafe, known = TorchCheckpointEngine.load, [getattr(import_module(module), name) for module, name in ALLOWED]
+    TorchCheckpointEngine.load = lambda _self, path, map_location=None: load_safely(Path(path), known=known)
     try:
         yield
     finally:
@@ -63,7 +62,8 @@ class Shards:
         if not models or not optimizers:
             raise ValueError(f"{folder}: no optimizer states of ZeRO-2 or ZeRO-3")
         model = load_safely(models[0], mmap=True)
-        self._ranks = [load_safely(path, mmap=True)["optimizer_state_dict"] for path in optimizers]
+        known = [(type(name, (StandIn,), {}), f"{module}.{name}") for module, name in ALLOWED]
+        self._ranks = [load_safely(path, mmap=True, known=known)["optimizer_state_dict"] for path in optimizers]
         self.stage = int(self._ranks[0]["zero_stage"])
         if self.stage not in (2, 3):
             raise ValueError(f"{folder}: is of ZeRO stage {self.stage}; only 2 and 3 can be put together")
