@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 
@@ -319,6 +320,7 @@ def ticks(low: float, high: float) -> list[float]:
     return [number * step for number in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
+@lru_cache
 def _template(name: str):
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -74,12 +75,14 @@ def finished(tiny_base, data, tmp_path_factory):
 def test_the_output_folder_holds_what_the_readme_names(finished):
     names = {path.name for path in finished.iterdir()}
     assert names == {
+        "README.md",
         "checkpoint-10",
         "checkpoint-20",
         "chat_template.jinja",
         "config.json",
         "generation_config.json",
         "model.safetensors",
+        "report.html",
         "run.json",
         "tokenizer.json",
         "tokenizer_config.json",
@@ -103,6 +106,30 @@ def test_run_json_tells_how_the_run_was_made_and_how_it_went(finished, data):
     assert math.isclose(metrics["eval_perplexity"], math.exp(metrics["eval_loss"]))
     assert 0 <= metrics["eval_token_accuracy"] <= 1
     assert [reply["question"] for reply in record["replies"][:2]] == ["你好", "Hello"]
+
+
+def test_the_run_page_and_the_card_show_the_same_replies_as_run_json(finished):
+    from huggingface_hub import metadata_load
+
+    record = json.loads((finished / "run.json").read_text())
+    said = [entry for entry in record["log_history"] if "replies" in entry]
+    assert [entry["step"] for entry in said] == [0, 10, 20]
+    assert [reply["question"] for reply in said[1]["replies"]] == list(train.FIXED_PROMPTS)
+    assert said[2]["replies"][0]["reply"] == record["replies"][0]["after"]
+    assert all(entry["tokens_per_second"] > 0 for entry in record["log_history"] if "loss" in entry)
+    assert record["metrics"]["mfu"] is None or torch.cuda.is_available()
+    page, card = ((finished / name).read_text() for name in ("report.html", "README.md"))
+    assert "Finished" in page and not re.search(r"https?:", page)
+    assert metadata_load(finished / "README.md")["language"] == ["zh", "en"]
+    assert record["data"]["train"].popitem()[1] in page and record["replies"][0]["after"] in card
+
+
+def test_replies_at_evaluations_change_no_bit_of_the_model_and_can_be_left_out(finished, tiny_base, data, tmp_path):
+    silent = run(tiny_base("qwen2"), data, tmp_path / "silent", "--eval_replies", "false")
+    first, second = (load_file(folder / "model.safetensors") for folder in (finished, silent))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    history = json.loads((silent / "run.json").read_text())["log_history"]
+    assert [entry["step"] for entry in history if "replies" in entry] == [0, 20]
 
 
 def test_a_resumed_run_ends_in_the_same_bits_as_one_that_never_stopped(finished, tiny_base, data, tmp_path):
