@@ -6,7 +6,8 @@
 All sides read the same file of canonical conversations and end with rows of at most 2048 tokens. `ours` uses fastokens;
 for `ours_tokenizers` its import is blocked in the process, as on a machine that lacks it. `floor` is the raw encoder of
 the same name on the rendered texts. `alpaca` is stanford_alpaca's method (it does not pack); `trl` is SFTTrainer with
-packing and assistant_only_loss, one process, with our saved template. CPU seconds begin after the imports.
+packing and assistant_only_loss, one process, with our saved template; `llamafactory` is its get_dataset with packing,
+in an environment of its own, as it needs older packages. CPU seconds begin after the imports.
 """
 
 import argparse
@@ -16,7 +17,7 @@ import tempfile
 from records import CpuClock, alternate, build_base, median, peer_python, report, write_records
 
 MAX_LENGTH = 2048
-SIDES = ("ours", "ours_tokenizers", "floor_fastokens", "floor_tokenizers", "trl", "alpaca")
+SIDES = ("ours", "ours_tokenizers", "floor_fastokens", "floor_tokenizers", "trl", "alpaca", "llamafactory")
 
 
 def ours(base: str, records: str, fast: bool) -> None:
@@ -95,10 +96,45 @@ def alpaca(base: str, records: str) -> None:
     report(seconds=clock.seconds(), tokens=sum(map(len, input_ids)))
 
 
+def llamafactory(base: str, records: str) -> None:
+    import importlib.machinery
+    import json
+    import os
+    import types
+
+    # For sound and pictures only; its wheel on PyPI wants CUDA's libraries.
+    sys.modules["torchaudio"] = types.ModuleType("torchaudio")
+    sys.modules["torchaudio"].__spec__ = importlib.machinery.ModuleSpec("torchaudio", None)
+    from llamafactory.data import get_dataset, get_template_and_fix_tokenizer
+    from llamafactory.hparams import DataArguments, ModelArguments
+    from transformers import AutoTokenizer, Seq2SeqTrainingArguments
+
+    tags = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"}
+    form = {"file_name": os.path.basename(records), "formatting": "sharegpt", "columns": {"messages": "messages"}}
+    with tempfile.TemporaryDirectory() as folder:
+        os.symlink(os.path.abspath(records), os.path.join(folder, form["file_name"]))
+        with open(f"{folder}/dataset_info.json", "w", encoding="utf-8") as file:
+            json.dump({"records": {**form, "tags": tags}}, file)
+        data = DataArguments(
+            template="qwen", dataset="records", dataset_dir=folder, cutoff_len=MAX_LENGTH, packing=True
+        )
+        model = ModelArguments(model_name_or_path=base, cache_dir=folder)
+        arguments = Seq2SeqTrainingArguments(output_dir=folder, use_cpu=True, report_to="none", do_train=True)
+        tokenizer = AutoTokenizer.from_pretrained(base)
+        clock = CpuClock()
+        template = get_template_and_fix_tokenizer(tokenizer, data)
+        rows = get_dataset(template, model, data, arguments, "sft", tokenizer)["train_dataset"]
+        seconds = clock.seconds()
+        pad = tokenizer.pad_token_id  # in the texts it does not occur
+        tokens = sum(len(ids) - ids.count(pad) for ids in rows.with_format("arrow")["input_ids"].to_pylist())
+        report(seconds=seconds, tokens=tokens, fill=tokens / MAX_LENGTH / len(rows))
+
+
 def measure(side: str, base: str, records: str) -> None:
     name, _, encoder = side.partition("_")
     options = {"fast": encoder != "tokenizers"} if name in ("ours", "floor") else {}
-    {"ours": ours, "floor": floor, "trl": trl, "alpaca": alpaca}[name](base, records, **options)
+    sides = {"ours": ours, "floor": floor, "trl": trl, "alpaca": alpaca, "llamafactory": llamafactory}
+    sides[name](base, records, **options)
 
 
 def main() -> None:
@@ -114,6 +150,8 @@ def main() -> None:
     variants = {side: {"command": ("prepare_speed.py", "--measure", side, base, records)} for side in args.sides}
     for side in {"trl", "alpaca"} & set(variants):
         variants[side]["python"] = peer_python()
+    if "llamafactory" in variants:
+        variants["llamafactory"]["python"] = peer_python("llamafactory")
     runs = alternate("prepare", f"{args.num_records}", variants, args.repeats)
     for side, found in runs.items():
         speed = median(found, "tokens") / median(found, "seconds")

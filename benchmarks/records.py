@@ -25,8 +25,10 @@ CONSONANTS = ("b", "br", "c", "ch", "d", "f", "g", "gr", "h", "k", "l", "m", "n"
 VOWELS = ("a", "e", "i", "o", "u", "ai", "ea", "ou")
 
 
-def peer_python() -> str:
-    return os.environ.get("PEER_PYTHON", str(FOLDER.parent / "peers" / "trl" / "bin" / "python"))
+def peer_python(peer: str = "trl") -> str:
+    """The interpreter of a peer's environment; $PEER_PYTHON names another one for TRL and alpaca."""
+    own = FOLDER.parent / "peers" / peer / "bin" / "python"
+    return os.environ.get("PEER_PYTHON", str(own)) if peer == "trl" else str(own)
 
 
 # --- data ---------------------------------------------------------------------------------------------------------

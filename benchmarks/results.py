@@ -23,7 +23,9 @@ PREPARE = [
     ("ours_tokenizers", "trl", 2.3),
     ("ours_tokenizers", "alpaca", 2.5),
     ("ours_tokenizers", "floor_tokenizers", 0.85),
+    ("ours_tokenizers", "llamafactory", 1.7),
     ("ours", "trl", 20),
+    ("ours", "llamafactory", 15),
     ("ours", "alpaca", None),
     ("ours", "floor_fastokens", None),
 ]

@@ -5,8 +5,8 @@
 #   sh benchmarks/run_cpu.sh
 #   PYTHON=.venv/bin/python REPEATS=1 NUM_RECORDS=5000 sh benchmarks/run_cpu.sh
 #
-# LLaMA-Factory is left out: llamafactory 0.9.5 asks for transformers<=5.6.0, datasets<=4.0.0 and trl<=0.24.0, so it
-# can't run beside the transformers 5.23 that both sides share here.
+# LLaMA-Factory has an environment of its own, for it asks for transformers<=5.6.0 and datasets<=4.0.0; only its
+# preparing is measured.
 set -eu
 cd "$(dirname "$0")/.."
 
@@ -18,6 +18,11 @@ export PEER_PYTHON OMP_NUM_THREADS=1
 if [ ! -x "$PEER_PYTHON" ]; then
     "$PYTHON" -m venv .cache/peers/trl
     .cache/peers/trl/bin/pip install -q "$TORCH" trl==1.16.0 transformers==5.23.0 datasets==5.2.0 accelerate==1.15.0
+fi
+if [ ! -x .cache/peers/llamafactory/bin/python ]; then
+    "$PYTHON" -m venv .cache/peers/llamafactory
+    .cache/peers/llamafactory/bin/pip install -q "$TORCH" llamafactory==0.9.5
+    .cache/peers/llamafactory/bin/pip uninstall -q -y torchvision torchaudio  # CUDA builds, which transformers fails on
 fi
 
 "$PYTHON" benchmarks/prepare_speed.py "$NUM_RECORDS" --repeats "$REPEATS"
