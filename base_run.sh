@@ -10,6 +10,7 @@
 #   LEARNING_RATE  peak; 1e-5                           MAX_LENGTH     tokens per row; 2048
 #   BATCH_SIZE     rows per process and step; 4         ACCUMULATION   steps per update; 8
 #   PYTHON         the interpreter; python3
+#   DRY_RUN        1 shows and checks what the run would do, on any machine, without reading the weights; 0
 #   LAUNCHER       what runs train.py, and NUM_PROCESSES, which share the steps of an update: set by ds_all.sh
 set -eu
 cd "$(dirname "$0")"
@@ -56,6 +57,15 @@ if [ "$NUM_PROCESSES" -gt 1 ]; then
         echo "base_run.sh: $NUM_PROCESSES processes can't share $rows rows per update evenly: it takes $taken" >&2
     fi
 fi
+
+case "${DRY_RUN:=0}" in
+0) ;;
+1)
+    LAUNCHER=$PYTHON
+    set -- --dry_run "$@"
+    ;;
+*) echo "base_run.sh: DRY_RUN=$DRY_RUN: use 0 or 1" >&2; exit 2 ;;
+esac
 
 # LAUNCHER is a command line: its words are split on purpose.
 # shellcheck disable=SC2086

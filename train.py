@@ -30,7 +30,7 @@ import torch
 import transformers
 from transformers import HfArgumentParser, ProgressCallback, TrainerCallback, set_seed
 
-from sft import attention, loss
+from sft import attention, dry_run, loss
 from sft import checkpoint as checkpoints
 from sft.chat import GREEDY, Chat, Reply
 from sft.chat_format import IGNORE_INDEX, Renderer, check_contract
@@ -143,6 +143,12 @@ class TrainingArguments(transformers.TrainingArguments):
     offload: bool = field(
         default=False, metadata={"help": "Under DeepSpeed, keep the optimizer (ZeRO-3: the weights too) on the CPU."}
     )
+    dry_run: bool = field(
+        default=False, metadata={"help": "Show and check what the run would do, without reading the weights."}
+    )
+    gpu: str | None = field(
+        default=None, metadata={"help": "The GPUs that a dry run judges, as in 80GBx8; else those of this machine."}
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -151,6 +157,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     with Guard(lasting=__name__ == "__main__") as guard:
         groups = parse_arguments(arguments)
+        if groups[-1].dry_run:
+            return run_dry(*groups)
         try:
             run(*groups, guard, started=started)
         except Stopped as stop:
@@ -248,6 +256,43 @@ def run(
         finish(trainer, record, metrics, questions, before, after, seconds=time.time() - started)
 
 
+def run_dry(model_arguments: ModelArguments, data_arguments: DataArguments, arguments: TrainingArguments) -> None:
+    """Do what a run does up to its first step, weights left out; print it, write it as a page, exit 2 on a problem."""
+    path, trust = models.absolute(model_arguments.model_name_or_path), model_arguments.trust_remote_code
+    report = dry_run.Report(shlex.join(without_secrets(sys.argv)))
+    config = models.load_config(path, trust_remote_code=trust)
+    report.check(models.check_window, path, data_arguments.max_length, trust_remote_code=trust)
+    tokenizer, renderer = load_renderer(model_arguments, data_arguments)
+    train_files, eval_files = find_files(data_arguments.data_path, data_arguments.eval_data_path or ())
+    settings = {name: getattr(data_arguments, name) for name in ("max_length", "encoding", "cache_dir")}
+    examples, ledger = prepare(train_files, renderer, say=say, **settings)
+    held_out, eval_ledger = prepare(eval_files, renderer, say=say, **settings)
+    for counted in (ledger, eval_ledger)[: 2 if eval_files else 1]:
+        report.check(check_losses, counted, data_arguments.max_lost)
+    used_ids, largest = [*renderer.stop_ids, *renderer.control_ids], max(examples.largest_id, held_out.largest_id)
+    report.check(dry_run.check_rows, config, tokenizer, path, used_ids=used_ids, largest_id=largest)
+    dry_run.describe_tokenizer(report, renderer, train_files, data_arguments.encoding, lora=model_arguments.lora)
+    if len(examples):
+        facts = dry_run.describe_all_data(report, examples, ledger, held_out, eval_ledger, renderer.stop_ids)
+        rows = PackedExamples(examples, data_arguments.max_length, seed=arguments.seed)
+        dry_run.describe_run(
+            report,
+            config,
+            examples,
+            rows if data_arguments.packing else None,
+            share=facts["trained"].sum() / examples.lengths.sum(),
+            processes=int(os.environ.get("NUM_PROCESSES") or os.environ.get("WORLD_SIZE") or 0),
+            settings={**vars(arguments), **vars(model_arguments), **vars(data_arguments)},
+        )
+    page = Path(f"{arguments.output_dir.rstrip('/')}.dry_run.html")
+    dry_run.write_page(report, tokenizer, page)
+    say(dry_run.as_text(report, tokenizer))
+    say(f"as a page: {page}")
+    if report.problems:
+        fail([f"problem: {problem}" for problem in report.problems])
+    say("no problem found; nothing was trained, and the weights were not read")
+
+
 # --- arguments ----------------------------------------------------------------------------------------------------
 
 
@@ -274,7 +319,10 @@ def parse_arguments(arguments: Sequence[str] | None) -> tuple[ModelArguments, Da
         given |= models.choose_compute(bf16=given["bf16"], fp16=given["fp16"], use_cpu=on_cpu)
         if given["use_liger_kernel"] and on_cpu:
             raise ValueError("--use_liger_kernel: its kernels are Triton's and need a GPU; leave the flag out")
-        if given["deepspeed"] and on_cpu:
+        config = given["deepspeed"]
+        if given["dry_run"]:
+            given |= {"deepspeed": None, "use_cpu": on_cpu}
+        elif given["deepspeed"] and on_cpu:
             given |= {"accelerator_config": start_deepspeed_on_cpu(), "use_cpu": True}
         elif on_cpu:
             given["use_cpu"] = True
@@ -282,6 +330,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> tuple[ModelArguments, Da
         for group in (ModelArguments, DataArguments, TrainingArguments):
             names = {entry.name for entry in fields(group) if entry.init}
             groups.append(group(**{name: value for name, value in given.items() if name in names}))
+        groups[-1].deepspeed = config  # a dry run starts no processes, and shows what they would hold
     except (ValueError, TypeError, ImportError) as error:
         fail([str(error)])
     return tuple(groups)

@@ -23,14 +23,22 @@ from sft.packing import pack
 BATCH_SIZE = 1000  # conversations per call of the tokenizer: enough to keep its threads busy, little memory
 PROOF_SIZE = 16  # conversations of the data on which a bulk encoder must prove itself
 CACHE_DIR = ".cache"
+# Of each example: its source, a number of the ledger's "sources", and a number of WAYS, how it was kept.
+ORIGIN = [("source", "<i4"), ("way", "i1")]
+FACTS = [("trained", "<i8"), ("replies", "<i8"), ("prompt", "<i8"), ("stops", "?")]
+FACTS_AT_A_TIME = 100_000
+WAYS = ("whole", "turns_dropped", "cut")
 LOST = ("rejected", "prompt_too_long", "no_trained_token", "boundary", "template")
 
 
 class Examples:
     """Tokenised examples, memory-mapped; `examples[i]` is {"input_ids", "labels"}, each (length,) int32, unshifted."""
 
-    def __init__(self, input_ids: np.ndarray, in_loss: np.ndarray, starts: np.ndarray):
+    def __init__(
+        self, input_ids: np.ndarray, in_loss: np.ndarray, starts: np.ndarray, origins: np.ndarray | None = None
+    ):
         self._input_ids, self._in_loss, self._starts = input_ids, in_loss, starts
+        self.origins = np.zeros(len(starts) - 1, ORIGIN) if origins is None else origins
 
     def __len__(self) -> int:
         return len(self._starts) - 1
@@ -54,6 +62,19 @@ class Examples:
     @property
     def largest_id(self) -> int:
         return int(self._input_ids.max(initial=0))
+
+    def facts(self, stop_ids: Sequence[int]) -> np.ndarray:
+        """Return of each example, (examples,): tokens `trained`, trained `replies`, tokens of `prompt`, `stops`.
+
+        `prompt` is what stands before the first trained token; `stops`: the last trained token ends a reply.
+        """
+        found = np.zeros(len(self), FACTS)
+        for begin in range(0, len(self), FACTS_AT_A_TIME):
+            rows = slice(begin, begin + FACTS_AT_A_TIME)
+            starts = self._starts[begin : begin + FACTS_AT_A_TIME + 1]
+            span = slice(starts[0], starts[-1])
+            _read_facts(self._input_ids[span], self._in_loss[span], starts - starts[0], stop_ids, found[rows])
+        return found
 
 
 class PackedExamples:
@@ -87,6 +108,19 @@ class PackedExamples:
         return float(self.examples.lengths.sum() / (max(1, len(self)) * self.max_length))
 
 
+def _read_facts(ids: np.ndarray, in_loss: np.ndarray, starts: np.ndarray, stop_ids: Sequence[int], found) -> None:
+    is_first, is_last = np.zeros(len(ids), bool), np.zeros(len(ids), bool)
+    is_first[starts[:-1]] = is_last[starts[1:] - 1] = True
+    opens = in_loss & (is_first | ~np.roll(in_loss, 1))
+    closes = np.flatnonzero(in_loss & (is_last | ~np.roll(in_loss, -1)))
+    found["trained"] = np.add.reduceat(in_loss, starts[:-1], dtype=np.int64)
+    found["replies"] = np.add.reduceat(opens, starts[:-1], dtype=np.int64)
+    last_of_row = np.cumsum(found["replies"]) - 1
+    first_of_row = last_of_row - found["replies"] + 1
+    found["prompt"] = np.flatnonzero(opens)[first_of_row] - starts[:-1]
+    found["stops"] = np.isin(ids[closes[last_of_row]], stop_ids)
+
+
 def find_files(data_path: Sequence[str], eval_data_path: Sequence[str] = ()) -> tuple[list[str], list[str]]:
     """Return (training files, held-out files); beside a train.json, eval.json is held out and never trained on.
 
@@ -118,6 +152,7 @@ def prepare(
     The key covers the bytes of the files, the tokenizer, the chat format, `max_length` and this code, so nothing stale
     can be read. One process builds, others on the machine wait for it. The ledger counts for each file `in` = `kept` +
     each way to be lost, and among the kept those that lost turns or were cut; `first` names the first place of each.
+    `sources` counts the same by the conversations' source; `source_names` are those that the examples' origins number.
     """
     key = _cache_key(files, renderer, f"{max_length} {encoding}")
     folder = Path(cache_dir).expanduser() / key
@@ -131,10 +166,10 @@ def prepare(
         if not folder.exists():
             _build(files, renderer, folder, max_length=max_length, encoding=encoding, say=say)
     ledger = json.loads((folder / "ledger.json").read_text(encoding="utf-8"))
-    starts = np.load(folder / "starts.npy")
+    starts, origins = np.load(folder / "starts.npy"), np.load(folder / "origins.npy")
     kinds = (("input_ids", "<i4"), ("in_loss", "?"))
     mapped = [np.memmap(folder / name, kind, "r") if starts[-1] else np.zeros(0, kind) for name, kind in kinds]
-    return Examples(*mapped, starts), ledger
+    return Examples(*mapped, starts, origins), ledger
 
 
 def _cache_key(files: Sequence[str], renderer: Renderer, settings: str) -> str:
@@ -149,7 +184,7 @@ def _build(files: Sequence[str], renderer: Renderer, folder: Path, *, max_length
     shutil.rmtree(staged, ignore_errors=True)
     staged.mkdir()
     try:
-        first = next(batches((item[2] for item in _readable(files, _new_ledger(files, 0), encoding)), PROOF_SIZE), [])
+        first = next(batches((item[-1] for item in _readable(files, _new_ledger(files, 0), encoding)), PROOF_SIZE), [])
         if files:
             encoder = renderer.use_bulk_encoder(first, sum(map(os.path.getsize, files)))
             say(f"tokenising {len(files)} files with {encoder}")
@@ -169,20 +204,32 @@ class DifferentIds(Exception):
 
 
 def _write(files: Sequence[str], renderer: Renderer, folder: Path, *, max_length: int, encoding: str) -> None:
-    ledger, lengths = _new_ledger(files, max_length), array("q", [0])
-    readable = _readable(files, ledger, encoding)
+    ledger, lengths, origins = _new_ledger(files, max_length), array("q", [0]), []
+    readable, numbers = _readable(files, ledger, encoding), _Numbers()
     with open(folder / "input_ids", "wb") as ids, open(folder / "in_loss", "wb") as in_loss:
         for batch in tqdm(batches(readable, BATCH_SIZE), unit="k conversations", disable=None, leave=False):
-            rows = renderer.render_rows([messages for _file, _line, messages in batch], max_length=max_length)
+            rows = renderer.render_rows([messages for *_place, messages in batch], max_length=max_length)
             _compare_one(batch, rows, renderer, max_length)
             ids.write(rows.input_ids.astype("<i4").tobytes())
             in_loss.write((rows.labels != IGNORE_INDEX).tobytes())
             lengths.frombytes(rows.lengths.astype(np.int64).tobytes())
-            for (file, line, _messages), outcome in zip(batch, rows.outcomes, strict=True):
-                _count(ledger, file, line, outcome)
+            for (*place, _messages), outcome in zip(batch, rows.outcomes, strict=True):
+                _count(ledger, *place, outcome)
+            kept = [(item[2], outcome) for item, outcome in zip(batch, rows.outcomes, strict=True) if outcome in WAYS]
+            origins.append(np.array([(numbers[source], WAYS.index(outcome)) for source, outcome in kept], ORIGIN))
     np.save(folder / "starts.npy", np.cumsum(np.frombuffer(lengths, dtype=np.int64)))
+    np.save(folder / "origins.npy", np.concatenate([np.zeros(0, ORIGIN), *origins]))
+    ledger["source_names"] = list(numbers)
     _settle(ledger)
     (folder / "ledger.json").write_text(json.dumps(ledger, ensure_ascii=False), encoding="utf-8")
+
+
+class _Numbers(dict):
+    """Numbers names in the order in which they are first asked for."""
+
+    def __missing__(self, name: str) -> int:
+        self[name] = len(self)
+        return self[name]
 
 
 def _compare_one(batch: list, rows: Rows, renderer: Renderer, max_length: int) -> None:
@@ -190,7 +237,7 @@ def _compare_one(batch: list, rows: Rows, renderer: Renderer, max_length: int) -
     kept = [item for item, outcome in zip(batch, rows.outcomes, strict=True) if outcome not in LOST]
     if not kept:
         return
-    file, line, messages = kept[-1]
+    file, line, _source, messages = kept[-1]
     expected = renderer.render(messages, max_length=max_length)
     size = int(rows.lengths[-1])
     same = [np.array_equal(rows[place][-size:], expected[place]) for place in (0, 1)]
@@ -199,16 +246,16 @@ def _compare_one(batch: list, rows: Rows, renderer: Renderer, max_length: int) -
 
 
 def _new_ledger(files: Sequence[str], max_length: int) -> dict:
-    return {"max_length": max_length, "files": {file: Counter() for file in files}, "first": {}}
+    return {"max_length": max_length, "files": {file: Counter() for file in files}, "sources": {}, "first": {}}
 
 
-def _readable(files: Sequence[str], ledger: dict, encoding: str) -> Iterable[tuple[str, int, list[dict]]]:
+def _readable(files: Sequence[str], ledger: dict, encoding: str) -> Iterable[tuple[str, int, str, list[dict]]]:
     for conversation, error, file, line in read_conversations(files, encoding=encoding):
         ledger["files"][file]["in"] += 1
         if error is None:
-            yield file, line, conversation["messages"]
+            yield file, line, conversation["source"], conversation["messages"]
         else:
-            _count(ledger, file, line, "rejected", str(error))
+            _count(ledger, file, line, Path(file).name, "rejected", str(error))
 
 
 def batches(items: Iterable, size: int) -> Iterable[list]:
@@ -218,12 +265,15 @@ def batches(items: Iterable, size: int) -> Iterable[list]:
         yield batch
 
 
-def _count(ledger: dict, file: str, line: int, outcome: str, why: str = "") -> None:
-    counts = ledger["files"][file]
-    if outcome not in LOST:
-        counts["kept"] += 1
+def _count(ledger: dict, file: str, line: int, source: str, outcome: str, why: str = "") -> None:
+    of_source = ledger["sources"].setdefault(source, Counter())
+    of_source["in"] += 1
+    for counts in (ledger["files"][file], of_source):
+        if outcome not in LOST:
+            counts["kept"] += 1
+        if outcome != "whole":
+            counts[outcome] += 1
     if outcome != "whole":
-        counts[outcome] += 1
         ledger["first"].setdefault(outcome, f"{file} line {line}" + (f": {why}" if why else ""))
 
 

@@ -37,7 +37,9 @@ def unused_packages(words: Sequence[str]) -> list[str]:
     """Packages that a run with these arguments and environment variables can do without."""
     adapter = any(os.path.exists(os.path.join(word.split("=")[-1], "adapter_config.json")) for word in words)
     text = " ".join(words).lower()
-    needed = {"datasets": False, "deepspeed": "deepspeed" in text, "peft": adapter or "--lora" in text}
+    dry = "--dry_run" in text or "--dry-run" in text  # counts what adapters would take
+    needed = {"datasets": False, "deepspeed": "deepspeed" in text and not dry}
+    needed["peft"] = adapter or dry or "--lora" in text
     return [package for package, is_needed in needed.items() if not is_needed]
 
 
@@ -234,6 +236,12 @@ def set_generation_config(model, tokenizer, stop_ids: Sequence[int]) -> None:
     model.config.pad_token_id = tokenizer.pad_token_id
 
 
+def load_config(path: str, *, trust_remote_code: bool = False):
+    from transformers import AutoConfig
+
+    return from_pretrained(AutoConfig, path, trust_remote_code=trust_remote_code)
+
+
 def context_window(config) -> int | None:
     """The longest text of a model in tokens; None where positions are not numbered (ALiBi)."""
     config = config.get_text_config()
@@ -242,9 +250,7 @@ def context_window(config) -> int | None:
 
 def check_window(path: str, max_length: int, *, trust_remote_code: bool = False) -> None:
     """Raise ValueError when rows would be longer than what the model has positions for."""
-    from transformers import AutoConfig
-
-    window = context_window(from_pretrained(AutoConfig, path, trust_remote_code=trust_remote_code))
+    window = context_window(load_config(path, trust_remote_code=trust_remote_code))
     if window and max_length > window:
         raise ValueError(f"--max_length {max_length}: {path} has {window} positions; use at most that")
 

@@ -1,4 +1,4 @@
-"""What a run would do, said before it starts: all mistakes in the arguments at once, a row with its trained tokens."""
+"""What is checked before a run starts, all mistakes in the arguments at once; and a row with its trained tokens."""
 
 import json
 import os
@@ -10,6 +10,7 @@ import numpy as np
 from sft.chat_format import FORMAT_NAMES, IGNORE_INDEX
 from sft.checkpoint import check_output_dir, incomplete
 from sft.dataset import find_files
+from sft.memory import parse_gpu
 from sft.model import check_dtype, check_model_path
 
 # What a DeepSpeed file and a flag of train.py both say.
@@ -42,6 +43,12 @@ def check_arguments(arguments: dict) -> list[str]:
     named = arguments["resume_from_checkpoint"]
     if named and named != "auto" and (problem := incomplete(Path(named))):
         checks.append(f"--resume_from_checkpoint {named}: {problem}; use auto, or name a checkpoint folder")
+    try:
+        parse_gpu(arguments["gpu"] or "1GB")
+    except ValueError as error:
+        checks.append(str(error))
+    if arguments["gpu"] and not arguments["dry_run"]:
+        checks.append("--gpu: says which GPU a --dry_run judges; add --dry_run, or leave it out")
     if arguments["load_in_4bit"] and not arguments["lora"]:
         checks.append("--load_in_4bit: 4-bit weights can't be trained; add --lora")
     return [problem for problem in checks if problem]
@@ -138,15 +145,18 @@ def deepspeed_config(path: str, *, offload: bool, pin_memory: bool) -> dict:
 
 def paint(tokenizer, input_ids: np.ndarray, labels: np.ndarray, *, colour: bool | None = None) -> str:
     """Return a row as text, trained stretches in green, or in ⟦ ⟧ where there is no colour (a pipe, NO_COLOR)."""
-    if not len(input_ids):
-        return ""
     if colour is None:
         colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     trained, plain = ((GREEN, RESET), (DIM, RESET)) if colour else (("⟦", "⟧"), ("", ""))
+    parts = [(text, trained if in_loss else plain) for text, in_loss in stretches(tokenizer, input_ids, labels)]
+    return "".join(before + text + after for text, (before, after) in parts)
+
+
+def stretches(tokenizer, input_ids: np.ndarray, labels: np.ndarray) -> list[tuple[str, bool]]:
+    """Return a row as (text, whether it is trained), cut where that changes."""
+    if not len(input_ids):
+        return []
     in_loss = np.asarray(labels) != IGNORE_INDEX
     edges = np.flatnonzero(np.diff(in_loss)) + 1
-    stretches = []
-    for ids, flags in zip(np.split(np.asarray(input_ids), edges), np.split(in_loss, edges), strict=True):
-        before, after = trained if flags[0] else plain
-        stretches.append(before + tokenizer.decode(ids.tolist()) + after)
-    return "".join(stretches)
+    parts = zip(np.split(np.asarray(input_ids), edges), np.split(in_loss, edges), strict=True)
+    return [(tokenizer.decode(ids.tolist()), bool(flags[0])) for ids, flags in parts]

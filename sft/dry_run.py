@@ -1,0 +1,460 @@
+"""What a run would do, from config, tokenizer and data alone: `train.py --dry_run`.
+
+The weights are never read. The report is printed and written as a page; its problems are what would fail, or go wrong
+without a word.
+"""
+
+import itertools
+import math
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+
+from sft import model as models
+from sft.chat_format import Renderer, check_contract
+from sft.conversation import read_conversations
+from sft.dataset import EXPLAINED, LOST, WAYS, Examples, PackedExamples, ledger_lines
+from sft.memory import (
+    FULL,
+    LORA,
+    ONE,
+    QLORA,
+    RESERVE,
+    ZERO2,
+    ZERO3,
+    Plan,
+    Shape,
+    Step,
+    disk_of_checkpoint,
+    disk_of_model,
+    estimate,
+    fits,
+    fits_best,
+    full_logits,
+    gib,
+    parse_gpu,
+    plan_table,
+    read_shape,
+)
+from sft.model import untrained_ids
+from sft.preflight import paint, stretches
+
+
+@dataclass
+class Section:
+    """A part of the report: a table, its first row the header, and lines below."""
+
+    title: str
+    table: list[list[str]] = field(default_factory=list)
+    lines: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Report:
+    """What a dry run found. `problems`: the run would fail, or go wrong without a word. `notes`: worth a look."""
+
+    command: str
+    sections: list[Section] = field(default_factory=list)
+    samples: list[tuple[str, np.ndarray, np.ndarray]] = field(default_factory=list)  # title, input_ids, labels
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def check(self, function, *arguments, **options):
+        """Call a check of a real run; what it would stop for becomes a problem."""
+        try:
+            return function(*arguments, **options)
+        except ValueError as error:
+            self.problems.append(str(error).splitlines()[0])
+            return None
+
+
+BARS = " ▁▂▃▄▅▆▇█"
+# Published runs: name, learning rate, conversations per update, epochs, source.
+RECIPES = {
+    False: (
+        ("Stanford Alpaca 7B", 2e-5, 128, 3, "github.com/tatsu-lab/stanford_alpaca, README"),
+        ("Vicuna 7B v1.5", 2e-5, 128, 3, "github.com/lm-sys/FastChat, docs/training.md"),
+        ("Tülu 2 7B", 2e-5, 128, 2, "arXiv 2311.10702, appendix"),
+        ("Tülu 3 8B", 5e-6, 128, 2, "arXiv 2411.15124, SFT table"),
+        ("LIMA 65B", 1e-5, 32, 15, "arXiv 2305.11206, section 3"),
+    ),
+    True: (
+        ("Guanaco 7B (QLoRA)", 2e-4, 16, None, "arXiv 2305.14314, appendix B"),
+        ("Alpaca-LoRA 7B", 3e-4, 128, 3, "github.com/tloen/alpaca-lora, README"),
+    ),
+}
+CHECKED = 100  # conversations of the data on which train = serve is checked
+FAR = 4.0  # times beyond what is published, after scaling
+LEAKED = 0.05  # share of the held-out questions that may stand in the training data
+SHOWN_IN_A_TERMINAL = 400  # tokens of a row
+
+
+def describe_tokenizer(report: Report, renderer: Renderer, files: Sequence[str], encoding: str, *, lora: bool) -> None:
+    """Check train = serve and the stop contract on conversations of the data, and say what ends a reply."""
+    sample = []
+    for file in files:
+        readable = read_conversations([file], encoding=encoding)
+        found = (item[0]["messages"] for item in itertools.islice(readable, CHECKED) if item[0] is not None)
+        sample += [messages for messages in found if _is_served(renderer, messages)][: max(1, CHECKED // len(files))]
+    report.problems += [f"chat format {renderer.name!r}: {problem}" for problem in check_contract(renderer, sample)]
+    name = renderer.tokenizer.convert_ids_to_tokens
+    stops = ", ".join(f"{name(stop)} ({stop})" for stop in renderer.stop_ids)
+    pad = renderer.tokenizer.pad_token_id
+    lines = [f"chat format {renderer.name}; a reply ends in {stops}; pad is {name(pad)} ({pad})"]
+    lines.append(f"train = serve: checked on {len(sample):,} conversations of the data, and on those that are built in")
+    if pad in renderer.stop_ids:
+        report.notes.append("pad is a stop token, which does no harm here: padding is masked by position")
+    unseen = untrained_ids(renderer.tokenizer, renderer)
+    if unseen and lora:
+        rows = ", ".join(map(name, unseen))
+        report.notes.append(f"LoRA: the base may never have seen {rows}; their embedding and head rows are trained too")
+    report.sections.append(Section("chat format", [], lines))
+
+
+def _is_served(renderer: Renderer, messages: list[dict]) -> bool:
+    """Whether a conversation would be kept, and each of its replies has a prompt: a user's message before it."""
+    roles = [message["role"] for message in messages]
+    asked = all(before == "user" for before, role in zip(["", *roles], roles, strict=False) if role == "assistant")
+    return asked and roles[-1] == "assistant" and renderer.render_or_reason(messages).outcome in WAYS
+
+
+def check_rows(config, tokenizer, path: str, **ids) -> None:
+    """The check of a run (sft.model.check_rows), which asks of the model its config alone."""
+    models.check_rows(SimpleNamespace(config=config), tokenizer, path, **ids)
+
+
+def describe_all_data(
+    report: Report, examples: Examples, ledger: dict, held_out: Examples, eval_ledger: dict, stop_ids: Sequence[int]
+) -> np.ndarray:
+    """Add what is trained on and what is held out, with their rows; return the facts of the examples."""
+    facts, eval_facts = examples.facts(stop_ids), held_out.facts(stop_ids)
+    describe_data(report, "training data", examples, ledger, facts)
+    if len(held_out):
+        describe_data(report, "held-out data", held_out, eval_ledger, eval_facts)
+    check_stops(report, facts, examples.origins)
+    check_leaks(report, examples, held_out, facts, eval_facts)
+    pick_samples(report, examples, facts, ledger["source_names"])
+    return facts
+
+
+def describe_run(
+    report: Report,
+    config,
+    examples: Examples,
+    packed: PackedExamples | None,
+    *,
+    share: float,
+    processes: int,
+    settings: dict,
+) -> None:
+    """Add steps, memory and disk of a run with these `settings` (the flags of train.py by name).
+
+    Without a number of `processes` there is one, or one for each GPU under DeepSpeed.
+    """
+    on_gpu = bool(settings["gpu"]) or count_gpus() > 0
+    gpu, where = _gpu_of(settings["gpu"])
+    zero = (settings["deepspeed"] or {}).get("zero_optimization", {}).get("stage", 0)
+    batch, processes = settings["per_device_train_batch_size"], processes or (gpu[1] if zero else 1)
+    steps = describe_schedule(
+        report,
+        num_examples=len(examples),
+        num_rows=len(examples) if packed is None else len(packed),
+        tokens=int(examples.lengths.sum()),
+        fill=None if packed is None else packed.fill,
+        rows=(batch, settings["gradient_accumulation_steps"], processes),
+        epochs=settings["num_train_epochs"],
+        max_steps=settings["max_steps"],
+        warmup=settings["warmup_steps"],
+        learning_rate=settings["learning_rate"],
+        schedule=getattr(settings["lr_scheduler_type"], "value", settings["lr_scheduler_type"]),
+        lora=settings["lora"],
+    )
+    longest = int(examples.lengths.max())
+    length = longest if packed is None else settings["max_length"]
+    step = Step(
+        rows=batch,
+        length=length,
+        trained=max(1, int(batch * length * share)),
+        documents=tuple(size for size in (longest, length - longest) if size) * batch,
+        packing=packed is not None,
+        checkpointing=bool(settings["gradient_checkpointing"]),
+        accumulation=settings["gradient_accumulation_steps"],
+        half=bool(settings["bf16"] or settings["fp16"] or settings["gpu"]),
+        lora_rank=settings["lora_rank"],
+        device="cuda" if on_gpu else "cpu",
+    )
+    method = QLORA if settings["load_in_4bit"] else LORA if settings["lora"] else FULL
+    plan = Plan(method, {2: ZERO2, 3: ZERO3}.get(zero, ONE), settings["offload"], processes)
+    shape = report.check(read_shape, config)
+    if shape is None:
+        return
+    report.check(describe_memory, report, shape, step, plan, gpu=gpu, where=where)
+    every, strategy = settings["save_steps"], getattr(settings["save_strategy"], "value", settings["save_strategy"])
+    saves = {"no": 0, "epoch": math.ceil(settings["num_train_epochs"])}.get(strategy)
+    saves = steps // max(1, int(every if every >= 1 else math.ceil(every * steps))) if saves is None else saves
+    kept, folder = settings["save_total_limit"] or saves, settings["output_dir"]
+    describe_disk(report, shape, step, plan, output_dir=folder, saves=saves, kept=kept, is_here=not settings["gpu"])
+
+
+def _gpu_of(text: str | None) -> tuple[tuple[int, int], str]:
+    """Return (bytes, number) of the GPUs of `--gpu`, else of this machine, else its memory; and what that is."""
+    if text:
+        return parse_gpu(text), f"--gpu {text}"
+    if count := count_gpus():
+        import torch
+
+        return (torch.cuda.get_device_properties(0).total_memory, count), torch.cuda.get_device_name()
+    return (os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), 1), "this machine's memory"
+
+
+def count_gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def describe_data(report: Report, name: str, examples: Examples, ledger: dict, facts: np.ndarray) -> None:
+    """Add a table of the sources of `examples`, and the ledger's lines."""
+    header = ["source", "in", "kept", "shortened", "lost", "replies", "tokens", "trained", "p5", "median", "p95"]
+    section = Section(name, [[*header, "longest", f"lengths to {ledger['max_length']:,}", "end in stop"]])
+    numbers = {source: number for number, source in enumerate(ledger["source_names"])}
+    for source, counted in ledger["sources"].items():
+        chosen = examples.origins["source"] == numbers.get(source, -1)
+        section.table.append([source, *_row(counted, examples.lengths[chosen], facts[chosen], ledger["max_length"])])
+    if len(section.table) > 2:
+        every = np.ones(len(examples), bool)
+        section.table.append(
+            ["all", *_row(ledger["total"], examples.lengths[every], facts[every], ledger["max_length"])]
+        )
+    section.lines = ledger_lines(ledger)
+    report.sections.append(section)
+
+
+def _row(counted: dict, lengths: np.ndarray, facts: np.ndarray, max_length: int) -> list[str]:
+    lost = sum(counted.get(reason, 0) for reason in LOST)
+    shortened = counted.get("cut", 0) + counted.get("turns_dropped", 0)
+    row = [f"{counted['in']:,}", f"{len(lengths):,}", f"{shortened:,}", f"{lost:,}"]
+    if not len(lengths):
+        return [*row, *[""] * 9]
+    tokens, edges = int(lengths.sum()), np.percentile(lengths, [5, 50, 95])
+    row += [f"{facts['replies'].sum():,}", f"{tokens:,}", f"{facts['trained'].sum() / tokens:.0%}"]
+    row += [f"{edge:,.0f}" for edge in edges]
+    return [*row, f"{lengths.max():,}", histogram(lengths, max_length), f"{facts['stops'].mean():.1%}"]
+
+
+def histogram(lengths: np.ndarray, max_length: int, bins: int = 12) -> str:
+    """Return bars for the lengths from 0 to `max_length` tokens: a blank is none, the lowest bar at least one."""
+    counts, _edges = np.histogram(lengths, bins, (0, max_length + 1))
+    heights = np.ceil(counts / counts.max() * (len(BARS) - 1)).astype(int)
+    return "".join(BARS[height] for height in heights)
+
+
+def check_stops(report: Report, facts: np.ndarray, origins: np.ndarray) -> None:
+    """A whole conversation must end in the stop token; if most are cut, the model learns to go on without end."""
+    whole = origins["way"] != WAYS.index("cut")
+    if not facts["stops"][whole].all():
+        number = int((~facts["stops"][whole]).sum())
+        report.problems.append(f"{number:,} whole rows end without the stop token; choose another --chat_format")
+    if len(facts) and facts["stops"].mean() < 0.5:
+        share = f"{facts['stops'].mean():.0%} of the rows teach the stop token"
+        report.problems.append(f"only {share}: the model would not learn to stop; raise --max_length")
+
+
+def check_leaks(report: Report, train: Examples, held_out: Examples, facts: np.ndarray, eval_facts: np.ndarray) -> None:
+    """Find held-out questions that are trained on too: their loss says nothing about new ones."""
+    if not len(held_out):
+        return
+    wanted: dict[bytes, list[int]] = {}
+    for index, size in enumerate(eval_facts["prompt"].tolist()):
+        wanted.setdefault(held_out[index]["input_ids"][:size].tobytes(), []).append(index)
+    whole = {held_out[index]["input_ids"].tobytes() for index in range(len(held_out))}
+    asked, same = set(), 0
+    for index in np.flatnonzero(np.isin(facts["prompt"], np.unique(eval_facts["prompt"]))).tolist():
+        ids = train[index]["input_ids"]
+        asked.update(wanted.get(ids[: facts["prompt"][index]].tobytes(), ()))
+        same += ids.tobytes() in whole
+    line = f"held-out questions that are trained on too: {len(asked):,} of {len(held_out):,} ({same:,} whole rows)"
+    report.sections[-1].lines.append(line)
+    if len(asked) > LEAKED * len(held_out):
+        report.problems.append(f"{line}; the held-out loss would be too good. Split anew with sft.opendata")
+
+
+def pick_samples(report: Report, examples: Examples, facts: np.ndarray, names: Sequence[str]) -> None:
+    """Choose rows to show: the first, the longest, the one of most replies, a shortened one, one of each source."""
+    if not len(examples):
+        return
+    ways, sources = examples.origins["way"], examples.origins["source"]
+    chosen = {0: "first", int(examples.lengths.argmax()): "longest", int(facts["replies"].argmax()): "most replies"}
+    for way in (1, 2):
+        if (ways == way).any():
+            chosen.setdefault(int((ways == way).argmax()), EXPLAINED[WAYS[way]])
+    for number in range(min(len(names), 20)):
+        chosen.setdefault(int((sources == number).argmax()), "first of its source")
+    for index, title in chosen.items():
+        row, source = examples[index], names[sources[index]]
+        title = (
+            f"{title}: row {index:,} of {source}, {len(row['input_ids']):,} tokens, {facts['trained'][index]:,} trained"
+        )
+        report.samples.append((title, row["input_ids"], row["labels"]))
+
+
+def describe_schedule(
+    report: Report,
+    *,
+    num_examples: int,
+    num_rows: int,
+    tokens: int,
+    fill: float | None,
+    rows: tuple[int, int, int],
+    epochs: float,
+    max_steps: int,
+    warmup: float,
+    learning_rate: float,
+    schedule: str,
+    lora: bool,
+) -> int:
+    """Add what an update holds and how many there are; return their number. `rows`: batch, accumulation, processes."""
+    per_update = math.prod(rows)
+    steps = max_steps if max_steps > 0 else math.ceil(math.ceil(num_rows / per_update) * epochs)
+    shares = f"{rows[0]} x {rows[1]} x {rows[2]} processes"
+    section = Section("steps")
+    if fill is not None:
+        section.lines.append(
+            f"packed: {num_rows:,} rows, {fill:.1%} full, {num_examples / num_rows:.1f} conversations each"
+        )
+    taken, conversations = tokens * per_update / num_rows, num_examples * per_update / num_rows
+    section.lines.append(
+        f"an update: {per_update} rows ({shares}), about {taken:,.0f} tokens, {conversations:,.0f} conversations"
+    )
+    warm = math.ceil(warmup * steps) if warmup < 1 else int(warmup)
+    section.lines.append(
+        f"updates: {steps:,}; learning rate {learning_rate:g} after {warm:,} of warm-up, then {schedule}"
+    )
+    for name, rate, batch, times, source in RECIPES[lora]:
+        section.lines.append(
+            f"  published: {name}, {rate:g} at {batch} conversations, {times or '-'} epochs ({source})"
+        )
+    report.sections.append(section)
+    if num_rows < per_update:
+        report.notes.append(
+            f"an update would take {per_update} rows, and there are {num_rows:,}: it takes those there are"
+        )
+    if warm >= steps:
+        report.problems.append(
+            f"--warmup_steps {warmup:g}: the run has {steps:,} updates, so its learning rate would not be reached"
+        )
+    report.notes += _compare_recipes(learning_rate, min(conversations, num_examples), lora)
+    return steps
+
+
+def _compare_recipes(learning_rate: float, conversations: float, lora: bool) -> list[str]:
+    """A rate goes with the square root of the batch under Adam (arXiv 2205.10287); far from all is worth a word."""
+    scaled = [rate * math.sqrt(conversations / batch) for _name, rate, batch, *_ in RECIPES[lora]]
+    if min(scaled) / FAR <= learning_rate <= max(scaled) * FAR:
+        return []
+    span = f"{min(scaled):.1e} to {max(scaled):.1e}"
+    method = "LoRA" if lora else "full fine-tuning"
+    return [
+        f"--learning_rate {learning_rate:g}: published {method} scaled to {conversations:,.0f} conversations is {span}"
+    ]
+
+
+def describe_memory(report: Report, shape: Shape, step: Step, plan: Plan, *, gpu: tuple[int, int], where: str) -> None:
+    """Add what the chosen way needs on each GPU, and all other ways beside it; what does not fit is a problem."""
+    parts, host = estimate(shape, step, plan)
+    size, count = gpu
+    table = [["part", f"on each {'GPU' if step.device == 'cuda' else 'process'}", "formula"]]
+    table += [[part.name, gib(part.bytes), part.formula] for part in parts]
+    table += [[f"{part.name}, in RAM", gib(part.bytes), part.formula] for part in host]
+    full = full_logits(shape, step)
+    checkpointing = "with" if step.checkpointing else "without"
+    lines = [
+        f"{shape.parameters:,} parameters; {step.rows} rows of {step.length:,} tokens, {checkpointing} checkpointing",
+        f"a loss over all logits would take {gib(full.bytes)}: {full.formula}",
+        f"{where}: {count} x {gib(size)}, of which {gib(RESERVE)} stay free for CUDA and gaps",
+    ]
+    report.sections.append(Section(f"memory: {plan}", table, lines))
+    best = fits_best(shape, replace(step, checkpointing=True), size, count)
+    other = Section("memory: other ways", plan_table(shape, step, size, count))
+    other.lines.append(
+        f"all weights fit with: {best or 'none of these on one machine'} (with --gradient_checkpointing)"
+    )
+    report.sections.append(other)
+    if not fits(parts, size):
+        report.problems.append(
+            f"out of memory: {plan} takes {gib(parts[-1].bytes)} of {gib(size)} ({where}); "
+            + (
+                f"use {best} with --gradient_checkpointing"
+                if best
+                else "use more GPUs, --lora or a shorter --max_length"
+            )
+            + ("" if step.device == "cuda" else "; --gpu 80GBx8 judges it for other machines")
+        )
+
+
+def describe_disk(
+    report: Report, shape: Shape, step: Step, plan: Plan, *, output_dir: str, saves: int, kept: int, is_here: bool
+) -> None:
+    """Add what a checkpoint and the whole run take; more than is free is a problem, if the run is to be here."""
+    each, model = disk_of_checkpoint(shape, step, plan), disk_of_model(shape, step, plan)
+    at_once = min(saves, kept + 1)
+    needed, folder = at_once * each.bytes + model.bytes, Path(output_dir).expanduser().absolute()
+    free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
+    lines = [
+        f"a checkpoint: {gib(each.bytes)}, {each.formula}",
+        f"the run: {gib(needed)}: {at_once} of its {saves:,} checkpoints at a time, and the model ({model.formula})",
+        f"free on this disk: {gib(free)}",
+    ]
+    report.sections.append(Section("disk", [], lines))
+    if needed > free:
+        line = f"--output_dir {output_dir}: {gib(needed)} are needed and {gib(free)} free; lower --save_total_limit"
+        (report.problems if is_here else report.notes).append(line)
+
+
+# --- how it is shown ----------------------------------------------------------------------------------------------
+
+
+def as_text(report: Report, tokenizer) -> str:
+    """Return the report for a terminal; long rows are cut in the middle."""
+    lines = []
+    for title, ids, labels in report.samples:
+        lines += [f"== {title}", *_paint_ends(tokenizer, ids, labels), ""]
+    for section in report.sections:
+        lines += [f"== {section.title}", *_aligned(section.table), *section.lines, ""]
+    lines += [f"note: {note}" for note in report.notes]
+    return "\n".join(lines)
+
+
+def _paint_ends(tokenizer, ids: np.ndarray, labels: np.ndarray) -> list[str]:
+    half = SHOWN_IN_A_TERMINAL // 2
+    if len(ids) <= 2 * half:
+        return [paint(tokenizer, ids, labels)]
+    left_out = f"[… {len(ids) - 2 * half:,} tokens …]"
+    return [paint(tokenizer, ids[:half], labels[:half]), left_out, paint(tokenizer, ids[-half:], labels[-half:])]
+
+
+def _aligned(table: list[list[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return [
+        "  ".join(
+            cell.rjust(width) if place else cell.ljust(width)
+            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in table
+    ]
+
+
+def write_page(report: Report, tokenizer, path: Path) -> None:
+    """Write the report as one HTML file that needs nothing else."""
+    import jinja2
+
+    template = Path(__file__).with_name("dry_run.html").read_text(encoding="utf-8")
+    page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(template)
+    samples = [(title, stretches(tokenizer, ids, labels)) for title, ids, labels in report.samples]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(page.render(report=report, samples=samples), encoding="utf-8")
