@@ -197,7 +197,7 @@ class Guard:
                 shutil.rmtree(folder / RANKS, ignore_errors=True)
                 (folder / RANKS).mkdir()
             except (ValueError, OSError) as error:
-                problem = str(error)
+                problem = f"--output_dir {folder}: {error.strerror}" if isinstance(error, OSError) else str(error)
         problem = self.from_first(problem)
         if problem:
             raise Agreed(problem)
@@ -281,12 +281,9 @@ def take_lock(folder: Path, *, patience: float = 60.0) -> Path:
     """
     path, began = folder / LOCK, time.monotonic()
     while True:
-        try:
-            with open(path, "x") as stream:
-                json.dump(_myself(), stream)
+        if _claim(path):
             return path
-        except FileExistsError:
-            holder, touched = _read_lock(path)
+        holder, touched = _read_lock(path)
         waited = time.monotonic() - began
         dead = holder is not None and (holder["host"] == socket.gethostname() and not _alive(holder))
         abroad = holder is None or holder["host"] != socket.gethostname()
@@ -300,6 +297,19 @@ def take_lock(folder: Path, *, patience: float = 60.0) -> Path:
                 f"--output_dir {folder}: {who} trains into it; wait for it, stop it, or name another folder"
             )
         time.sleep(0.1)
+
+
+def _claim(path: Path) -> bool:
+    """Make the lock with its content in one step, unless there is one: a full disk leaves no empty lock behind."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        partial.write_text(json.dumps(_myself()))
+        os.link(partial, path)
+    except FileExistsError:
+        return False
+    finally:
+        partial.unlink(missing_ok=True)
+    return True
 
 
 def _read_lock(path: Path) -> tuple[dict | None, float]:

@@ -296,8 +296,9 @@ class Trainer(transformers.Trainer):
         output, problem = Path(self.args.output_dir), None
         if self.args.should_save:
             try:
-                checkpoints.open_staging(output, self.run)
+                checkpoints.clear_leftovers(output)
                 checkpoints.check_space(output, needed, what)
+                checkpoints.open_staging(output, self.run)
             except (ValueError, OSError) as error:
                 problem = str(error)
         problem = self.guard.from_first(problem)

@@ -111,6 +111,17 @@ def test_the_lock_of_a_dead_process_is_taken_over(tmp_path):
         (tmp_path / LOCK).unlink()
 
 
+def test_a_lock_that_could_not_be_written_leaves_nothing_behind(tmp_path, monkeypatch):
+    def full(*_arguments):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "link", full)
+        with pytest.raises(Agreed, match=r"--output_dir .*: No space left on device"), Guard() as guard:
+            guard.hold(str(tmp_path), timeout=9, continue_with="")
+    assert os.listdir(tmp_path) == []
+
+
 def test_the_lock_of_another_machine_holds_as_long_as_it_is_touched(tmp_path):
     (tmp_path / LOCK).write_text(json.dumps({**_myself(), "host": "elsewhere", "start": "1"}))
     with pytest.raises(ValueError, match="on elsewhere since"):
