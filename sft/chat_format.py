@@ -36,6 +36,7 @@ from sft.conversation import RecordError
 
 IGNORE_INDEX = -100
 LARGE = 2 << 20  # bytes of data for which it pays to make another encoder
+WITH_OFFSETS = 100  # conversations encoded at a time where offsets are kept, which take many times the memory of ids
 PROOF_ROOM = (8, 21)  # tokens behind a short prompt: the limits at which cutting must prove equal too
 JOINERS = "\u200d\ufe0f"  # inside one visible emoji: the joiner, and the mark of the coloured form
 
@@ -415,13 +416,26 @@ class Renderer:
         What doesn't fit loses whole trailing turns first. If even the first answer doesn't fit, it is cut at the end of
         a character, and without a stop token: a cut answer must not teach the model to stop.
         """
-        if self.name == "base":
-            for messages in batch:
-                self._check_own_template(messages)
+        rendered = self._render_each(batch, max_length)
+        for row in rendered:
+            if isinstance(row, RecordError):
+                raise row
+        return rendered
+
+    def _render_each(self, batch: Sequence[Sequence[dict]], max_length: int | None) -> list[Rendered | RecordError]:
+        """Render conversations in one call of the tokenizer, which shares them among its threads."""
         laid_out = [self.parts(messages) for messages in batch]
         texts = ["".join(part.text for part in parts) for parts in laid_out]
+        rendered: list[Rendered | RecordError] = []
         encodings = self._backend.encode_batch(texts, add_special_tokens=False)
-        return [_label(parts, encoding, max_length) for parts, encoding in zip(laid_out, encodings, strict=True)]
+        for messages, parts, encoding in zip(batch, laid_out, encodings, strict=True):
+            try:
+                if self.name == "base":
+                    self._check_own_template(messages)
+                rendered.append(_label(parts, encoding, max_length))
+            except RecordError as error:
+                rendered.append(error)
+        return rendered
 
     def _check_own_template(self, messages: Sequence[dict]) -> None:
         """Raise RecordError unless the base's own template gives the text that is trained; it may look at contents."""
@@ -435,16 +449,13 @@ class Renderer:
 
     def render_or_reason(self, messages: Sequence[dict], *, max_length: int | None = None) -> Rendered:
         """Render one conversation; what can't be rendered comes back empty, with the reason as its outcome."""
-        try:
-            return self.render(messages, max_length=max_length)
-        except RecordError as error:
-            empty = np.zeros(0, dtype=np.int32)
-            return Rendered(empty, empty, error.reason)
+        return _or_reason(self._render_each([messages], max_length)[0])
 
     def render_rows(self, batch: Sequence[Sequence[dict]], *, max_length: int | None = None) -> Rows:
         """Render conversations as `render` does, in bulk: no Python per token, none per row that simply fits."""
         if self._encode_flat is None:
-            return _to_rows([self.render_or_reason(messages, max_length=max_length) for messages in batch])
+            parts = (batch[start : start + WITH_OFFSETS] for start in range(0, len(batch), WITH_OFFSETS))
+            return _to_rows([_or_reason(row) for part in parts for row in self._render_each(part, max_length)])
         texts, replies, in_loss, counts = [], [], [], []
         for messages in batch:
             stretches = self._stretches(tuple([message["role"] for message in messages]))
@@ -535,7 +546,8 @@ class Renderer:
         odd = [*_probes(), *_odd_conversations()]
         shortest = len(self.prompt([{"role": "user", "content": "x"}]))
         proof = [([*odd, *sample], None), *((odd, shortest + room) for room in PROOF_ROOM)]
-        expected = [_to_rows([self.render_or_reason(c, max_length=limit) for c in batch]) for batch, limit in proof]
+        self.use_slow_encoder()
+        expected = [self.render_rows(batch, max_length=limit) for batch, limit in proof]
         for name, encoder in _bulk_encoders(self._backend, num_bytes):
             self.encoder, self._encode_flat = name, encoder
             found = [self.render_rows(batch, max_length=limit) for batch, limit in proof]
@@ -558,6 +570,12 @@ class Renderer:
         ids = [int(token) for token in reply_ids]
         ends = [ids.index(stop) for stop in self.stop_ids if stop in ids]
         return self.tokenizer.decode(ids[: min(ends, default=len(ids))], skip_special_tokens=True).strip()
+
+
+def _or_reason(rendered: Rendered | RecordError) -> Rendered:
+    """What can't be rendered becomes an empty row, with the reason as its outcome."""
+    nothing = np.zeros(0, dtype=np.int32)
+    return Rendered(nothing, nothing, rendered.reason) if isinstance(rendered, RecordError) else rendered
 
 
 def _to_rows(rendered: Sequence[Rendered]) -> Rows:
