@@ -90,7 +90,8 @@ def test_a_run_stopped_by_a_signal_saves_that_step_and_goes_on_to_the_same_bits(
         stop_at(patched, 4)
         run(tiny_base("qwen2"), data, tmp_path / "stopped", **flags)
     assert exit_.value.code == 75
-    assert sorted(path.name for path in (tmp_path / "stopped").iterdir()) == ["checkpoint-4", "checkpoint-5"]
+    left = sorted(path.name for path in (tmp_path / "stopped").iterdir())
+    assert left == ["checkpoint-4", "checkpoint-5", "report.html"]
     assert re.search(r"stopped at step 5; continue with: cd .* --resume_from_checkpoint auto", capsys.readouterr().out)
     run(tiny_base("qwen2"), data, tmp_path / "stopped", resume_from_checkpoint="auto", **flags)
     assert_same(whole, tmp_path / "stopped")
@@ -102,7 +103,7 @@ def test_a_signal_in_an_evaluation_stops_it_and_it_is_done_when_the_run_goes_on(
     with monkeypatch.context() as patched, pytest.raises(SystemExit):
         stop_at(patched, 4, method="prediction_step")
         run(tiny_base("qwen2"), data, tmp_path / "stopped", **flags)
-    assert [path.name for path in (tmp_path / "stopped").iterdir()] == ["checkpoint-4"]
+    assert sorted(path.name for path in (tmp_path / "stopped").iterdir()) == ["checkpoint-4", "report.html"]
     run(tiny_base("qwen2"), data, tmp_path / "stopped", resume_from_checkpoint="auto", **flags)
     assert_same(whole, tmp_path / "stopped")
 
