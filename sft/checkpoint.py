@@ -272,7 +272,8 @@ def is_full_disk(error: BaseException) -> bool:
     """Whether an error of a save says that a disk or quota is full; torch and safetensors say it in words."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return True
-    return bool(re.search(r"No space left|PytorchStreamWriter failed|File too large|os error 28", str(error)))
+    said = r"No space left|inline_container|PytorchStreamWriter failed|File too large|os error 28"
+    return bool(re.search(said, str(error)))
 
 
 def size_of(folder: Path) -> int:

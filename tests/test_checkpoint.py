@@ -163,6 +163,13 @@ def test_too_little_room_is_said_with_the_disk_and_both_numbers(tmp_path, monkey
         checkpoints.check_space(tmp_path, 1_001, "checkpoint-5")
 
 
+def test_a_full_disk_is_known_by_what_each_library_says():
+    words = ["[enforce fail at inline_container.cc:672] . unexpected pos 2002048 vs 2001940", "IoError: os error 28"]
+    assert all(checkpoints.is_full_disk(RuntimeError(text)) for text in words)
+    assert checkpoints.is_full_disk(OSError(28, "No space left on device"))
+    assert not checkpoints.is_full_disk(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+
+
 def test_what_changed_is_named_with_both_values_and_refused_unless_allowed():
     old = {"exact": {"seed": 1, "data": {"a": "x", "b": "y"}, "world_size": 2}, "told": {"torch": "2.12"}}
     new = {"exact": {"seed": 1, "data": {"a": "x", "b": "z"}, "world_size": 1}, "told": {"torch": "2.13"}}
