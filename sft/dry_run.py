@@ -69,7 +69,7 @@ class Report:
         try:
             return function(*arguments, **options)
         except ValueError as error:
-            self.problems.append(str(error).splitlines()[0])
+            self.problems.append("; ".join(line.strip() for line in str(error).splitlines()))
             return None
 
 

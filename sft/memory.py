@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 GIB = 2**30
-RESERVE = 1.5 * GIB  # CUDA's context, cuBLAS and NCCL workspaces, gaps between blocks
+RESERVE = 2 * GIB  # CUDA's context, cuBLAS and NCCL workspaces, gaps between blocks
 MACHINES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 # nf4 in blocks of 64 with a scale each, the scales in 8 bits in blocks of 256 (QLoRA, arXiv 2305.14314, section 3).
 BYTES_IN_4_BIT = (4 + 8 / 64 + 32 / (64 * 256)) / 8
@@ -174,7 +174,7 @@ def _shallow_model(config, layers: int, dtype, step: Step, lora: bool):
     text = config.get_text_config()
     text.num_hidden_layers = layers
     if getattr(text, "layer_types", None):
-        text.layer_types = text.layer_types[:layers]
+        text.layer_types = (list(text.layer_types) * layers)[:layers]
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     if step.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})

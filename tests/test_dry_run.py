@@ -1,0 +1,176 @@
+"""What a dry run shows and what it stops for, on good and bad set-ups."""
+
+import json
+import re
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+import train
+from sft.chat_format import IGNORE_INDEX
+from sft.dataset import Examples
+from sft.dry_run import Report, describe_schedule, histogram
+
+
+def write(path, questions, source="made up", answer="It is <b>{}</b>."):
+    lines = [
+        {
+            "id": "x",
+            "source": source,
+            "messages": [{"role": "user", "content": q}, {"role": "assistant", "content": answer.format(q)}],
+        }
+        for q in questions
+    ]
+    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture
+def set_up(tiny_base, tmp_path):
+    """A run that is well set up: 40 conversations of two sources, one of them of many turns, and others held out."""
+    file = tmp_path / "train.json"
+    write(file, [f"What is {number}?" for number in range(40)])
+    many = [{"role": role, "content": text} for text in ("一", "二", "三") for role in ("user", "assistant")]
+    with open(file, "a", encoding="utf-8") as stream:
+        stream.write(json.dumps({"id": "m", "source": "谈话", "messages": many}, ensure_ascii=False) + "\n")
+    write(tmp_path / "eval.json", [f"Who is {number}?" for number in range(8)])
+    flags = {"--model_name_or_path": str(tiny_base("qwen2")), "--data_path": str(tmp_path), "--max_length": "256"}
+    flags |= {"--output_dir": str(tmp_path / "run"), "--cache_dir": str(tmp_path / "cache"), "--gpu": "24GBx2"}
+    return flags | {"--per_device_train_batch_size": "2", "--max_steps": "300", "--warmup_steps": "9"}
+
+
+def dry_run(capsys, flags: dict) -> tuple[int, str, list[str]]:
+    """Return exit code, what was printed, and the problems."""
+    code = 0
+    try:
+        train.main([*(word for pair in flags.items() for word in pair), "--dry_run"])
+    except SystemExit as exit_:
+        code = exit_.code
+    found = capsys.readouterr()
+    return (
+        code,
+        found.out,
+        [line.removeprefix("train.py: problem: ") for line in found.err.splitlines() if "problem" in line],
+    )
+
+
+def test_a_good_set_up_is_shown_and_nothing_is_written_but_the_page(set_up, capsys, tmp_path):
+    code, text, problems = dry_run(capsys, set_up)
+    assert (code, problems) == (0, [])
+    assert "== first: row 0 of made up" in text
+    assert "⟦ It is <b>What is 0?</b>.<|endoftext|>⟧" in text
+    assert "== most replies: row 40 of 谈话" in text
+    assert re.search(r"^made up +40 +40 +0 +0 +40 ", text, re.MULTILINE)
+    assert re.search(r"^谈话 +1 +1 +0 +0 +3 .*100\.0%$", text, re.MULTILINE)
+    assert "held-out questions that are trained on too: 0 of 8 (0 whole rows)" in text
+    assert "updates: 300; learning rate 1e-05 after 9 of warm-up, then cosine" in text
+    assert "all weights fit with: all weights, one process" in text
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "eval.json", "run.dry_run.html", "train.json"]
+
+
+def test_the_page_needs_nothing_else_and_its_text_is_escaped(set_up, capsys, tmp_path):
+    dry_run(capsys, set_up)
+    page = (tmp_path / "run.dry_run.html").read_text(encoding="utf-8")
+    assert "<mark> It is &lt;b&gt;What is 0?&lt;/b&gt;.&lt;|endoftext|&gt;</mark>" in page
+    assert "prefers-color-scheme: dark" in page
+    assert not re.search(r"src=|href=|url\(|@import|<script|<b>", page)
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"--gpu": "1GB"}, "out of memory: all weights, one process takes"),
+        ({"--max_length": "44"}, "0 kept; lost, the prompt alone fills max_length: 41 (first: "),
+        ({"--max_length": "100000"}, "positions; use at most that"),
+        ({"--warmup_steps": "300"}, "--warmup_steps 300: the run has 300 updates, so its learning rate would not be"),
+    ],
+)
+def test_what_would_fail_or_go_wrong_without_a_word_is_a_problem(set_up, capsys, changes, problem):
+    if "--gpu" in changes:
+        changes = {**changes, "--per_device_train_batch_size": "512", "--max_length": "512"}
+    code, _text, problems = dry_run(capsys, set_up | changes)
+    assert code == 2
+    assert [line for line in problems if problem in line], problems
+
+
+def test_held_out_questions_that_are_trained_on_are_a_problem(set_up, capsys, tmp_path):
+    write(tmp_path / "eval.json", ["What is 7?", "Who is 7?"], answer="other {}")
+    code, _text, problems = dry_run(capsys, set_up)
+    assert code == 2
+    assert problems == [
+        "held-out questions that are trained on too: 1 of 2 (0 whole rows); the held-out loss would be too good. "
+        "Split anew with sft.opendata"
+    ]
+
+
+def test_lora_with_a_stop_token_that_the_base_never_saw_and_pad_as_eos_are_notes(set_up, capsys):
+    code, text, _problems = dry_run(capsys, set_up | {"--lora": "true", "--chat_format": "chatml"})
+    assert code == 0
+    assert "note: LoRA: the base may never have seen <|im_end|>, <|im_start|>; their embedding" in text.replace(
+        "<|im_start|>, <|im_end|>", "<|im_end|>, <|im_start|>"
+    )
+    assert "note: pad is a stop token, which does no harm here" in text
+    assert "note: --learning_rate 1e-05: published LoRA scaled to" in text
+
+
+def test_the_processes_of_a_launcher_are_counted_and_not_started(set_up, capsys, monkeypatch):
+    monkeypatch.setenv("NUM_PROCESSES", "8")
+    code, text, _problems = dry_run(capsys, set_up | {"--deepspeed": "ds_zero3.json", "--gpu": "80GB×8"})
+    assert code == 0
+    assert "an update: 16 rows (2 x 1 x 8 processes)" in text
+    assert "== memory: all weights, ZeRO-3" in text
+    assert re.search(r"^weights .* 2 bytes x \S+ / 8$", text, re.MULTILINE)
+
+
+def test_a_gpu_that_is_none_is_a_line_and_without_a_dry_run_it_has_no_use(set_up, capsys):
+    for flags, line in (
+        (["--gpu", "A100", "--dry_run"], "train.py: --gpu A100: write the memory of a GPU and their number"),
+        (["--gpu", "80GBx8"], "train.py: --gpu: says which GPU a --dry_run judges; add --dry_run, or leave it out"),
+    ):
+        words = [word for pair in set_up.items() if pair[0] != "--gpu" for word in pair]
+        with pytest.raises(SystemExit) as exit_:
+            train.main([*words, *flags])
+        assert exit_.value.code == 2
+        assert capsys.readouterr().err.startswith(line)
+
+
+def test_the_facts_of_examples_are_read_off_their_labels():
+    """Rows: prompt of 2, a reply of 2 that stops; prompt of 1, replies of 1 and 2, cut."""
+    ids = np.array([5, 6, 7, 9, 5, 9, 6, 7, 8], dtype=np.int32)
+    in_loss = np.array([0, 0, 1, 1, 0, 1, 0, 1, 1], dtype=bool)
+    examples = Examples(ids, in_loss, np.array([0, 4, 9]))
+    assert examples.facts([9]).tolist() == [(2, 1, 2, True), (3, 2, 1, False)]
+    assert (examples[1]["labels"] == IGNORE_INDEX).tolist() == [True, False, True, False, False]
+
+
+def test_the_facts_of_many_examples_are_those_of_each_alone(monkeypatch):
+    random = np.random.default_rng(0)
+    starts = np.concatenate([[0], np.cumsum(random.integers(2, 9, 50))])
+    ids, in_loss = random.integers(0, 4, starts[-1]), random.random(starts[-1]) < 0.5
+    in_loss[starts[1:] - 1] = True
+    examples = Examples(ids.astype(np.int32), in_loss, starts)
+    alone = []
+    for begin, end in pairwise(starts):
+        alone += Examples(ids[begin:end], in_loss[begin:end], np.array([0, end - begin])).facts([3]).tolist()
+    monkeypatch.setattr("sft.dataset.FACTS_AT_A_TIME", 7)
+    assert examples.facts([3]).tolist() == alone
+
+
+def test_a_histogram_shows_what_there_is():
+    assert histogram(np.array([0, 0, 0, 0, 0, 0, 0, 0, 99]), 99, bins=4) == "█  ▁"
+
+
+def test_an_update_and_the_schedule_follow_from_the_numbers():
+    report = Report("")
+    options = {"epochs": 3, "max_steps": -1, "warmup": 0.03, "learning_rate": 2e-5, "schedule": "cosine", "lora": False}
+    steps = describe_schedule(
+        report, num_examples=1000, num_rows=100, tokens=180_000, fill=0.9, rows=(2, 4, 8), **options
+    )
+    assert steps == 6
+    assert report.sections[0].lines[:3] == [
+        "packed: 100 rows, 90.0% full, 10.0 conversations each",
+        "an update: 64 rows (2 x 4 x 8 processes), about 115,200 tokens, 640 conversations",
+        "updates: 6; learning rate 2e-05 after 1 of warm-up, then cosine",
+    ]
+    assert (report.problems, report.notes) == ([], [])

@@ -1,0 +1,165 @@
+"""What a step takes, from published configs and on models small enough to be looked at."""
+
+import pytest
+from transformers import AutoConfig
+
+from sft import memory
+from sft.memory import FULL, GIB, LORA, ONE, QLORA, ZERO2, ZERO3, Plan, Step
+
+QWEN = {"vocab_size": 151_936, "tie_word_embeddings": False}
+MISTRAL = {"hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32, "num_attention_heads": 32}
+FALCON = {"multi_query": True, "alibi": False, "bias": False, "parallel_attn": True, "new_decoder_architecture": False}
+# The seeds' models: type, shape (from their public config.json), published parameters.
+PUBLISHED = {
+    "bloom-560m": ("bloom", {"hidden_size": 1024, "n_layer": 24, "n_head": 16, "vocab_size": 250_880}, 559_214_592),
+    "bloom-1b7": ("bloom", {"hidden_size": 2048, "n_layer": 24, "n_head": 16, "vocab_size": 250_880}, 1_722_408_960),
+    "bloom-3b": ("bloom", {"hidden_size": 2560, "n_layer": 30, "n_head": 32, "vocab_size": 250_880}, 3_002_557_440),
+    "bloom-7b1": ("bloom", {"hidden_size": 4096, "n_layer": 30, "n_head": 32, "vocab_size": 250_880}, 7_069_016_064),
+    "falcon-7b": (
+        "falcon",
+        {"hidden_size": 4544, "num_hidden_layers": 32, "num_attention_heads": 71, "vocab_size": 65_024, **FALCON},
+        6_921_720_704,
+    ),
+    "Qwen1.5-4B": (
+        "qwen2",
+        {"hidden_size": 2560, "intermediate_size": 6912, "num_hidden_layers": 40, "num_attention_heads": 20}
+        | {"num_key_value_heads": 20, **QWEN},
+        3_950_369_280,
+    ),
+    "Qwen1.5-14B": (
+        "qwen2",
+        {"hidden_size": 5120, "intermediate_size": 13_696, "num_hidden_layers": 40, "num_attention_heads": 40}
+        | {"num_key_value_heads": 40, **QWEN, "vocab_size": 152_064},
+        14_167_290_880,
+    ),
+    "Yi-9B": (
+        "llama",
+        {"hidden_size": 4096, "intermediate_size": 11_008, "num_hidden_layers": 48, "num_attention_heads": 32}
+        | {"num_key_value_heads": 4, "vocab_size": 64_000},
+        8_829_407_232,
+    ),
+    "Yi-34B": (
+        "llama",
+        {"hidden_size": 7168, "intermediate_size": 20_480, "num_hidden_layers": 60, "num_attention_heads": 56}
+        | {"num_key_value_heads": 8, "vocab_size": 64_000},
+        34_388_917_248,
+    ),
+    "Mistral-7B-v0.1": ("mistral", {**MISTRAL, "num_key_value_heads": 8, "vocab_size": 32_000}, 7_241_732_096),
+}
+
+
+def shape_of(name: str) -> memory.Shape:
+    kind, shape, _parameters = PUBLISHED[name]
+    return memory.read_shape(AutoConfig.for_model(kind, **shape))
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_parameters_counted_from_the_config_are_the_published_ones(name):
+    assert shape_of(name).parameters == PUBLISHED[name][2]
+
+
+def test_weights_gradients_and_optimizer_are_shared_out_as_zero_does_it():
+    shape, step = shape_of("Mistral-7B-v0.1"), Step(accumulation=8)
+
+    def found(plan):
+        parts, host = memory.estimate(shape, step, plan)
+        names = ("weights", "gradients", "optimizer")
+        return {part.name: part.bytes for part in parts if part.name in names}, {p.name: p.bytes for p in host}
+
+    assert found(Plan()) == (
+        {"weights": 28_966_928_384, "gradients": 28_966_928_384, "optimizer": 57_933_856_768},
+        {},
+    )
+    shared = {"gradients": 3_620_866_048, "optimizer": 10_862_598_144}
+    assert found(Plan(FULL, ZERO2, gpus=8)) == ({"weights": 14_483_464_192, **shared}, {})
+    assert found(Plan(FULL, ZERO3, gpus=8)) == ({"weights": 1_810_433_024, **shared}, {})
+    assert found(Plan(FULL, ZERO2, True, 8)) == ({"weights": 14_483_464_192}, shared)
+    assert found(Plan(FULL, ZERO3, True, 8)) == ({}, {"weights": 1_810_433_024, **shared})
+    adapters = 16 * 2_621_440
+    assert found(Plan(LORA))[0] == {
+        "weights": 2 * 7_241_732_096 + 4 * adapters,
+        "gradients": 4 * adapters,
+        "optimizer": 8 * adapters,
+    }
+
+
+def test_adapters_are_counted_as_peft_makes_them(tiny_base):
+    from sft.model import add_lora, load_model
+
+    model = load_model(str(tiny_base("falcon")), lora=True)
+    shape = memory.read_shape(model.config)
+    model = add_lora(model, rank=4, alpha=8, dropout=0.0)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    assert memory.adapter_parameters(shape, Step(lora_rank=4)) == trained
+
+
+def test_what_is_traced_of_two_layers_tells_about_many(family, tiny_base):
+    config = AutoConfig.from_pretrained(tiny_base(family))
+    for checkpointing, lora in ((True, False), (False, True)):
+        step = Step(rows=2, length=64, trained=0, checkpointing=checkpointing)
+        one, two, four = (memory._trace(config, layers, step, lora, False) for layers in (1, 2, 4))
+        assert [a + 3 * (b - a) for a, b in zip(one, two, strict=True)] == list(four)
+
+
+def test_checkpointing_takes_less_and_packed_rows_on_a_gpu_keep_no_scores(tiny_base):
+    shape = memory.read_shape(AutoConfig.from_pretrained(tiny_base("bloom")))
+
+    def kept(**options):
+        return memory.activations(shape, Step(length=512, **options), Plan()).forward
+
+    assert kept(checkpointing=True) < kept(checkpointing=False) / 2
+    assert kept(checkpointing=False, packing=True) < kept(checkpointing=False, packing=False) / 2
+
+
+def test_only_what_is_alive_is_counted():
+    import torch
+
+    known = torch.zeros(10)
+    with memory._Meter([known]) as meter:
+        first = torch.zeros(100)
+        view = first[:50]
+        known.add_(1)
+        del first
+        second = torch.ones(25)
+        assert meter.live == 500
+        del view
+        assert meter.live == 100
+        del second
+    assert (meter.live, meter.peak) == (0, 500)
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("80GB×8", (80 * GIB, 8)),
+        ("80GBx8", (80 * GIB, 8)),
+        ("24GB", (24 * GIB, 1)),
+        ("24 GiB x 2", (24 * GIB, 2)),
+        ("512MB", (2**29, 1)),
+    ],
+)
+def test_a_gpu_is_read_as_people_write_it(text, found):
+    assert memory.parse_gpu(text) == found
+
+
+@pytest.mark.parametrize("text", ["", "A100", "80", "0GB", "80GBx0", "80GB8"])
+def test_what_is_no_gpu_is_refused_in_a_line(text):
+    with pytest.raises(ValueError, match="write the memory of a GPU and their number, as in 80GBx8"):
+        memory.parse_gpu(text)
+
+
+def test_the_simplest_way_that_fits_and_the_fewest_machines_are_found():
+    shape, step = shape_of("Yi-34B"), Step(accumulation=8)
+    assert memory.fits_best(shape, step, 80 * GIB, 8) == Plan(FULL, ZERO3, False, 8)
+    assert memory.fits_best(shape, step, 40 * GIB, 8) == Plan(FULL, ZERO3, True, 8)
+    assert memory.least_machines(shape, step, Plan(FULL, ZERO3), 40 * GIB, 8) == 3
+    assert memory.least_machines(shape, step, Plan(FULL, ONE), 80 * GIB, 8) is None
+    assert memory.least_machines(shape, step, Plan(QLORA, ONE), 32 * GIB, 1) == 1
+    assert memory.fits_best(shape_of("bloom-560m"), step, 24 * GIB, 1) == Plan()
+
+
+def test_disk_is_counted_from_what_a_checkpoint_holds():
+    shape, step = shape_of("bloom-560m"), Step()
+    assert memory.disk_of_checkpoint(shape, step, Plan()).bytes == 12 * 559_214_592
+    assert memory.disk_of_checkpoint(shape, step, Plan(FULL, ZERO3)).bytes == 14 * 559_214_592
+    assert memory.disk_of_model(shape, step, Plan()).bytes == 4 * 559_214_592
