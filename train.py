@@ -239,10 +239,7 @@ def run(
     if checkpoint:
         trainer.continue_from(checkpoint, changed)
     say_opening(trainer, renderer, ledger, eval_ledger, examples)
-    questions = pick_questions(train_files, data_arguments)
-    window = models.context_window(model.config)
-    if window:
-        questions = [pair for pair in questions if len(renderer.prompt([user(pair[0])])) < window]
+    questions = answerable(pick_questions(train_files, data_arguments), renderer, model)
     fixed = questions[: len(FIXED_PROMPTS)]
     before = reply_all(trainer, renderer, fixed, data_arguments.max_new_tokens)
     trainer.add_callback(run_page(trainer, renderer, record, fixed, before, data_arguments))
@@ -626,6 +623,12 @@ def pick_questions(files: Sequence[str], data_arguments: DataArguments) -> list[
         chosen += pool[:: max(1, len(pool) // share)][:share] if share else []
     questions = dict.fromkeys([*FIXED_PROMPTS, *chosen[: data_arguments.num_reply_prompts]])
     return [(question, answers.get(question, [])) for question in questions]
+
+
+def answerable(questions: list, renderer: Renderer, model) -> list:
+    """Return the questions that leave room for a reply in the model's context window."""
+    window = models.context_window(model.config) or math.inf
+    return [pair for pair in questions if len(renderer.prompt([user(pair[0])])) < window]
 
 
 def reply_all(trainer: Trainer, renderer: Renderer, questions: list, max_new_tokens: int) -> list[Reply]:

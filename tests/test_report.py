@@ -191,6 +191,15 @@ def test_the_page_is_there_from_the_start_and_follows_evaluations_and_saves(tmp_
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
 
 
+def test_a_run_that_left_nothing_but_its_page_can_be_started_again(tmp_path):
+    from sft.checkpoint import check_output_dir
+
+    (tmp_path / "report.html").write_text("Running")
+    assert check_output_dir(str(tmp_path), resume=False) is None
+    (tmp_path / "README.md").write_text("mine")
+    assert "is not empty" in check_output_dir(str(tmp_path), resume=False)
+
+
 def test_at_log_lines_the_page_is_written_at_most_twice_a_minute(tmp_path):
     history = []
     page = run_page(tmp_path)
