@@ -1,6 +1,7 @@
 """Is the arithmetic of sft.memory what a step really takes? Peak resident memory of real steps beside it, on a CPU.
 
-    python benchmarks/memory_check.py
+    python benchmarks/memory_check.py [qwen2 mistral bloom falcon]
+    python benchmarks/memory_check.py --table          # the README's table, from public configs; nothing is measured
 
 Each case is a process of its own: a tiny-but-wide random model takes three packed steps of AdamW, then the highest
 resident size (VmHWM) less what Python and its packages had before the model was built is compared.
@@ -40,8 +41,11 @@ CASES = [
 
 
 def main() -> None:
+    if sys.argv[1:] == ["--table"]:
+        return print_table()
+    chosen = [case for case in CASES if case[0] in (sys.argv[1:] or SHAPES)]
     print(f"{'case':62} {'counted':>10} {'measured':>10} {'ratio':>6}")
-    for case in CASES:
+    for case in chosen:
         done = subprocess.run(
             [sys.executable, __file__, json.dumps(case)], capture_output=True, text=True, cwd=ROOT, env=environment()
         )
@@ -55,6 +59,24 @@ def main() -> None:
         print(
             f"{label:62} {counted / 2**20:6,.0f} MiB {measured / 2**20:6,.0f} MiB {counted / measured:6.2f}", flush=True
         )
+
+
+def print_table() -> None:
+    """GiB on each GPU: one packed row of 2,048 tokens, gradient checkpointing, 8 updates accumulated, bf16."""
+    from sft import memory
+    from tests.test_memory import PUBLISHED, shape_of
+
+    plans = [
+        memory.Plan(),
+        memory.Plan(memory.FULL, memory.ZERO2, gpus=8),
+        memory.Plan(memory.FULL, memory.ZERO3, gpus=8),
+    ]
+    plans += [memory.replace(plans[-1], offload=True), memory.Plan(memory.LORA), memory.Plan(memory.QLORA)]
+    print("| model | parameters | one GPU | ZeRO-2, 8 GPUs | ZeRO-3, 8 GPUs | with offload | LoRA, one GPU | QLoRA |")
+    print("|---|" + "--:|" * 7)
+    for name, (_kind, _shape, parameters) in PUBLISHED.items():
+        peaks = [memory.estimate(shape_of(name), memory.Step(accumulation=8), plan)[0][-1].bytes for plan in plans]
+        print(f"| {name} | {parameters:,} | {' | '.join(f'{peak / memory.GIB:,.0f}' for peak in peaks)} |", flush=True)
 
 
 def environment() -> dict[str, str]:
@@ -110,4 +132,4 @@ def measure(name: str, rows: int, length: int, checkpointing: bool, half: bool, 
 
 
 if __name__ == "__main__":
-    main() if len(sys.argv) == 1 else measure(*json.loads(sys.argv[1]))
+    measure(*json.loads(sys.argv[1])) if sys.argv[-1].startswith("[") else main()
