@@ -18,7 +18,7 @@ import sys
 import time
 
 import torch
-from records import FOLDER, RESULTS, keep, run
+from records import FOLDER, RESULTS, ROOT, keep, run
 
 PEAK_FLOPS = 989e12
 BYTES_PER_PARAMETER = 18
@@ -79,8 +79,23 @@ def measure(name: str, side: str, on_gpu: bool) -> dict:
     if not found:
         return {}
     found["mfu"] = flops(settings, found) / found["wall_seconds"] / PEAK_FLOPS if on_gpu else 0.0
+    if side == "ours":
+        found["counted_mib"] = counted(settings, "cuda" if on_gpu else "cpu") / 2**20
     depth = "n_layer" if settings["family"] == "bloom" else "num_hidden_layers"
     return found | {"layers": settings["config"][depth], "whole": whole}
+
+
+def counted(settings: dict, device: str) -> int:
+    """What sft.memory says that such a step takes."""
+    sys.path.insert(0, str(ROOT))
+    from transformers import AutoConfig
+
+    from sft import memory
+
+    config = AutoConfig.for_model(settings["family"], **settings["config"])
+    rows, length = settings["rows"], settings["max_length"]
+    step = memory.Step(rows, length, rows * length, checkpointing=False, device=device)
+    return memory.estimate(memory.read_shape(config), step, memory.Plan())[0][-1].bytes
 
 
 def sides() -> list[str]:
@@ -112,7 +127,8 @@ def line(name: str, side: str, found: dict) -> str:
     speed = found["tokens"] / found["wall_seconds"]
     memory = found.get("gpu_peak_mib", found["peak_mib"]) / 1024
     layers = f"{found['layers']} of {found['whole']} layers"
-    return f"{name:13} {side:5} {layers:16} {speed:10,.0f} tokens/s  MFU {found['mfu']:.3f}  {memory:6.1f} GiB"
+    said = f" ({found['counted_mib'] / 1024:.1f} counted)" if "counted_mib" in found else ""
+    return f"{name:13} {side:5} {layers:16} {speed:10,.0f} tokens/s  MFU {found['mfu']:.3f}  {memory:6.1f} GiB{said}"
 
 
 if __name__ == "__main__":

@@ -158,3 +158,11 @@ def test_lora_with_rows_of_control_tokens_trains_in_bf16_under_zero_3(tmp_path, 
     rows = load_file(tiny_base("qwen2") / "model.safetensors")["model.embed_tokens.weight"]
     assert adapter[name].shape == (2, rows.shape[1])
     assert not any(torch.equal(row, base.to(row.dtype)) for row in adapter[name] for base in rows)
+
+
+def test_a_dry_run_starts_no_launcher(show):
+    done = sh("base_run.sh", "--gpu", "80GBx8", DRY_RUN="1", MODEL="m", OUTPUT="o", LAUNCHER="false", PYTHON=show)
+    words = json.loads(done.stdout)
+    assert (words[0], words[-3:]) == ("train.py", ["--dry_run", "--gpu", "80GBx8"])
+    refused = sh("base_run.sh", DRY_RUN="yes", MODEL="m", OUTPUT="o", LAUNCHER=show)
+    assert (refused.returncode, refused.stderr) == (2, "base_run.sh: DRY_RUN=yes: use 0 or 1\n")
