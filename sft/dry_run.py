@@ -78,14 +78,14 @@ BARS = " ▁▂▃▄▅▆▇█"
 RECIPES = {
     False: (
         ("Stanford Alpaca 7B", 2e-5, 128, 3, "github.com/tatsu-lab/stanford_alpaca, README"),
-        ("Vicuna 7B v1.5", 2e-5, 128, 3, "github.com/lm-sys/FastChat, docs/training.md"),
-        ("Tülu 2 7B", 2e-5, 128, 2, "arXiv 2311.10702, appendix"),
-        ("Tülu 3 8B", 5e-6, 128, 2, "arXiv 2411.15124, SFT table"),
-        ("LIMA 65B", 1e-5, 32, 15, "arXiv 2305.11206, section 3"),
+        ("Vicuna 7B", 2e-5, 128, 3, "github.com/lm-sys/FastChat, scripts/train_vicuna_7b.sh"),
+        ("Tülu 2 7B", 2e-5, 128, 2, "arXiv 2311.10702"),
+        ("Tülu 3 8B", 5e-6, 128, 2, "arXiv 2411.15124"),
+        ("LIMA 65B", 1e-5, 32, 15, "arXiv 2305.11206"),
     ),
     True: (
-        ("Guanaco 7B (QLoRA)", 2e-4, 16, None, "arXiv 2305.14314, appendix B"),
-        ("Alpaca-LoRA 7B", 3e-4, 128, 3, "github.com/tloen/alpaca-lora, README"),
+        ("Guanaco 7B (QLoRA)", 2e-4, 16, None, "arXiv 2305.14314"),
+        ("Alpaca-LoRA 7B", 3e-4, 128, 3, "github.com/tloen/alpaca-lora, finetune.py"),
     ),
 }
 CHECKED = 100  # conversations of the data on which train = serve is checked
