@@ -78,13 +78,12 @@ BARS = " ▁▂▃▄▅▆▇█"
 RECIPES = {
     False: (
         ("Stanford Alpaca 7B", 2e-5, 128, 3, "github.com/tatsu-lab/stanford_alpaca, README"),
-        ("Vicuna 7B", 2e-5, 128, 3, "github.com/lm-sys/FastChat, scripts/train_vicuna_7b.sh"),
-        ("Tülu 2 7B", 2e-5, 128, 2, "arXiv 2311.10702"),
-        ("Tülu 3 8B", 5e-6, 128, 2, "arXiv 2411.15124"),
+        ("Vicuna 13B", 2e-5, 128, 3, "github.com/lm-sys/FastChat, README"),
+        ("Tülu 3 8B", 5e-6, 128, 2, "github.com/allenai/open-instruct, docs/tulu3.md"),
         ("LIMA 65B", 1e-5, 32, 15, "arXiv 2305.11206"),
     ),
     True: (
-        ("Guanaco 7B (QLoRA)", 2e-4, 16, None, "arXiv 2305.14314"),
+        ("Guanaco 7B (QLoRA)", 2e-4, 16, None, "github.com/artidoro/qlora, scripts/finetune_guanaco_7b.sh"),
         ("Alpaca-LoRA 7B", 3e-4, 128, 3, "github.com/tloen/alpaca-lora, finetune.py"),
     ),
 }
