@@ -2,7 +2,7 @@
 
     python benchmarks/zero3_memory.py --work /tmp/zero3_memory
 
-Prints the largest memory in MiB up to the first step, without what is mapped from files, beside the weights.
+Prints how much memory each rank takes at most for that, in MiB, without what is mapped from files.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from sft.tiny import build_tiny  # noqa: E402
 
 
 def measure(zero: str, base: Path, work: Path) -> list[float]:
-    """Return each rank's largest anonymous memory in MiB, read ten times a second until training begins."""
+    """Return by how much each rank's anonymous memory grows at most, in MiB, from its start until training begins."""
     settings = {
         "ZERO": zero,
         "NUM_GPUS": "2",
@@ -30,19 +30,22 @@ def measure(zero: str, base: Path, work: Path) -> list[float]:
         "MAX_LENGTH": "256",
     }
     settings |= {"OUTPUT": str(work / f"zero{zero}"), "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    settings["MALLOC_MMAP_THRESHOLD_"] = str(2**20)  # what is freed goes back at once, else it would count as well
     command = ["sh", "ds_all.sh", "--max_steps", "1", "--save_strategy", "no", "--num_reply_prompts", "0"]
     command += ["--cache_dir", str(work / "cache"), "--max_new_tokens", "1"]
     log = work / f"zero{zero}.log"
     with open(log, "w") as stream:
         process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **settings}, stdout=stream, stderr=stream)
     largest = [0.0, 0.0]
+    before = [0.0, 0.0]
     while process.poll() is None and "parameters:" not in log.read_text():
-        for rank in (0, 1):
-            largest[rank] = max(largest[rank], _anonymous(work / f"zero{zero}" / "model" / ".ranks" / str(rank)))
-        time.sleep(0.1)
+        now = [_anonymous(work / f"zero{zero}" / "model" / ".ranks" / str(rank)) for rank in (0, 1)]
+        before = [first or size for first, size in zip(before, now, strict=True)]
+        largest = [max(pair) for pair in zip(largest, now, strict=True)]
+        time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
     process.wait()
-    return largest
+    return [size - first for size, first in zip(largest, before, strict=True)]
 
 
 def _anonymous(path: Path) -> float:
@@ -56,16 +59,17 @@ def _anonymous(path: Path) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--hidden_size", type=int, default=4096)
+    parser.add_argument("--hidden_size", type=int, default=2048)
+    parser.add_argument("--num_layers", type=int, default=12)
     options = parser.parse_args()
     options.work.mkdir(parents=True)
     rows = [json.dumps({"prompt": f"question {i}", "completion": "answer"}) + "\n" for i in range(8)]
     (options.work / "data.jsonl").write_text("".join(rows))
-    base = build_tiny("qwen2", options.work / "base", hidden_size=options.hidden_size, num_layers=4)
-    weights = sum(path.stat().st_size for path in base.glob("*.safetensors")) / 2**20
+    base = build_tiny("qwen2", options.work / "base", hidden_size=options.hidden_size, num_layers=options.num_layers)
+    weights = 2 * sum(path.stat().st_size for path in base.glob("*.safetensors")) / 2**20  # bf16 there, fp32 here
     for zero in ("2", "3"):
         ranks = ", ".join(f"rank {rank} {size:,.0f}" for rank, size in enumerate(measure(zero, base, options.work)))
-        print(f"weights {weights:,.0f} MiB, ZeRO-{zero}: {ranks} MiB")
+        print(f"weights in fp32 {weights:,.0f} MiB, ZeRO-{zero}: {ranks} MiB")
 
 
 if __name__ == "__main__":
