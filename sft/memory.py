@@ -10,7 +10,7 @@ import re
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 GIB = 2**30
@@ -24,11 +24,12 @@ FULL, LORA, QLORA = "all weights", "LoRA", "QLoRA"
 ONE, ZERO2, ZERO3 = "one process", "ZeRO-2", "ZeRO-3"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Shape:
     """What is counted in a model; `linear` are the parameters of linear layers without the head."""
 
-    config: object
+    config: object = field(compare=False)
+    described: str  # the config as JSON, which tells shapes apart
     parameters: int
     linear: int
     adapter_per_rank: int
@@ -101,6 +102,7 @@ def read_shape(config) -> Shape:
     rows, size = model.get_input_embeddings().weight.shape
     return Shape(
         config=config,
+        described=config.to_json_string(),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         linear=sum(module.weight.numel() for module in linear),
         adapter_per_rank=sum(module.in_features + module.out_features for module in linear),
