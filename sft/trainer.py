@@ -49,6 +49,8 @@ class Trainer(transformers.Trainer):
 
     def __init__(self, *arguments, guard: Guard, fingerprint: dict, say: Callable[[str], None], **options):
         super().__init__(*arguments, **options)
+        if self.args.train_sampling_strategy not in ("random", "sequential"):
+            raise Agreed(f"--train_sampling_strategy {self.args.train_sampling_strategy}: use random or sequential")
         self.guard, self.fingerprint, self.say = guard, fingerprint, say
         self.run, self.progress, self.shift = guard.from_first(uuid.uuid4().hex), Progress(), 0
         self.changed: set[str] = set()

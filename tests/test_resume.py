@@ -183,6 +183,11 @@ def test_a_disk_that_is_full_ends_the_run_before_the_save_and_leaves_the_last_ch
     assert find_checkpoint(str(tmp_path / "run")) == (str(tmp_path / "run" / "checkpoint-4"), [])
 
 
+def test_an_order_of_rows_that_could_not_be_resumed_is_refused(tiny_base, data, tmp_path):
+    with pytest.raises(ValueError, match="--train_sampling_strategy group_by_length: use random or sequential"):
+        run(tiny_base("qwen2"), data, tmp_path / "run", train_sampling_strategy="group_by_length")
+
+
 # --- two processes, for real --------------------------------------------------------------------------------------
 
 
