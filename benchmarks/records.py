@@ -28,7 +28,7 @@ VOWELS = ("a", "e", "i", "o", "u", "ai", "ea", "ou")
 def peer_python(peer: str = "trl") -> str:
     """The interpreter of a peer's environment; $PEER_PYTHON names another one for TRL and alpaca."""
     own = FOLDER.parent / "peers" / peer / "bin" / "python"
-    return os.environ.get("PEER_PYTHON", str(own)) if peer == "trl" else str(own)
+    return os.path.abspath(os.environ.get("PEER_PYTHON", own)) if peer == "trl" else str(own)
 
 
 # --- data ---------------------------------------------------------------------------------------------------------
