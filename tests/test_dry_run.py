@@ -77,6 +77,7 @@ def test_the_page_needs_nothing_else_and_its_text_is_escaped(set_up, capsys, tmp
     assert not re.search(r"src=|href=|url\(|@import|<script|<b>", page)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [

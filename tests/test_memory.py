@@ -93,6 +93,7 @@ def test_adapters_are_counted_as_peft_makes_them(tiny_base):
     assert memory.adapter_parameters(shape, Step(lora_rank=4)) == trained
 
 
+@pytest.mark.slow
 def test_what_is_traced_of_two_layers_tells_about_many(family, tiny_base):
     config = AutoConfig.from_pretrained(tiny_base(family))
     for checkpointing, lora in ((True, False), (False, True)):

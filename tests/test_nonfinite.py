@@ -13,6 +13,8 @@ from sft.trainer import Trainer
 from tests import test_resume
 from tests.test_resume import logs_of, run
 
+pytestmark = pytest.mark.slow
+
 data = test_resume.data  # a fixture
 
 

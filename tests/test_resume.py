@@ -20,6 +20,8 @@ from sft.checkpoint import consolidate, find_checkpoint, hash_files, list_files,
 from sft.trainer import Trainer
 from tests.conftest import ROOT
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory) -> Path:

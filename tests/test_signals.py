@@ -15,6 +15,8 @@ import pytest
 from sft.signals import LOCK, RANKS, Agreed, Guard, Stopped, _myself, _start_time, take_lock
 from tests.conftest import ROOT
 
+pytestmark = pytest.mark.slow
+
 
 def script(code: str, **environment: str) -> subprocess.Popen:
     """A Python process that imports the guard and then runs `code`."""

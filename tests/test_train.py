@@ -48,6 +48,7 @@ def run(base, data, output, *flags: str):
     return output
 
 
+@pytest.mark.slow
 def test_each_family_learns_saves_reloads_with_transformers_alone_and_stops(family, tiny_base, data, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -143,6 +144,7 @@ def test_a_resumed_run_ends_in_the_same_bits_as_one_that_never_stopped(finished,
     assert losses_of(finished) == losses_of(again)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", ["6", "7"])
 def test_a_packed_run_of_several_epochs_resumes_in_the_same_bits(step, tiny_base, tmp_path):
     """Three rows an epoch: step 6 is the end of the second epoch, step 7 lies inside the third."""
@@ -166,6 +168,7 @@ def test_a_packed_run_is_the_run_of_its_examples_unpacked(tiny_base, data, tmp_p
     assert max((first[name] - second[name]).abs().max().item() for name in first) < 1e-5
 
 
+@pytest.mark.slow
 def test_lora_trains_the_rows_of_untrained_control_tokens_and_merges_to_equal_logits(tiny_base, data, tmp_path):
     from sft.export import export_merged
 
@@ -194,6 +197,7 @@ def losses_of(output) -> list[float]:
     return [entry["loss"] for entry in json.loads((output / "run.json").read_text())["log_history"] if "loss" in entry]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["bloom", "falcon", "qwen3"])
 def test_gradient_checkpointing_changes_nothing_and_bf16_hardly_anything(family, tiny_base, data, tmp_path):
     def losses(*flags):
@@ -225,6 +229,7 @@ def test_a_finished_run_that_is_started_again_keeps_its_model(tiny_base, data, t
     assert json.loads((first / "run.json").read_text())["metrics"]["steps"] == 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packing", ["true", "false"])
 def test_the_held_out_loss_is_the_mean_over_tokens_whatever_the_batch_size(packing, tiny_base, tmp_path):
     lines = [json.dumps({"prompt": f"q{i}", "completion": "word " * (40 if i > 5 else 1)}) for i in range(8)]
