@@ -605,14 +605,15 @@ def _replace_rows(rows: Rows, again: dict[int, Rendered]) -> Rows:
 
 def _bulk_encoders(backend: Tokenizer, num_bytes: int) -> Iterable[tuple[str, Callable]]:
     """Encoders of many texts into one array, the fastest first: texts -> (ids, tokens per text)."""
-    if not _splits_words(json.loads(backend.to_str())):
+    spec = backend.to_str()
+    if not _splits_words(json.loads(spec)):
         return
     fast = None
     if num_bytes >= LARGE:
         with contextlib.suppress(ImportError, ValueError, RuntimeError, NotImplementedError):
             from fastokens import Tokenizer as FastTokenizer
 
-            fast = FastTokenizer.from_json_str(backend.to_str())
+            fast = FastTokenizer.from_json_str(spec)
     if fast is not None:
 
         def encode_fast(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:

@@ -41,7 +41,6 @@ from sft.memory import (
     plan_table,
     read_shape,
 )
-from sft.model import untrained_ids
 from sft.preflight import paint, stretches
 
 
@@ -108,7 +107,7 @@ def describe_tokenizer(report: Report, renderer: Renderer, files: Sequence[str],
     lines.append(f"train = serve: checked on {len(sample):,} conversations of the data, and on those that are built in")
     if pad in renderer.stop_ids:
         report.notes.append("pad is a stop token, which does no harm here: padding is masked by position")
-    unseen = untrained_ids(renderer.tokenizer, renderer)
+    unseen = models.untrained_ids(renderer.tokenizer, renderer)
     if unseen and lora:
         rows = ", ".join(map(name, unseen))
         report.notes.append(f"LoRA: the base may never have seen {rows}; their embedding and head rows are trained too")

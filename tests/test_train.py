@@ -286,6 +286,10 @@ def problems_of(capsys, *arguments: str) -> list[str]:
     return capsys.readouterr().err.splitlines()
 
 
+def flags_of(base, data, output_dir) -> tuple[str, ...]:
+    return ("--model_name_or_path", str(base), "--data_path", str(data), "--output_dir", str(output_dir))
+
+
 def test_all_mistakes_are_said_at_once_each_in_a_line(capsys, tmp_path):
     (tmp_path / "bad.json").write_text("{")
     lines = problems_of(
@@ -309,14 +313,7 @@ def test_all_mistakes_are_said_at_once_each_in_a_line(capsys, tmp_path):
 
 
 def test_values_of_a_wrong_type_are_said_together(capsys, tiny_base, data, tmp_path):
-    base = (
-        "--model_name_or_path",
-        str(tiny_base("qwen2")),
-        "--data_path",
-        str(data),
-        "--output_dir",
-        str(tmp_path / "r"),
-    )
+    base = flags_of(tiny_base("qwen2"), data, tmp_path / "r")
     lines = problems_of(capsys, *base, "--learning_rate", "abc", "--max_length", "xyz", "--lr", "3")
     assert lines == [
         "train.py: --learning_rate/--learning-rate: invalid float value: 'abc'",
@@ -326,14 +323,7 @@ def test_values_of_a_wrong_type_are_said_together(capsys, tiny_base, data, tmp_p
 
 
 def test_a_checkpoint_that_is_not_there_is_said_before_anything_is_loaded(capsys, tiny_base, data, tmp_path):
-    base = (
-        "--model_name_or_path",
-        str(tiny_base("qwen2")),
-        "--data_path",
-        str(data),
-        "--output_dir",
-        str(tmp_path / "r"),
-    )
+    base = flags_of(tiny_base("qwen2"), data, tmp_path / "r")
     (line,) = problems_of(capsys, *base, "--resume_from_checkpoint", "/nowhere")
     assert line.startswith("train.py: --resume_from_checkpoint /nowhere: it has no manifest.json")
 
@@ -357,8 +347,7 @@ def test_a_folder_with_somebodys_files_is_not_written_to(capsys, tiny_base, data
 
 
 def test_fp16_on_a_cpu_and_flags_that_transformers_refuses_are_one_line(capsys, tiny_base, data, tmp_path):
-    base = ("--model_name_or_path", str(tiny_base("qwen2")), "--data_path", str(data))
-    base += ("--output_dir", str(tmp_path / "r"))
+    base = flags_of(tiny_base("qwen2"), data, tmp_path / "r")
     if not torch.cuda.is_available():
         assert problems_of(capsys, *base, "--fp16", "true") == [
             "train.py: --fp16 needs a GPU; a CPU ignores it without a word. Use --bf16, or neither for fp32"
