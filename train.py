@@ -13,7 +13,7 @@ import sys
 import time
 import warnings
 from argparse import ArgumentError
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -30,7 +30,7 @@ import torch
 import transformers
 from transformers import HfArgumentParser, ProgressCallback, TrainerCallback, set_seed
 
-from sft import attention, dry_run, loss
+from sft import attention, dry_run, loss, quick
 from sft import checkpoint as checkpoints
 from sft.chat import GREEDY, Chat, Reply
 from sft.chat_format import IGNORE_INDEX, Renderer, check_contract
@@ -114,6 +114,9 @@ class DataArguments:
     max_new_tokens: int = field(default=128, metadata={"help": "Longest reply before and after training, in tokens."})
     eval_replies: bool = field(
         default=True, metadata={"help": "At each evaluation, reply to the four fixed prompts for the run page."}
+    )
+    eval_quick: bool = field(
+        default=False, metadata={"help": "Ask the quick check's questions before and after, as sft.evaluate does."}
     )
 
 
@@ -242,6 +245,7 @@ def run(
     questions = answerable(pick_questions(train_files, data_arguments), renderer, model)
     fixed = questions[: len(FIXED_PROMPTS)]
     before = reply_all(trainer, renderer, fixed, data_arguments.max_new_tokens)
+    check_again = quick_check(trainer, renderer, data_arguments)
     trainer.add_callback(run_page(trainer, renderer, record, fixed, before, data_arguments))
     guard.stage = "training"
     trainer.train(resume_from_checkpoint=checkpoint)
@@ -250,6 +254,7 @@ def run(
     after = reply_all(trainer, renderer, questions, data_arguments.max_new_tokens)
     trainer.save_final()
     if trainer.is_world_process_zero():
+        record |= check_again()
         finish(trainer, record, metrics, questions, before, after, seconds=time.time() - started)
 
 
@@ -645,6 +650,23 @@ def reply_all(trainer: Trainer, renderer: Renderer, questions: list, max_new_tok
     chat = Chat(model, renderer)
     asked = [[user(question)] for question, _answers in questions]
     return [reply for batch in batches(asked, 8) for reply in chat.reply_batch(batch, sampling)]
+
+
+def quick_check(trainer: Trainer, renderer: Renderer, data_arguments: DataArguments) -> Callable[[], dict]:
+    """With --eval_quick, ask the quick check's questions; return what asks them again and compares, for run.json."""
+    asked = quick.questions() if data_arguments.eval_quick else []
+    pairs = answerable([(question["prompt"], question) for question in asked], renderer, trainer.model)
+    before = reply_all(trainer, renderer, pairs, data_arguments.max_new_tokens) if pairs else []
+
+    def again() -> dict:
+        if not before:
+            return {}
+        after = reply_all(trainer, renderer, pairs, data_arguments.max_new_tokens)
+        found = quick.compare([question for _prompt, question in pairs], after, before)
+        say(f"\nquick check, before training (base) and after (tuned):\n{quick.table(found['rows'])}")
+        return {"quick": found}
+
+    return again
 
 
 def describe(model, renderer: Renderer, fingerprint: dict) -> dict:

@@ -33,6 +33,7 @@ ORDER = [
     "chat",
     "export",
     "report",
+    "quick",
     "evaluate",
 ]
 LIGHT = ("conversation", "chat_format", "packing", "opendata")
