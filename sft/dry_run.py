@@ -76,8 +76,11 @@ BARS = " ▁▂▃▄▅▆▇█"
 # Published runs: name, learning rate, conversations per update, epochs, source.
 RECIPES = {
     False: (
+        ("BELLE-7B (BLOOMZ)", 3e-6, 64, 3, "huggingface.co/BelleGroup/BELLE-7B-1M"),
         ("Stanford Alpaca 7B", 2e-5, 128, 3, "github.com/tatsu-lab/stanford_alpaca, README"),
         ("Vicuna 13B", 2e-5, 128, 3, "github.com/lm-sys/FastChat, README"),
+        ("Yi-34B-Chat", 1e-5, 64, 2, "arXiv 2403.04652"),
+        ("Zephyr 7B", 2e-5, 128, 1, "github.com/huggingface/alignment-handbook, recipes/zephyr-7b-beta/sft"),
         ("Tülu 3 8B", 5e-6, 128, 2, "github.com/allenai/open-instruct, docs/tulu3.md"),
         ("LIMA 65B", 1e-5, 32, 15, "arXiv 2305.11206"),
     ),

@@ -6,20 +6,35 @@ from transformers import AutoConfig
 from sft import memory
 from sft.memory import FULL, GIB, LORA, ONE, QLORA, ZERO2, ZERO3, Plan, Step
 
-QWEN = {"vocab_size": 151_936, "tie_word_embeddings": False}
+BLOOM = {"vocab_size": 250_880, "tie_word_embeddings": True}
+FALCON = {"new_decoder_architecture": False, "max_position_embeddings": 2048, "tie_word_embeddings": True}
+QWEN = {"vocab_size": 151_936, "tie_word_embeddings": False, "max_position_embeddings": 32_768}
+YI = {"vocab_size": 64_000, "tie_word_embeddings": False, "max_position_embeddings": 4096}
+YI_6B = {"hidden_size": 4096, "intermediate_size": 11_008, "num_attention_heads": 32, "num_key_value_heads": 4, **YI}
 MISTRAL = {"hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32, "num_attention_heads": 32}
-FALCON = {"multi_query": True, "alibi": False, "bias": False, "parallel_attn": True, "new_decoder_architecture": False}
-# The seeds' models: type, shape (from their public config.json), published parameters.
+MISTRAL |= {"num_key_value_heads": 8, "tie_word_embeddings": False, "max_position_embeddings": 32_768}
+# The seeds' models: type, shape of their public config.json, parameters. No hub is reachable from here: each was read
+# where the source beside it repeats that file. The sums agree with the parameters that the model cards name.
 PUBLISHED = {
-    "bloom-560m": ("bloom", {"hidden_size": 1024, "n_layer": 24, "n_head": 16, "vocab_size": 250_880}, 559_214_592),
-    "bloom-1b7": ("bloom", {"hidden_size": 2048, "n_layer": 24, "n_head": 16, "vocab_size": 250_880}, 1_722_408_960),
-    "bloom-3b": ("bloom", {"hidden_size": 2560, "n_layer": 30, "n_head": 32, "vocab_size": 250_880}, 3_002_557_440),
-    "bloom-7b1": ("bloom", {"hidden_size": 4096, "n_layer": 30, "n_head": 32, "vocab_size": 250_880}, 7_069_016_064),
+    # Layers, hidden size, parameters: keras-hub, bloom_presets.py. Heads: cli99/llm-analysis; the cards of 1b7, 3b.
+    "bloom-560m": ("bloom", {"hidden_size": 1024, "n_layer": 24, "n_head": 16, **BLOOM}, 559_214_592),
+    "bloom-1b7": ("bloom", {"hidden_size": 2048, "n_layer": 24, "n_head": 16, **BLOOM}, 1_722_408_960),
+    "bloom-3b": ("bloom", {"hidden_size": 2560, "n_layer": 30, "n_head": 32, **BLOOM}, 3_002_557_440),
+    "bloom-7b1": ("bloom", {"hidden_size": 4096, "n_layer": 30, "n_head": 32, **BLOOM}, 7_069_016_064),
+    # litgpt, config.py; rw: an audit of the hub's falcon configs. The hub counts 7B's head again (7,217,189,760).
+    "falcon-rw-1b": (
+        "falcon",
+        {"hidden_size": 2048, "num_hidden_layers": 24, "num_attention_heads": 32, "vocab_size": 50_304, **FALCON}
+        | {"multi_query": False, "alibi": True, "bias": True, "parallel_attn": False},
+        1_311_625_216,
+    ),
     "falcon-7b": (
         "falcon",
-        {"hidden_size": 4544, "num_hidden_layers": 32, "num_attention_heads": 71, "vocab_size": 65_024, **FALCON},
+        {"hidden_size": 4544, "num_hidden_layers": 32, "num_attention_heads": 71, "vocab_size": 65_024, **FALCON}
+        | {"multi_query": True, "alibi": False, "bias": False, "parallel_attn": True},
         6_921_720_704,
     ),
+    # GenZ-LLM-Analyzer, Model_sets/alibaba.py, which names the hub's files.
     "Qwen1.5-4B": (
         "qwen2",
         {"hidden_size": 2560, "intermediate_size": 6912, "num_hidden_layers": 40, "num_attention_heads": 20}
@@ -32,19 +47,33 @@ PUBLISHED = {
         | {"num_key_value_heads": 40, **QWEN, "vocab_size": 152_064},
         14_167_290_880,
     ),
-    "Yi-9B": (
-        "llama",
-        {"hidden_size": 4096, "intermediate_size": 11_008, "num_hidden_layers": 48, "num_attention_heads": 32}
-        | {"num_key_value_heads": 4, "vocab_size": 64_000},
-        8_829_407_232,
+    # litgpt, config.py; Qwen3's card: 8.2B, 6.95B of them not in embeddings, 36 layers, 32 heads for Q and 8 for KV.
+    "Qwen2.5-7B": (
+        "qwen2",
+        {"hidden_size": 3584, "intermediate_size": 18_944, "num_hidden_layers": 28, "num_attention_heads": 28}
+        | {"num_key_value_heads": 4, **QWEN, "vocab_size": 152_064, "max_position_embeddings": 131_072},
+        7_615_616_512,
     ),
+    "Qwen3-8B-Base": (
+        "qwen3",
+        {"hidden_size": 4096, "intermediate_size": 12_288, "num_hidden_layers": 36, "num_attention_heads": 32}
+        | {"num_key_value_heads": 8, "head_dim": 128, **QWEN},
+        8_190_735_360,
+    ),
+    # Yi's configuration_yi.py; 9B is 6B with 16 layers twice (01-ai.github.io/blog/dive-deeper-into-yi-9b), and 1.5 is
+    # trained on from it (card).
+    "Yi-6B": ("llama", {"num_hidden_layers": 32, **YI_6B, "rope_theta": 5e6}, 6_061_035_520),
+    "Yi-9B": ("llama", {"num_hidden_layers": 48, **YI_6B}, 8_829_407_232),
+    "Yi-1.5-9B": ("llama", {"num_hidden_layers": 48, **YI_6B}, 8_829_407_232),
     "Yi-34B": (
         "llama",
         {"hidden_size": 7168, "intermediate_size": 20_480, "num_hidden_layers": 60, "num_attention_heads": 56}
-        | {"num_key_value_heads": 8, "vocab_size": 64_000},
+        | {"num_key_value_heads": 8, **YI, "rope_theta": 5e6},
         34_388_917_248,
     ),
-    "Mistral-7B-v0.1": ("mistral", {**MISTRAL, "num_key_value_heads": 8, "vocab_size": 32_000}, 7_241_732_096),
+    # litgpt, config.py.
+    "Mistral-7B-v0.1": ("mistral", {**MISTRAL, "vocab_size": 32_000, "sliding_window": 4096}, 7_241_732_096),
+    "Mistral-7B-v0.3": ("mistral", {**MISTRAL, "vocab_size": 32_768, "sliding_window": None}, 7_248_023_552),
 }
 
 

@@ -1,0 +1,18 @@
+#!/bin/sh
+# Blossom v5, second stage, from the first one's model: 10,000 chats of many turns and a tenth of the first stage again,
+# 3 times; 8 x 80 GB.
+#
+#   python -m sft.opendata --mix blossom-v5-stage2 --output data_proj/blossom-v5-stage2
+#   sh recipes/blossom-v5-stage2.sh
+#
+# Knobs: those of ds_all.sh; flags of train.py at the end override them.
+# Data and epochs: huggingface.co/Azure99/blossom-v5-9b. Its tenth is one of the conversations, 9,000 of them.
+# Our judgement, for the card names none: rate, length and rows of the first stage.
+set -eu
+cd "$(dirname "$0")/.."
+
+: "${MODEL:=runs/blossom-v5-stage1/model}" "${DATA:=data_proj/blossom-v5-stage2}"
+: "${OUTPUT:=runs/blossom-v5-stage2}" "${ZERO:=2}"
+: "${LEARNING_RATE:=1e-5}" "${EPOCHS:=3}" "${MAX_LENGTH:=4096}" "${BATCH_SIZE:=1}" "${ACCUMULATION:=16}"
+export MODEL DATA OUTPUT ZERO LEARNING_RATE EPOCHS MAX_LENGTH BATCH_SIZE ACCUMULATION
+exec sh ds_all.sh --gradient_checkpointing --chat_format blossom "$@"
