@@ -11,14 +11,15 @@ Prompts come from the same renderer as the training rows, so the model sees here
 import argparse
 import json
 import os
-import queue
 import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
+from sft.batching import Decoder, Sampling
 from sft.chat_format import FORMAT_NAMES, Renderer
 from sft.conversation import RecordError, read_file, read_record
 from sft.dataset import batches
@@ -33,17 +34,7 @@ class Reply(NamedTuple):
     num_tokens: int
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How to draw tokens. The defaults are Blossom's; temperature 0 is greedy."""
-
-    temperature: float = 0.5
-    top_p: float = 0.85
-    top_k: int = 50
-    repetition_penalty: float = 1.05
-    max_new_tokens: int = 512
-
-
+BLOSSOM = Sampling()
 GREEDY = Sampling(temperature=0.0, repetition_penalty=1.0)
 
 
@@ -54,56 +45,45 @@ class Chat:
     model: object
     renderer: Renderer
 
-    def reply(self, messages: Sequence[dict], sampling: Sampling = Sampling()) -> Reply:
+    def reply(self, messages: Sequence[dict], sampling: Sampling = BLOSSOM) -> Reply:
         """Reply to messages that end with the user's turn."""
         return self.reply_batch([messages], sampling)[0]
 
-    def reply_batch(self, batch: Sequence[Sequence[dict]], sampling: Sampling = Sampling()) -> list[Reply]:
-        """Reply to several conversations in one generation, padded on the left."""
-        import torch
-
-        prompts = [self.prompt_ids(messages) for messages in batch]
-        longest = max(map(len, prompts))
-        ids = torch.full((len(prompts), longest), self.renderer.tokenizer.pad_token_id)
-        mask = torch.zeros_like(ids)
-        for row, prompt in enumerate(prompts):
-            ids[row, longest - len(prompt) :] = torch.tensor(prompt)
-            mask[row, longest - len(prompt) :] = 1
-        new_ids = self._generate(ids, mask, sampling)[:, longest:].tolist()
-        return [self._to_reply(row) for row in new_ids]
+    def reply_batch(self, batch: Sequence[Sequence[dict]], sampling: Sampling = BLOSSOM) -> list[Reply]:
+        """Reply to several conversations together."""
+        decoder = self._decoder()
+        requests = [decoder.add(self.prompt_ids(messages), sampling) for messages in batch]
+        decoder.run()
+        if failed := [request.error for request in requests if request.error]:
+            raise failed[0]
+        return [self.to_reply(request.ids) for request in requests]
 
     def stream_reply(
-        self, messages: Sequence[dict], sampling: Sampling = Sampling(), stop: threading.Event | None = None
+        self, messages: Sequence[dict], sampling: Sampling = BLOSSOM, stop: threading.Event | None = None
     ) -> Iterator[Reply]:
-        """Yield the growing reply. Closing the generator, or setting `stop`, ends the model's work within a token."""
-        import torch
+        """Yield the growing reply. Closing the generator, or setting `stop`, ends the model's work within a token.
 
-        prompt = self.prompt_ids(messages)
-        stop, tokens = stop or threading.Event(), queue.Queue()
-
-        def work() -> None:
-            try:
-                ids = torch.tensor([prompt])
-                self._generate(ids, torch.ones_like(ids), sampling, streamer=_TokenQueue(tokens), stop=stop)
-            except Exception as error:  # handed to the reader of the stream, who would wait forever otherwise
-                tokens.put(error)
-            tokens.put(None)
-
-        worker = threading.Thread(target=work, daemon=True)
-        worker.start()
-        new_ids: list[int] = []
+        Streams that are read at the same time, in threads of their own, share one batch.
+        """
+        request = self.decoder.add(self.prompt_ids(messages), sampling, stop=stop)
+        self.decoder.start()
         try:
-            while (item := tokens.get()) is not None:
-                if isinstance(item, Exception):
-                    raise item
-                new_ids += item
-                reply = self._to_reply(new_ids)
-                # A character of several tokens decodes to U+FFFD until its last token is there.
-                yield reply._replace(text=reply.text.rstrip("\ufffd"))
-            yield self._to_reply(new_ids)
+            for count in self.decoder.follow(request):
+                yield self.to_reply(request.ids[:count], growing=True)
+            yield self.to_reply(request.ids)
         finally:
-            stop.set()
-            worker.join()
+            request.cancel()
+            self.decoder.wait(request)
+
+    @cached_property
+    def decoder(self) -> Decoder:
+        """The batch that all streams of this chat share."""
+        return self._decoder()
+
+    def _decoder(self) -> Decoder:
+        tokenizer = self.renderer.tokenizer
+        window = self.context_window
+        return Decoder(self.model, stop_ids=self.renderer.stop_ids, pad_id=tokenizer.pad_token_id or 0, window=window)
 
     def prompt_ids(self, messages: Sequence[dict]) -> list[int]:
         """Render the prompt; raises ValueError when it leaves no room for a reply in the model's context window."""
@@ -120,64 +100,13 @@ class Chat:
         """The model's context length in tokens; None where it has no fixed one (ALiBi)."""
         return context_window(self.model.config)
 
-    def _generate(self, ids, mask, sampling: Sampling, *, streamer=None, stop: threading.Event | None = None):
-        import torch
-        from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
-
-        class Stopped(StoppingCriteria):
-            def __call__(self, input_ids, scores, **kwargs):
-                return torch.full((len(input_ids),), stop.is_set(), device=input_ids.device)
-
-        room = (self.context_window or sys.maxsize) - ids.shape[1]
-        greedy = sampling.temperature <= 0
-        drawing = {} if greedy else {key: value for key, value in asdict(sampling).items() if key in _DRAWING}
-        config = GenerationConfig(
-            do_sample=not greedy,
-            repetition_penalty=sampling.repetition_penalty,
-            max_new_tokens=min(sampling.max_new_tokens, room),
-            eos_token_id=self.renderer.stop_ids,
-            pad_token_id=self.renderer.tokenizer.pad_token_id,
-            use_cache=True,
-            **drawing,
-        )
-        device = self.model.device
-        was_training, use_cache = self.model.training, self.model.config.use_cache
-        self.model.eval()
-        try:
-            with torch.inference_mode():
-                return self.model.generate(
-                    input_ids=ids.to(device),
-                    attention_mask=mask.to(device),
-                    generation_config=config,
-                    streamer=streamer,
-                    stopping_criteria=StoppingCriteriaList([Stopped()] if stop else []),
-                )
-        finally:
-            self.model.train(was_training)
-            self.model.config.use_cache = use_cache
-
-    def _to_reply(self, new_ids: list[int]) -> Reply:
+    def to_reply(self, new_ids: Sequence[int], *, growing: bool = False) -> Reply:
+        """Decode what was generated, up to the first stop token."""
         stops = [new_ids.index(stop) for stop in self.renderer.stop_ids if stop in new_ids]
         ids = new_ids[: min(stops, default=len(new_ids))]
-        return Reply(self.renderer.decode(ids), bool(stops), len(ids))
-
-
-_DRAWING = ("temperature", "top_p", "top_k")
-
-
-class _TokenQueue:
-    """The streamer that `generate` feeds: first the prompt (skipped), then each new token."""
-
-    def __init__(self, tokens: queue.Queue):
-        self._tokens, self._prompt_seen = tokens, False
-
-    def put(self, value) -> None:
-        if self._prompt_seen:
-            self._tokens.put(value.flatten().tolist())
-        self._prompt_seen = True
-
-    def end(self) -> None:
-        pass
+        text = self.renderer.decode(ids)
+        # A character of several tokens decodes to U+FFFD until its last token is there.
+        return Reply(text.rstrip("\ufffd") if growing else text, bool(stops), len(ids))
 
 
 def load_chat(

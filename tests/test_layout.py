@@ -30,6 +30,7 @@ ORDER = [
     "memory",
     "preflight",
     "dry_run",
+    "batching",
     "chat",
     "export",
     "report",
