@@ -424,7 +424,7 @@ def test_an_error_shows_no_path(url, chat, monkeypatch):
 
     user = client(url)
     user.predict("你好", "", api_name="/say")
-    monkeypatch.setattr(type(chat), "_generate", fail)
+    monkeypatch.setattr(type(chat.model), "forward", fail)
     with pytest.raises(AppError, match="出错了，请重试 · something went wrong; try again") as caught:
         user.predict("", *LONG, api_name="/reply")
     assert "secret" not in str(caught.value)
