@@ -32,6 +32,8 @@ ORDER = [
     "dry_run",
     "batching",
     "chat",
+    "modelfile",
+    "gguf",
     "export",
     "report",
     "quick",
