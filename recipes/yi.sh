@@ -7,7 +7,7 @@
 # Knobs: those of ds_all.sh; flags of train.py at the end override them.
 # Yi's report (arXiv 2403.04652, finetuning): 1e-5, constant; batches of 64, 4096 tokens, weight decay 0.1, beta2 0.999;
 #   300 steps, about 2 epochs of less than 10,000 conversations. Its NEFTune noise is left out.
-# Our judgement: 8 packed rows for the 64 conversations.
+# Our judgement: 8 packed rows for the 64 conversations, if those have 512 tokens.
 set -eu
 cd "$(dirname "$0")/.."
 
