@@ -16,10 +16,9 @@ import tarfile
 import urllib.request
 import zipfile
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
-from sft.chat import GREEDY, Chat
+from sft.chat import Chat
 from sft.chat_format import adds_bos
 from sft.tiny import BLOOM_SPLIT, QWEN_SPLIT
 
@@ -452,12 +451,15 @@ def _agreement(chat: Chat, other, prompts: list[list[int]], tie: float) -> tuple
     reply is the same, and where it doesn't, the tokens behind it still count.
     """
     import torch
+    from transformers import GenerationConfig
 
+    ends = {"eos_token_id": chat.renderer.stop_ids, "pad_token_id": chat.renderer.tokenizer.pad_token_id}
+    greedy = GenerationConfig(do_sample=False, repetition_penalty=1.0, max_new_tokens=NEW_TOKENS, **ends)
     counts = [0, 0, 0]
     for prompt in prompts:
         ids = torch.tensor([prompt])
-        row = chat._generate(ids, torch.ones_like(ids), replace(GREEDY, max_new_tokens=NEW_TOKENS))
         with torch.inference_mode():
+            row = chat.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=greedy)
             logits = chat.model(input_ids=row).logits[0, len(prompt) - 1 : -1]
         for place, scores in enumerate(logits, start=len(prompt)):
             theirs = other.next_token(row[0, :place].tolist())

@@ -6,7 +6,7 @@ A SYSTEM line in the Modelfile is put in front when a request has none. The repl
 
 import json
 
-from sft.chat import Sampling
+from sft.chat import BLOSSOM
 from sft.chat_format import CHAT_FORMATS, ChatFormat, Renderer, bind_format
 
 # What str.strip takes away, by bytes in UTF-8: Go's templates have no trim, but they slice strings by bytes.
@@ -26,11 +26,10 @@ def modelfile(renderer: Renderer, source: str) -> str:
             "to Go faithfully; train with a format of the table (--chat_format chatml, ...), or use llama-server"
         )
     row = bind_format(CHAT_FORMATS[renderer.name], renderer.tokenizer)
-    sampling = Sampling()
     lines = [f"FROM {source}", f"TEMPLATE {quoted(go_template(row))}"]
     lines += [f"SYSTEM {quoted(row.default_system)}"] if row.default_system else []
-    lines += [f"PARAMETER {name} {getattr(sampling, name)}" for name in ("temperature", "top_p", "top_k")]
-    lines += [f"PARAMETER repeat_penalty {sampling.repetition_penalty}", "PARAMETER repeat_last_n -1"]
+    lines += [f"PARAMETER {name} {getattr(BLOSSOM, name)}" for name in ("temperature", "top_p", "top_k")]
+    lines += [f"PARAMETER repeat_penalty {BLOSSOM.repetition_penalty}", "PARAMETER repeat_last_n -1"]
     stops = renderer.tokenizer.convert_ids_to_tokens(renderer.stop_ids)
     return "\n".join([*lines, *(f"PARAMETER stop {quoted(stop)}" for stop in stops)]) + "\n"
 

@@ -1,0 +1,155 @@
+"""Real OpenAI-compatible servers get messages, and make of them the ids of training and the replies of sft.chat."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from dataclasses import replace
+
+import pytest
+import torch
+
+from sft import gguf
+from sft.chat import GREEDY, load_chat
+from sft.chat_format import Renderer
+from sft.export import to_gguf
+from sft.model import load_model, load_tokenizer, set_generation_config
+from tests.test_export import CONVERTERS, needs_llama_cpp
+
+pytestmark = pytest.mark.slow
+
+LEARNED = (
+    [("user", "你好"), ("assistant", "你好！有什么可以帮你？"), ("user", "再见"), ("assistant", "再见 😀")],
+    [("system", "Be brief."), ("user", "1+1=?"), ("assistant", "**2**, `two`.")],
+)
+GREEDILY = {"temperature": 0, "max_tokens": 40}
+
+# The real command, with a line on stdout for what each generation starts from.
+SERVE = """
+import json, sys
+from transformers import GenerationMixin
+generate = GenerationMixin.generate
+def told(self, *arguments, **options):
+    print(json.dumps(options["input_ids"].tolist()), flush=True)
+    return generate(self, *arguments, **options)
+GenerationMixin.generate = told
+from transformers.cli.transformers import main
+sys.argv = ["transformers", "serve", *sys.argv[1:]]
+main()
+"""
+
+
+def conversations() -> list[list[dict]]:
+    return [[{"role": role, "content": text} for role, text in turns] for turns in LEARNED]
+
+
+def prompts() -> list[list[dict]]:
+    """Each learned conversation up to each reply."""
+    return [
+        messages[:index]
+        for messages in conversations()
+        for index, message in enumerate(messages)
+        if message["role"] == "assistant"
+    ]
+
+
+@pytest.fixture(scope="module", params=[("qwen2", "chatml"), ("mistral", "blossom")], ids="-".join)
+def learned(request, tiny_base, tmp_path_factory):
+    """A folder as train.py saves it, of a model that knows the conversations by heart; and it, loaded."""
+    family, chat_format = request.param
+    folder = tmp_path_factory.mktemp("learned") / family
+    tokenizer = load_tokenizer(str(tiny_base(family)))
+    renderer = Renderer(tokenizer, chat_format)
+    tokenizer.chat_template = renderer.chat_template
+    torch.manual_seed(0)
+    model = load_model(str(tiny_base(family)))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for _ in range(60):
+        for messages in conversations():
+            row = renderer.render(messages)
+            ids, labels = (torch.tensor(values).long()[None] for values in row[:2])
+            model(input_ids=ids, labels=labels).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    model.config.use_cache = True
+    set_generation_config(model, tokenizer, renderer.stop_ids)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder, load_chat(str(folder), device="cpu", dtype="float32")
+
+
+def ask(url: str, body: dict) -> dict:
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=120) as answer:
+        return json.load(answer)
+
+
+def expected_reply(chat, messages: list[dict]) -> str:
+    reply = chat.reply(messages, replace(GREEDY, max_new_tokens=40))
+    assert reply.ended
+    return reply.text
+
+
+def test_the_model_has_learned_its_conversations(learned):
+    _folder, chat = learned
+    assert [expected_reply(chat, messages) for messages in prompts()] == [
+        "你好！有什么可以帮你？",
+        "再见 😀",
+        "**2**, `two`.",
+    ]
+
+
+@pytest.fixture
+def transformers_serve():
+    """`transformers serve` as a process; gives its address and a function that waits for the next prompt's ids."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-c", SERVE, "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment) as server:
+        try:
+            for _ in range(600):
+                try:
+                    urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
+                    break
+                except (urllib.error.URLError, OSError):
+                    assert server.poll() is None, "transformers serve has ended"
+                    time.sleep(0.1)
+            lines = (json.loads(line) for line in server.stdout if line.startswith(b"[["))  # others are its access log
+            yield f"http://127.0.0.1:{port}/v1/chat/completions", lambda: next(lines)
+        finally:
+            server.terminate()
+
+
+def test_transformers_serve_starts_from_the_ids_of_training(learned, transformers_serve):
+    folder, chat = learned
+    url, next_ids = transformers_serve
+    for messages in prompts():
+        answer = ask(url, {"model": str(folder), "messages": messages, **GREEDILY})
+        assert next_ids() == [chat.renderer.prompt(messages)]
+        assert answer["usage"]["prompt_tokens"] == len(chat.renderer.prompt(messages))
+        assert answer["choices"][0]["message"]["content"].strip() == expected_reply(chat, messages)
+        assert answer["choices"][0]["finish_reason"] == "stop"
+
+
+@needs_llama_cpp
+def test_llama_cpps_server_starts_from_the_ids_of_training(learned, tmp_path):
+    folder, chat = learned
+    found = to_gguf(str(folder), str(tmp_path / "gguf"), outtype="f16", llama_cpp=str(CONVERTERS[-1]))
+    assert found.startswith("f16: ")
+    server = gguf.XLlamaCpp(tmp_path / "gguf" / "model-f16.gguf", 512)
+    try:
+        for messages in prompts():
+            text = ask(f"{server.url}/apply-template", {"messages": messages})["prompt"]
+            assert server.ids(text) == chat.renderer.prompt(messages)
+            answer = ask(f"{server.url}/v1/chat/completions", {"messages": messages, **GREEDILY})
+            assert answer["usage"]["prompt_tokens"] == len(chat.renderer.prompt(messages))
+            assert answer["choices"][0]["message"]["content"].strip() == expected_reply(chat, messages)
+            assert answer["choices"][0]["finish_reason"] == "stop"
+    finally:
+        server.close()
