@@ -1,56 +1,126 @@
 """Does it answer well? The quick check offline, judged suites over any OpenAI-compatible endpoint, exams by lm-eval.
 
     python -m sft.evaluate --suite quick --model_path RUN/model --base_path BASE --output_dir runs/quick
+    JUDGE_API_KEY=… python -m sft.evaluate --suite mt-bench --model_path RUN/model \\
+        --judge_base_url https://api.openai.com/v1 --judge_model gpt-4 --output_dir runs/mt-bench
+    python -m sft.evaluate --suite lm-eval --tasks ceval-valid,gsm8k --model_path RUN/model --output_dir runs/exams
 
-What was asked, answered and found is kept in `--output_dir`: results.md, results.json and answers.jsonl.
+What was asked, answered and found is kept in `--output_dir`; the same command goes on where it was stopped.
 """
 
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
-from sft import quick
+from sft import judge, quick
 from sft.chat import GREEDY, Chat, Reply, load_chat
 from sft.chat_format import FORMAT_NAMES
+from sft.checkpoint import hash_base
 from sft.dataset import CACHE_DIR, batches
-from sft.report import write_json, write_text
+from sft.endpoint import Calls, Endpoint, api_key, check_url, read_calls
+from sft.model import load_tokenizer
+from sft.overlap import find_overlap, overlap_lines
+from sft.protocols import Suite, align_bench, belle, mt_bench, read_winner
+from sft.report import cell, write_json, write_text
 
-SUITES = ("quick",)
-RESULTS, TABLES, ANSWERS, SETTINGS = "results.json", "results.md", "answers.jsonl", "settings.json"
+RESULTS, TABLES, ANSWERS, SETTINGS, CALLS = (
+    "results.json",
+    "results.md",
+    "answers.jsonl",
+    "settings.json",
+    "calls.jsonl",
+)
+JUDGED = ("mt-bench", "align-bench", "belle")
+# What may not change when an evaluation is continued; the rest only says how fast it goes.
+UNCHANGED = ("suite", "model_path", "base_path", "chat_format", "base_url", "model", "judge_base_url", "judge_model")
+UNCHANGED += (
+    "questions",
+    "judge_prompts",
+    "references",
+    "compare",
+    "tasks",
+    "num_fewshot",
+    "max_new_tokens",
+    "limit",
+    "seed",
+)
+POSITIVE = ("batch_size", "max_new_tokens", "limit", "max_length", "concurrency", "requests_per_minute", "timeout")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m sft.evaluate", description="Evaluate a chat model.")
-    parser.add_argument("--suite", required=True, choices=SUITES)
+    parser.add_argument("--suite", required=True, choices=("quick", *JUDGED, "lm-eval"))
     parser.add_argument("--output_dir", required=True, help="a new folder, or that of the same evaluation to continue")
+    parser.add_argument(
+        "--dry_run", action="store_true", help="judged suites: say what would be sent, and send nothing"
+    )
     model = parser.add_argument_group("the model")
     model.add_argument("--model_path", help="a folder that train.py wrote, any model folder, or a hub model")
     model.add_argument("--base_path", help="quick: the base that it is compared with")
+    model.add_argument("--base_url", help="judged suites: an endpoint that answers instead (key: MODEL_API_KEY)")
+    model.add_argument("--model", help="the model's name at --base_url")
     model.add_argument("--chat_format", default="auto", choices=FORMAT_NAMES)
     model.add_argument("--device", help="cuda, cuda:1, cpu ... (default: a GPU if there is one)")
     model.add_argument("--batch_size", type=int, default=8, help="questions answered at a time by a local model")
     model.add_argument("--max_new_tokens", type=int, help="longest answer (default: 1024 in judged suites, else 256)")
     model.add_argument("--trust_remote_code", action="store_true")
+    calls = parser.add_argument_group("the judge and the endpoints")
+    calls.add_argument("--judge_base_url", help="the judge's endpoint, as in https://api.openai.com/v1 (JUDGE_API_KEY)")
+    calls.add_argument("--judge_model", help="the judge's name there")
+    calls.add_argument("--compare", help="the folder of another model's evaluation: the judge says who answers better")
+    calls.add_argument("--concurrency", type=int, default=8, help="requests at a time")
+    calls.add_argument("--requests_per_minute", type=float, help="most requests sent in a minute, to each endpoint")
+    calls.add_argument("--timeout", type=float, default=180, help="seconds that a request may take")
+    calls.add_argument("--retries", type=int, default=6, help="further tries of a request that fails")
+    calls.add_argument(
+        "--backoff", type=float, default=1.0, help="seconds before the first of them, then twice as long"
+    )
+    calls.add_argument(
+        "--verdict_retries", type=int, default=2, help="times that a judge without a verdict is asked again"
+    )
+    calls.add_argument("--cache", help="the file of all calls (default: calls.jsonl in --output_dir)")
+    calls.add_argument("--prices", type=float, nargs=2, help="of the model: for a million tokens in, and out")
+    calls.add_argument("--judge_prices", type=float, nargs=2, help="of the judge")
     data = parser.add_argument_group("questions and data")
+    data.add_argument("--questions", help="the suite's questions (AlignBench, BELLE: their own file)")
+    data.add_argument("--judge_prompts", help="AlignBench: its repository's folder; BELLE: eval_prompt.json")
+    data.add_argument("--references", help="MT-Bench: reference answers for other --questions")
     data.add_argument("--limit", type=int, help="only this many questions, the first ones")
+    data.add_argument("--train_data_path", nargs="+", help="what was trained on: questions that stand in it are named")
+    data.add_argument("--encoding", default="utf-8", help="of the training data")
     data.add_argument("--eval_data_path", nargs="+", help="quick: held-out conversations whose loss is taken")
     data.add_argument("--max_length", type=int, default=2048, help="quick: longest held-out conversation, in tokens")
     data.add_argument("--cache_dir", default=CACHE_DIR, help="where tokenised data is kept, by content")
+    data.add_argument("--tasks", help="lm-eval: names of tasks, or .json files of your own, with commas")
+    data.add_argument("--num_fewshot", type=int, help="lm-eval: examples before each question")
     data.add_argument("--seed", type=int, default=0, help="of the sums, of sampling and of the intervals")
     return parser
 
 
 def _problems(options: argparse.Namespace) -> list[str]:
-    found = [
-        f"--{name} {value}: must be at least 1"
-        for name, value in vars(options).items()
-        if name in ("batch_size", "max_new_tokens", "limit", "max_length") and value is not None and value < 1
-    ]
-    if options.suite == "quick" and not options.model_path:
-        found.append("--suite quick needs --model_path")
+    found = [f"--{n} {v}: must be positive" for n in POSITIVE if (v := getattr(options, n)) is not None and v <= 0]
+    judged = options.suite in JUDGED
+    if options.base_url and not options.model:
+        found.append("--base_url needs --model, the model's name there")
+    if not options.model_path and not (options.base_url and options.suite != "quick"):
+        found.append(
+            f"--suite {options.suite} needs --model_path" + ("" if options.suite == "quick" else " or --base_url")
+        )
+    for flag in ("judge_base_url", "judge_model") if judged else ():
+        if not getattr(options, flag):
+            found.append(f"--suite {options.suite} needs --{flag}")
+    for flag in ("questions", "judge_prompts") if options.suite in ("align-bench", "belle") else ():
+        if not getattr(options, flag):
+            found.append(f"--suite {options.suite} needs --{flag}: its licence does not let us carry it")
+    if options.suite == "lm-eval" and not options.tasks:
+        found.append("--suite lm-eval needs --tasks")
+    for flag in ("base_url", "judge_base_url"):
+        if (url := getattr(options, flag)) and (problem := check_url(f"--{flag}", url)):
+            found.append(problem)
     return found
 
 
@@ -62,13 +132,12 @@ def open_output(folder: Path, settings: dict) -> None:
     path = folder / SETTINGS
     if path.exists():
         old = json.loads(path.read_text(encoding="utf-8"))
-        changed = [name for name in settings if old.get(name) != settings[name]]
-        if changed:
-            name = changed[0]
-            raise ValueError(
-                f"--output_dir {folder}: holds an evaluation with {name} {old.get(name)}, not {settings[name]}; "
-                "choose another folder"
-            )
+        for name in settings:
+            if old.get(name) != settings[name]:
+                was, now = old.get(name), settings[name]
+                raise ValueError(
+                    f"--output_dir {folder}: its evaluation has {name} {was}, not {now}; choose another folder"
+                )
     elif folder.exists() and any(folder.iterdir()):
         raise ValueError(f"--output_dir {folder}: is not empty, and not an evaluation's; choose another folder")
     else:
@@ -77,11 +146,87 @@ def open_output(folder: Path, settings: dict) -> None:
 
 
 def write_results(folder: Path, results: dict, tables: str, answers: Sequence[dict]) -> None:
-    lines = [json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers]
-    write_text(folder / ANSWERS, "".join(lines))
+    write_text(folder / ANSWERS, "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers))
     write_json(folder / RESULTS, results)
     write_text(folder / TABLES, tables)
     print(f"\n{tables}\nwritten to {folder / TABLES}, {RESULTS} and {ANSWERS}", flush=True)
+
+
+# --- answers of the model -----------------------------------------------------------------------------------------
+
+
+def _load(options: argparse.Namespace, path: str) -> Chat:
+    trust = options.trust_remote_code
+    return load_chat(path, chat_format=options.chat_format, device=options.device, trust_remote_code=trust)
+
+
+def _endpoint(options: argparse.Namespace, base_url: str, model: str, name: str) -> Endpoint:
+    names = ("concurrency", "requests_per_minute", "timeout", "retries", "backoff")
+    return Endpoint(base_url, model, key=api_key(base_url, name), **{name: getattr(options, name) for name in names})
+
+
+# --- judged suites ------------------------------------------------------------------------------------------------
+
+
+def load_suite(options: argparse.Namespace) -> Suite:
+    if options.suite == "mt-bench":
+        suite = mt_bench(options.questions, options.judge_prompts, options.references)
+    else:
+        load = align_bench if options.suite == "align-bench" else belle
+        suite = load(options.questions, options.judge_prompts)
+    return replace(suite, questions=suite.questions[: options.limit])
+
+
+def read_others(folder: str, suite: Suite) -> dict[str, list[str]]:
+    """Return the answers that another evaluation of the same questions kept."""
+    with open(Path(folder) / ANSWERS, encoding="utf-8") as stream:
+        kept = {row["id"]: row["answers"] for row in map(json.loads, stream) if "answers" in row}
+    missing = [question.id for question in suite.questions if len(kept.get(question.id, ())) < len(question.turns)]
+    if missing:
+        raise ValueError(f"--compare {folder}: has no answer to question {missing[0]}; is it of the same suite?")
+    return kept
+
+
+def run_judged(options: argparse.Namespace, settings: dict) -> None:
+    """Answer, judge, and write down; before that, say what is sent where and what it may cost."""
+    suite, folder = load_suite(options), Path(options.output_dir)
+    others = read_others(options.compare, suite) if options.compare else None
+    max_tokens, prices = options.max_new_tokens or judge.MAX_TOKENS, options.judge_prices
+    asks = _endpoint(options, options.judge_base_url, options.judge_model, "JUDGE_API_KEY")
+    source = _endpoint(options, options.base_url, options.model, "MODEL_API_KEY") if options.base_url else None
+    known = read_calls(Path(options.cache or folder / CALLS))
+    if len(suite.questions) != suite.num_published:
+        print(f"note: {len(suite.questions)} questions, {suite.num_published} were published", flush=True)
+    if source:
+        judge.say_answers_cost(suite, source, known, max_tokens, options.prices)
+    judge.say_verdicts_cost(suite, asks, known, prices, others)
+    print(f"questions, references and answers go to {options.judge_base_url}", flush=True)
+    if options.dry_run:
+        print("dry run: nothing was sent", flush=True)
+        return
+    open_output(folder, settings)
+    with closing(Calls(Path(options.cache or folder / CALLS))) as calls:
+        if source is None:
+            identity = hash_base(options.model_path) or options.model_path
+            chat = _load(options, options.model_path)
+            source = judge.LocalModel(chat, identity, batch_size=options.batch_size, seed=options.seed)
+        answers = judge.answer_all(suite, source, calls, max_tokens)
+        judge.say_verdicts_cost(suite, asks, calls.found, prices, others, answers)
+        asked = judge.verdict_requests(suite, answers, others)
+        read, texts = read_winner if others else suite.read, [messages for _question, _turn, messages in asked]
+        tries = options.verdict_retries
+        verdicts = judge.ask_until_settled(asks, calls, texts, read, suite.parameters, tries=tries)
+    rows = judge.judged_rows(suite, answers, asked, verdicts, pairs=bool(others))
+    overlap = _overlap(options, [(question.id, question.turns) for question in suite.questions])
+    found = {"suite": options.suite, "model": options.model if options.base_url else options.model_path}
+    found |= {"compared_with": options.compare, "judge": options.judge_model}
+    found |= judge.judged_results(suite, rows, overlap, pairs=bool(others), seed=options.seed)
+    write_results(folder, found, judge.judged_tables(found), rows)
+
+
+def _overlap(options: argparse.Namespace, questions: list[tuple[str, Sequence[str]]]) -> dict | None:
+    paths = options.train_data_path
+    return find_overlap(questions, paths, encoding=options.encoding) if paths else None
 
 
 # --- quick --------------------------------------------------------------------------------------------------------
@@ -89,45 +234,104 @@ def write_results(folder: Path, results: dict, tables: str, answers: Sequence[di
 
 def answer_quick(chat: Chat, asked: Sequence[dict], options: argparse.Namespace) -> list[Reply]:
     sampling = replace(GREEDY, max_new_tokens=options.max_new_tokens or 256)
-    prompts = [[{"role": "user", "content": question["prompt"]}] for question in asked]
     replies = []
-    for batch in batches(prompts, options.batch_size):
+    for batch in batches(([{"role": "user", "content": question["prompt"]}] for question in asked), options.batch_size):
         replies += chat.reply_batch(batch, sampling)
-        print(f"\r{len(replies)} of {len(prompts)} answered", end="", file=sys.stderr, flush=True)
+        print(f"\r{len(replies)} of {len(asked)} answered", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
     return replies
 
 
-def run_quick(options: argparse.Namespace) -> None:
+def run_quick(options: argparse.Namespace, settings: dict) -> None:
     asked = quick.questions(options.seed)[: options.limit]
+    open_output(Path(options.output_dir), settings)
     replies, losses = [], []
     for path in filter(None, (options.model_path, options.base_path)):
-        chat = load_chat(
-            path,
-            chat_format=options.chat_format,
-            device=options.device,
-            trust_remote_code=options.trust_remote_code,
-        )
+        chat = _load(options, path)
         replies.append(answer_quick(chat, asked, options))
         if options.eval_data_path:
-            settings = {"max_length": options.max_length, "cache_dir": options.cache_dir}
-            losses.append(quick.held_out_losses(chat, options.eval_data_path, **settings))
-    second = len(replies) == 2
-    found = quick.compare(
-        asked,
-        replies[0],
-        replies[1] if second else None,
-        (losses[0], losses[1] if second else None) if losses else None,
-    )
-    heading = f"# Quick check of {options.model_path}" + (f" beside {options.base_path}" if second else "")
-    note = "In brackets the 95% interval over the questions. Greedy, no judge; questions in suites/quick."
+            limits = {"max_length": options.max_length, "cache_dir": options.cache_dir}
+            losses.append(quick.held_out_losses(chat, options.eval_data_path, **limits))
+    replies, losses = [*replies, None][:2], ([*losses, None][:2] if losses else None)
+    found = quick.compare(asked, *replies, losses)
     results = {"suite": "quick", "model": options.model_path, "base": options.base_path, "rows": found["rows"]}
-    tables = f"{heading}\n\n{quick.table(found['rows'])}\n\n{note}\n"
+    heading = f"# Quick check of {options.model_path}" + (f" beside {options.base_path}" if options.base_path else "")
+    tables = f"{heading}\n\n{quick.table(found['rows'])}\n\n"
+    tables += "In brackets the 95% interval over the questions. Greedy, no judge; questions in suites/quick.\n"
+    if overlap := _overlap(options, [(question["id"], [question["prompt"]]) for question in asked]):
+        results["overlap"] = overlap
+        kept = [place for place, question in enumerate(asked) if question["id"] not in overlap["found"]]
+        sides = ([side[place] for place in kept] if side else None for side in (asked, *replies))
+        results["rows_without_overlap"] = clean = quick.compare(*sides)["rows"]
+        tables += f"\n{overlap_lines(overlap)}\n\nWithout them:\n\n{quick.table(clean)}\n"
     write_results(Path(options.output_dir), results, tables, found["answers"])
 
 
-RUNS = {"quick": run_quick}
-UNCHANGED = ("suite", "model_path", "base_path", "chat_format", "max_new_tokens", "limit", "seed")
+# --- exams --------------------------------------------------------------------------------------------------------
+
+
+def _task(name: str) -> str | dict:
+    """Return a task as lm-eval takes it: a name it knows, or the settings in a .json file, data beside it."""
+    if not name.endswith(".json"):
+        return name
+    task = json.loads(Path(name).read_text(encoding="utf-8"))
+    files = task.get("dataset_kwargs", {}).get("data_files", {})
+    task["dataset_kwargs"] = {
+        "data_files": {split: str(Path(name).resolve().parent / file) for split, file in files.items()}
+    }
+    return task
+
+
+def run_lm_eval(options: argparse.Namespace, settings: dict) -> None:
+    """Hand over to lm-eval's own API, with the saved chat template."""
+    try:
+        import lm_eval
+    except ImportError as error:
+        raise ValueError(f"--suite lm-eval: {error}; pip install lm-eval==0.4.13") from None
+    tasks = [_task(name) for name in options.tasks.split(",")]
+    if options.model_path and not load_tokenizer(options.model_path).chat_template:
+        raise ValueError(f"--model_path {options.model_path}: has no chat template; train.py saves one with its models")
+    open_output(Path(options.output_dir), settings)
+    if options.base_url:
+        model, url = "local-completions", f"{options.base_url.rstrip('/')}/completions"
+        arguments = {"model": options.model, "base_url": url, "tokenizer": options.model_path or options.model}
+    else:
+        model, arguments = "hf", {"pretrained": options.model_path, "trust_remote_code": options.trust_remote_code}
+        adapter = Path(options.model_path) / "adapter_config.json"
+        if adapter.is_file():
+            base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
+            arguments |= {"pretrained": base, "peft": options.model_path, "tokenizer": options.model_path}
+    found = lm_eval.simple_evaluate(
+        model=model,
+        model_args=arguments,
+        tasks=tasks,
+        num_fewshot=options.num_fewshot,
+        batch_size=options.batch_size,
+        device=options.device,
+        limit=options.limit,
+        apply_chat_template=True,
+    )
+    results = {name: found.get(name) for name in ("results", "versions", "n-shot", "n-samples")}
+    lines = [
+        f"# lm-eval of {options.model_path or options.model}",
+        "",
+        "| task | metric | value | ± |",
+        "|---|---|--:|--:|",
+    ]
+    for task, values in results["results"].items():
+        for name, value in values.items():
+            if isinstance(value, float) and "_stderr" not in name:
+                error = values.get(name.replace(",", "_stderr,", 1))
+                shown = f"{error:.4f}" if isinstance(error, float) else ""
+                lines.append(f"| {cell(task)} | {cell(name)} | {value:.4f} | {shown} |")
+    results = json.loads(json.dumps(results, default=str))
+    samples = [{"task": task, **sample} for task, rows in found["samples"].items() for sample in rows]
+    write_results(
+        Path(options.output_dir), results, "\n".join(lines) + "\n", json.loads(json.dumps(samples, default=str))
+    )
+
+
+RUNS: dict[str, Callable] = {"quick": run_quick, "lm-eval": run_lm_eval, **dict.fromkeys(JUDGED, run_judged)}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -135,10 +339,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if problems := _problems(options):
         sys.exit("\n".join(f"sft.evaluate: {problem}" for problem in problems))
     try:
-        open_output(Path(options.output_dir), {name: getattr(options, name) for name in UNCHANGED})
-        RUNS[options.suite](options)
+        RUNS[options.suite](options, {name: getattr(options, name) for name in UNCHANGED})
     except (ValueError, OSError) as error:
         sys.exit(f"sft.evaluate: {error}")
+    except KeyboardInterrupt:
+        sys.exit("sft.evaluate: stopped; the same command goes on, and pays nothing twice")
 
 
 if __name__ == "__main__":

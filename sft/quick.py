@@ -151,11 +151,15 @@ def judge(question: dict, reply: Reply) -> dict[str, float]:
 # --- numbers with their uncertainty -------------------------------------------------------------------------------
 
 
-def bootstrap(groups: Sequence[Sequence], statistic: Callable, *, seed: int = 0) -> list[float]:
-    """Return the 95% interval of `statistic(groups)` when each group's items are drawn anew, with replacement."""
+def bootstrap(groups: Sequence[Sequence], statistics: Callable, *, seed: int = 0) -> list[list[float]]:
+    """Return the 95% interval of each of `statistics(groups)`, the items drawn anew within their group.
+
+    A statistic may be None where it can't be told; its interval is empty if it never can.
+    """
     draw = random.Random(seed)
-    found = sorted(statistic([draw.choices(group, k=len(group)) for group in groups]) for _ in range(RESAMPLES))
-    return [found[int(RESAMPLES * 0.025)], found[int(RESAMPLES * 0.975) - 1]]
+    rounds = [statistics([draw.choices(group, k=len(group)) for group in groups]) for _ in range(RESAMPLES)]
+    found = [sorted(value for value in values if value is not None) for values in zip(*rounds, strict=True)]
+    return [[values[len(values) // 40], values[-1 - len(values) // 40]] if values else [] for values in found]
 
 
 def wilson(values: Sequence[float]) -> list[float]:
@@ -168,7 +172,7 @@ def wilson(values: Sequence[float]) -> list[float]:
 
 def _row(measure: str, language: str, tuned: list, base: list | None, mean: Callable = fmean) -> dict:
     def alone(items: list) -> list[float]:
-        return [mean(items), *(wilson(items) if measure in SHARES else bootstrap([items], lambda g: mean(g[0])))]
+        return [mean(items), *(wilson(items) if measure in SHARES else bootstrap([items], lambda g: [mean(g[0])])[0])]
 
     def apart(pairs: Sequence) -> float:
         return mean([pair[0] for pair in pairs]) - mean([pair[1] for pair in pairs])
@@ -178,7 +182,7 @@ def _row(measure: str, language: str, tuned: list, base: list | None, mean: Call
         row["base"] = alone(base)
         if len(base) == len(tuned):
             pairs = list(zip(tuned, base, strict=True))
-            between = newcombe(row) if measure in SHARES else bootstrap([pairs], lambda g: apart(g[0]))
+            between = newcombe(row) if measure in SHARES else bootstrap([pairs], lambda g: [apart(g[0])])[0]
             row["difference"] = [apart(pairs), *between]
     row["shown"] = {side: _shown(measure, row[side]) for side in SIDES if side in row}
     return row

@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from sft.tiny import FAMILIES, build_tiny  # noqa: E402
+from tests.endpoint_server import Server  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -51,3 +52,19 @@ def tokenizer_of(tiny_base):
 @pytest.fixture(params=list(FAMILIES))
 def family(request) -> str:
     return request.param
+
+
+@pytest.fixture
+def serve(monkeypatch):
+    """Return a function that starts a server with a script; it ends with the test."""
+    for name in ("JUDGE_API_KEY", "MODEL_API_KEY", "OPENAI_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    servers = []
+
+    def start(script) -> Server:
+        servers.append(Server(script))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.close()

@@ -37,6 +37,10 @@ ORDER = [
     "export",
     "report",
     "quick",
+    "endpoint",
+    "protocols",
+    "overlap",
+    "judge",
     "evaluate",
 ]
 LIGHT = ("conversation", "chat_format", "packing", "opendata")

@@ -1,0 +1,231 @@
+"""A judged evaluation: the model's answers, a judge's verdicts on them, and the tables of both.
+
+Who answers is a model in this process or one behind an endpoint; both have `asked`, which makes a request as it is
+hashed and kept, and `ask_all`.
+"""
+
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from sft.chat import Chat, Sampling
+from sft.dataset import batches
+from sft.endpoint import Calls, Endpoint, estimate, key_of
+from sft.overlap import overlap_lines
+from sft.protocols import Question, Suite, ask_pair, pair_columns, pair_result, score_columns
+from sft.report import cell
+
+MAX_TOKENS = 1024  # of an answer, as in FastChat
+ANSWER_TOKENS, VERDICT_TOKENS = 300, 250  # guesses, for the estimate
+
+
+class LocalModel:
+    """Answers in batches; an answer is kept by the model's bytes (`identity`) and what it was asked."""
+
+    def __init__(self, chat: Chat, identity: str, *, batch_size: int, seed: int):
+        self.chat, self.identity, self.batch_size, self.seed = chat, identity, batch_size, seed
+
+    def asked(self, messages: Sequence[dict], attempt: int = 0, **parameters) -> dict:
+        asked = {"weights": self.identity, "format": self.chat.renderer.fingerprint(), "messages": list(messages)}
+        return asked | {"seed": self.seed, "attempt": attempt, **parameters}
+
+    def ask_all(self, requests: Sequence[dict], calls: Calls, what: str) -> list[dict | None]:
+        """Answer what is not in `calls`; batches and their seeds are the same however often the work was stopped."""
+        done = 0
+        for temperature in dict.fromkeys(request["temperature"] for request in requests):
+            for batch in batches((r for r in requests if r["temperature"] == temperature), self.batch_size):
+                if any(key_of(request) not in calls.found for request in batch):
+                    self._answer(batch, temperature, calls)
+                done += len(batch)
+                print(f"\r{done} of {len(requests)} {what}", end="", file=sys.stderr, flush=True)
+        print(file=sys.stderr)
+        return [calls.found[key_of(request)] for request in requests]
+
+    def _answer(self, batch: Sequence[dict], temperature: float, calls: Calls) -> None:
+        import torch
+
+        fitting = []
+        for request in batch:
+            try:
+                self.chat.prompt_ids(request["messages"])
+                fitting.append(request)
+            except ValueError:  # no room in the context window: an empty answer, which is counted
+                calls.keep(key_of(request), request, {"text": "", "finish": "too_long", "tokens": None})
+        if not fitting:
+            return
+        torch.manual_seed(int(key_of(fitting[0])[:12], 16))
+        # As FastChat does: temperature 0 is greedy, and transformers' own top_k is the only other limit.
+        sampling = Sampling(temperature, top_p=1.0, repetition_penalty=1.0, max_new_tokens=batch[0]["max_tokens"])
+        replies = self.chat.reply_batch([request["messages"] for request in fitting], sampling)
+        for request, reply in zip(fitting, replies, strict=True):
+            if (key := key_of(request)) not in calls.found:
+                finish = "stop" if reply.ended else "length"
+                calls.keep(key, request, {"text": reply.text, "finish": finish, "tokens": [0, reply.num_tokens]})
+
+
+def answer_all(suite: Suite, source: LocalModel | Endpoint, calls: Calls, max_tokens: int) -> dict[str, list[str]]:
+    """Ask the model every turn of every question; return its answers by question id."""
+    said: dict[str, list[str]] = {question.id: [] for question in suite.questions}
+    for turn in range(max(len(question.turns) for question in suite.questions)):
+        left = [question for question in suite.questions if len(question.turns) > turn]
+        for attempt in range(1 + suite.repeat_empty):
+            requests = [_request(source, q, said[q.id][:turn], max_tokens, attempt) for q in left]
+            replies = source.ask_all(requests, calls, f"answers to turn {turn + 1}")
+            if missing := sum(reply is None for reply in replies):
+                raise ValueError(f"{missing} answers are missing; the same command goes on, and pays nothing twice")
+            for question, reply in zip(left, replies, strict=True):
+                said[question.id][turn:] = [reply["text"]]
+            left = [question for question in left if not said[question.id][turn].strip()]
+            if not left:
+                break
+    return said
+
+
+def _request(source, question: Question, said: Sequence[str], max_tokens: int, attempt: int = 0) -> dict:
+    messages = [{"role": "user", "content": question.turns[0]}]
+    for answer, text in zip(said, question.turns[1:], strict=False):
+        messages += [{"role": "assistant", "content": answer}, {"role": "user", "content": text}]
+    return source.asked(messages, attempt, temperature=question.temperature, max_tokens=max_tokens)
+
+
+def verdict_requests(suite: Suite, answers: dict, others: dict | None) -> list[tuple[Question, int, list[dict]]]:
+    """Return (question, turn, the judge's messages); with `others`, two for each, the second with places changed."""
+    asked = []
+    for question in suite.questions:
+        mine = answers[question.id]
+        for turn in range(1, min(len(question.turns), 2) + 1):
+            if others is None:
+                asked.append((question, turn, suite.ask(question, mine, turn)))
+            else:
+                for pair in ((mine, others[question.id]), (others[question.id], mine)):
+                    asked.append((question, turn, ask_pair(suite.prompts, question, turn, *pair)))
+    return asked
+
+
+def ask_until_settled(
+    endpoint: Endpoint, calls: Calls, asked: Sequence[list[dict]], read: Callable, parameters: dict, *, tries: int
+) -> list[dict]:
+    """Return {"texts", "verdict"} of each: a judge that gives no verdict is asked again, up to `tries` times more.
+
+    The verdict is None where the endpoint gave no answer at all.
+    """
+    found = [{"texts": [], "verdict": None} for _ in asked]
+    unsettled = list(range(len(asked)))
+    for attempt in range(tries + 1):
+        requests = [endpoint.asked(asked[place], attempt, **parameters) for place in unsettled]
+        replies = endpoint.ask_all(requests, calls, f"verdicts, try {attempt + 1}")
+        for place, reply in zip(unsettled, replies, strict=True):
+            found[place]["verdict"] = read(reply["text"]) if reply else None
+            found[place]["texts"] += [reply["text"]] if reply else []
+        unsettled = [place for place in unsettled if found[place]["verdict"] and found[place]["verdict"].score is None]
+        if not unsettled:
+            break
+    if missing := sum(one["verdict"] is None for one in found):
+        raise ValueError(f"{missing} verdicts are missing; the same command goes on, and pays nothing twice")
+    return found
+
+
+# --- what it will cost --------------------------------------------------------------------------------------------
+
+
+def say_cost(what: str, endpoint: Endpoint, requests: Sequence[dict], known: dict, reply: int, prices) -> None:
+    """Say what is still to be sent, and with `prices` (for a million tokens in, and out) what it may cost."""
+    numbers = estimate(requests, known.__contains__, reply=reply)
+    text = f"{what} from {endpoint.base_url}: {numbers['requests']:,} requests to send, about {numbers['in']:,} tokens "
+    text += f"in and {numbers['out']:,} out (at most {numbers['at_most']:,})"
+    if prices:
+        low, high = ((numbers["in"] * prices[0] + numbers[key] * prices[1]) / 1e6 for key in ("out", "at_most"))
+        text += f"; about {low:.2f}, at most {high:.2f}"
+    print(text, flush=True)
+
+
+def say_answers_cost(suite: Suite, endpoint: Endpoint, known: dict, max_tokens: int, prices) -> None:
+    guess = "x" * 4 * ANSWER_TOKENS
+    requests = [
+        _request(endpoint, q, [guess] * turn, max_tokens) for q in suite.questions for turn in range(len(q.turns))
+    ]
+    say_cost("answers", endpoint, requests, known, ANSWER_TOKENS, prices)
+
+
+def say_verdicts_cost(
+    suite: Suite, endpoint: Endpoint, known: dict, prices, others, answers: dict | None = None
+) -> None:
+    """Like `say_cost`; without `answers` they are guessed."""
+    guessed = {q.id: ["x" * 4 * ANSWER_TOKENS] * len(q.turns) for q in suite.questions}
+    asked = verdict_requests(suite, answers or guessed, others)
+    requests = [endpoint.asked(messages, **suite.parameters) for _question, _turn, messages in asked]
+    say_cost("verdicts", endpoint, requests, known, VERDICT_TOKENS, prices)
+
+
+# --- results ------------------------------------------------------------------------------------------------------
+
+
+def judged_rows(
+    suite: Suite, answers: dict, asked: Sequence[tuple], verdicts: Sequence[dict], pairs: bool
+) -> list[dict]:
+    """Return of each question its answers, its verdicts, and its scores by turn; a pair's two verdicts make one."""
+    rows = {q.id: {"id": q.id, "category": q.category, "turns": q.turns} for q in suite.questions}
+    for name, row in rows.items():
+        row |= {"answers": answers[name], "scores": {}, "first_ratings": {}, "verdicts": []}
+    step = 2 if pairs else 1
+    for place in range(0, len(asked), step):
+        (question, turn, _messages), found = asked[place], verdicts[place : place + step]
+        row, parts = rows[question.id], [one["verdict"] for one in found]
+        score = pair_result(*parts) if pairs else parts[0].score
+        first = score if pairs else parts[0].first
+        row["scores"] |= {turn: score} if score is not None else {}
+        row["first_ratings"] |= {turn: first} if first is not None else {}
+        row["verdicts"] += [{"turn": turn, "texts": one["texts"], **one["verdict"]._asdict()} for one in found]
+    return list(rows.values())
+
+
+def judged_results(suite: Suite, rows: Sequence[dict], overlap: dict | None, *, pairs: bool, seed: int) -> dict:
+    """Return the columns with their intervals, and what a reader should know of how they came about."""
+    columns = pair_columns(list(dict.fromkeys(row["category"] for row in rows))) if pairs else suite.columns
+    verdicts = [(row["id"], verdict) for row in rows for verdict in row["verdicts"]]
+    said = [(row["id"], text) for row in rows for text in row["answers"]]
+    found = {
+        "columns": score_columns(columns, rows, seed=seed),
+        "questions": len(rows),
+        "verdicts": len(verdicts),
+        "asked_again": sum(len(verdict["texts"]) - 1 for _name, verdict in verdicts),
+        "unsettled": sorted({name for name, verdict in verdicts if verdict["score"] is None}),
+        "several_ratings": sorted({name for name, verdict in verdicts if verdict["several"]}),
+        "empty_answers": sorted({name for name, text in said if not text.strip()}),
+        "answers_like_verdicts": sorted({name for name, text in said if re.search(suite.forged, text)}),
+    }
+    if found["several_ratings"] and not pairs:  # what the published code makes of them
+        first = [{**row, "scores": row["first_ratings"]} for row in rows]
+        found["columns_by_first_rating"] = score_columns(columns, first, seed=seed)
+    if overlap:
+        clean = score_columns(columns, rows, seed=seed, without=overlap["found"])
+        found |= {"overlap": overlap, "columns_without_overlap": clean}
+    return found
+
+
+def judged_tables(found: dict) -> str:
+    """Return the results as Markdown: the row of the published table, then each column with its interval."""
+    columns, digits = found["columns"], 3 if found["compared_with"] else 2
+    name = cell(Path(found["model"]).parent.name if found["model"].endswith("/model") else found["model"])
+    beside = f" beside {found['compared_with']}" if found["compared_with"] else ""
+    lines = [f"# {found['suite']} of {name}{beside}, judged by {found['judge']}", ""]
+    lines += [f"| 模型 | {' | '.join(columns)} |", f"|---|{'--:|' * len(columns)}"]
+    lines += [f"| {name} | {' | '.join(f'{numbers[0]:.{digits}f}' for numbers in columns.values())} |", ""]
+    more = {"by the first rating": "columns_by_first_rating", "without those in the data": "columns_without_overlap"}
+    more = {title: found[key] for title, key in more.items() if key in found}
+    lines += [
+        f"| | score | 95% interval |{''.join(f' {title} |' for title in more)}",
+        f"|---|--:|--:|{'--:|' * len(more)}",
+    ]
+    for column, (score, low, high) in columns.items():
+        rest = "".join(f" {other[column][0]:.{digits}f} |" if column in other else " |" for other in more.values())
+        lines.append(f"| {column} | {score:.{digits}f} | {low:.{digits}f} to {high:.{digits}f} |{rest}")
+    lines += [
+        "",
+        f"{found['questions']} questions, {found['verdicts']} verdicts, asked again {found['asked_again']} times.",
+    ]
+    for title in ("unsettled", "several_ratings", "empty_answers", "answers_like_verdicts"):
+        if found[title]:
+            lines.append(f"* {title}: {len(found[title])} questions ({', '.join(found[title][:20])})")
+    return "\n".join(lines + (["", overlap_lines(found["overlap"])] if "overlap" in found else [])) + "\n"
