@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from sft import model as models
 
@@ -40,7 +41,7 @@ from sft.conversation import read_conversations
 from sft.dataset import (
     CACHE_DIR,
     Examples,
-    PackedExamples,
+    TrainingRows,
     batches,
     check_losses,
     file_hashes,
@@ -48,6 +49,7 @@ from sft.dataset import (
     ledger_lines,
     prepare,
 )
+from sft.mixture import mix, mixture_table
 from sft.preflight import check_arguments, deepspeed_config, paint
 from sft.report import (
     PAGE,
@@ -92,7 +94,16 @@ class ModelArguments:
 class DataArguments:
     data_path: list[str] | None = field(
         default=None,
-        metadata={"help": "Files, folders or globs, canonical or raw; an eval.json beside train.json is held out."},
+        metadata={
+            "help": "Files, folders or globs, canonical or raw; an eval.json beside train.json is held out. "
+            "belle.json@2x: seen twice per epoch; @0.5x: half of it, another half in the next."
+        },
+    )
+    replay_path: list[str] | None = field(
+        default=None, metadata={"help": "Data of an earlier stage, of which each epoch takes a share again."}
+    )
+    replay_share: float = field(
+        default=0.0, metadata={"help": "Share of an epoch's tokens that comes from --replay_path, as 0.1."}
     )
     eval_data_path: list[str] | None = field(default=None, metadata={"help": "Held-out files; never trained on."})
     encoding: str = field(default="utf-8", metadata={"help": "Encoding of the data files."})
@@ -118,6 +129,16 @@ class DataArguments:
     eval_quick: bool = field(
         default=False, metadata={"help": "Ask the quick check's questions before and after, as sft.evaluate does."}
     )
+
+
+class Data(NamedTuple):
+    """What goes in; `times` are those per epoch of each training file, `ledgers` the accounts of "train" and "eval"."""
+
+    times: dict[str, float | None]
+    eval_files: list[str]
+    examples: Examples
+    held_out: Examples
+    ledgers: dict[str, dict]
 
 
 @dataclass
@@ -196,22 +217,20 @@ def run(
         trust_remote_code=model_arguments.trust_remote_code,
     )
     tokenizer, renderer = load_renderer(model_arguments, data_arguments)
-    train_files, eval_files = find_files(data_arguments.data_path, data_arguments.eval_data_path or ())
-    settings = {name: getattr(data_arguments, name) for name in ("max_length", "encoding", "cache_dir")}
-    examples, ledger = prepare(train_files, renderer, say=say, **settings)
-    check_losses(ledger, data_arguments.max_lost)
-    held_out, eval_ledger = prepare(eval_files, renderer, say=say, **settings)
-    if eval_files:
-        check_losses(eval_ledger, data_arguments.max_lost)
+    data = load_data(renderer, data_arguments)
+    for ledger in data.ledgers.values():
+        check_losses(ledger, data_arguments.max_lost)
+    rows = make_rows(data, data_arguments, training_arguments, processes=training_arguments.world_size)
     record = {
         **provenance(),
         "model": model_arguments.model_name_or_path,
         "chat_format": renderer.name,
         "seed": training_arguments.seed,
-        "data": {"train": file_hashes(train_files), "eval": file_hashes(eval_files)},
-        "ledger": {"train": ledger, "eval": eval_ledger},
+        "data": {"train": file_hashes(data.times), "eval": file_hashes(data.eval_files)},
+        "mixture": [] if rows.mixture.is_plain else mixture_table(rows.mixture, data.examples.lengths),
+        "ledger": data.ledgers,
     }
-    fingerprint = fingerprint_of(model_arguments, data_arguments, training_arguments, renderer, record)
+    fingerprint = fingerprint_of(model_arguments, data_arguments, training_arguments, renderer, record, data.times)
     changed = check_unchanged(checkpoint, fingerprint, training_arguments.allow_changed, say)
 
     model = build_model(model_arguments, training_arguments, tokenizer, renderer)
@@ -220,20 +239,19 @@ def run(
         tokenizer,
         model_arguments.model_name_or_path,
         used_ids=[*renderer.stop_ids, *renderer.control_ids],
-        largest_id=max(examples.largest_id, held_out.largest_id),
+        largest_id=max(data.examples.largest_id, data.held_out.largest_id),
     )
     record |= describe(model, renderer, fingerprint)
     models.set_generation_config(model, tokenizer, renderer.stop_ids)
     model.save_pretrained = partial(model.save_pretrained, max_shard_size=training_arguments.max_shard_size)
     notes = prepare_model(model, packing=data_arguments.packing, liger=training_arguments.use_liger_kernel)
     training_arguments.use_liger_kernel = False  # done; transformers would put its loss over ours
-    rows = PackedExamples(examples, data_arguments.max_length, seed=training_arguments.seed)
     trainer = build_trainer(
         model,
-        complete(training_arguments, held_out),
+        complete(training_arguments, data.held_out),
         tokenizer,
-        rows if data_arguments.packing else examples,
-        held_out,
+        rows,
+        data.held_out,
         max_length=data_arguments.max_length,
         guard=guard,
         fingerprint=fingerprint,
@@ -241,8 +259,8 @@ def run(
     trainer.add_callback(SelfTest(trainer, notes, packing=data_arguments.packing))
     if checkpoint:
         trainer.continue_from(checkpoint, changed)
-    say_opening(trainer, renderer, ledger, eval_ledger, examples)
-    questions = answerable(pick_questions(train_files, data_arguments), renderer, model)
+    say_opening(trainer, renderer, data, rows)
+    questions = answerable(pick_questions(list(data.times), data_arguments), renderer, model)
     fixed = questions[: len(FIXED_PROMPTS)]
     before = reply_all(trainer, renderer, fixed, data_arguments.max_new_tokens)
     check_again = quick_check(trainer, renderer, data_arguments)
@@ -265,25 +283,23 @@ def run_dry(model_arguments: ModelArguments, data_arguments: DataArguments, argu
     config = models.load_config(path, trust_remote_code=trust)
     report.check(models.check_window, path, data_arguments.max_length, trust_remote_code=trust)
     tokenizer, renderer = load_renderer(model_arguments, data_arguments)
-    train_files, eval_files = find_files(data_arguments.data_path, data_arguments.eval_data_path or ())
-    settings = {name: getattr(data_arguments, name) for name in ("max_length", "encoding", "cache_dir")}
-    examples, ledger = prepare(train_files, renderer, say=say, **settings)
-    held_out, eval_ledger = prepare(eval_files, renderer, say=say, **settings)
-    for counted in (ledger, eval_ledger)[: 2 if eval_files else 1]:
-        report.check(check_losses, counted, data_arguments.max_lost)
-    used_ids, largest = [*renderer.stop_ids, *renderer.control_ids], max(examples.largest_id, held_out.largest_id)
+    data = load_data(renderer, data_arguments)
+    for ledger in data.ledgers.values():
+        report.check(check_losses, ledger, data_arguments.max_lost)
+    used_ids = [*renderer.stop_ids, *renderer.control_ids]
+    largest = max(data.examples.largest_id, data.held_out.largest_id)
     report.check(dry_run.check_rows, config, tokenizer, path, used_ids=used_ids, largest_id=largest)
-    dry_run.describe_tokenizer(report, renderer, train_files, data_arguments.encoding, lora=model_arguments.lora)
-    if len(examples):
-        facts = dry_run.describe_all_data(report, examples, ledger, held_out, eval_ledger, renderer.stop_ids)
-        rows = PackedExamples(examples, data_arguments.max_length, seed=arguments.seed)
+    dry_run.describe_tokenizer(report, renderer, list(data.times), data_arguments.encoding, lora=model_arguments.lora)
+    if len(data.examples):
+        processes = int(os.environ.get("NUM_PROCESSES") or os.environ.get("WORLD_SIZE") or 0)
+        rows = make_rows(data, data_arguments, arguments, processes=max(1, processes))
+        facts = dry_run.describe_all_data(report, data, rows.mixture, renderer.stop_ids)
         dry_run.describe_run(
             report,
             config,
-            examples,
-            rows if data_arguments.packing else None,
-            share=facts["trained"].sum() / examples.lengths.sum(),
-            processes=int(os.environ.get("NUM_PROCESSES") or os.environ.get("WORLD_SIZE") or 0),
+            rows,
+            share=facts["trained"].sum() / data.examples.lengths.sum(),
+            processes=processes,
             settings={**vars(arguments), **vars(model_arguments), **vars(data_arguments)},
         )
     page = Path(f"{arguments.output_dir.rstrip('/')}.dry_run.html")
@@ -424,15 +440,18 @@ def fingerprint_of(
     arguments: TrainingArguments,
     renderer: Renderer,
     record: dict,
+    times: dict[str, float | None],
 ) -> dict:
     """Return what the run depends on, for its checkpoints: flags, data, format, base, processes, versions."""
     files = record["data"]["train"]
     names = [Path(file).name for file in files]
+    names = names if len(set(names)) == len(names) else list(files)
     zero = (arguments.deepspeed or {}).get("zero_optimization", {})
     return checkpoints.fingerprint(
         {**vars(arguments), **vars(data_arguments), **vars(model_arguments)},
         versions={**record["versions"], "device": torch.cuda.get_device_name() if arguments.n_gpu else "cpu"},
-        data=dict(zip(names if len(set(names)) == len(names) else files, files.values(), strict=True)),
+        data=dict(zip(names, files.values(), strict=True)),
+        times_per_epoch={name: often for name, often in zip(names, times.values(), strict=True) if often != 1},
         chat_format={"name": renderer.name, "fingerprint": renderer.fingerprint()},
         base=checkpoints.hash_base(model_arguments.model_name_or_path) or model_arguments.model_name_or_path,
         world_size=arguments.world_size,
@@ -471,6 +490,30 @@ def load_renderer(model_arguments: ModelArguments, data_arguments: DataArguments
         )
     tokenizer.chat_template = renderer.chat_template
     return tokenizer, renderer
+
+
+def load_data(renderer: Renderer, data_arguments: DataArguments) -> Data:
+    """Find and tokenise the files to train on and those held out."""
+    times, eval_files = find_files(
+        data_arguments.data_path, data_arguments.eval_data_path or (), data_arguments.replay_path or ()
+    )
+    settings = {name: getattr(data_arguments, name) for name in ("max_length", "encoding", "cache_dir")}
+    examples, ledger = prepare(list(times), renderer, say=say, **settings)
+    held_out, eval_ledger = prepare(eval_files, renderer, say=say, **settings)
+    ledgers = {"train": ledger} | ({"eval": eval_ledger} if eval_files else {})
+    return Data(times, eval_files, examples, held_out, ledgers)
+
+
+def make_rows(data: Data, data_arguments: DataArguments, arguments: TrainingArguments, *, processes: int):
+    """Return the rows of the run, as many in every epoch that it can reach."""
+    kept = {file: counts.get("kept", 0) for file, counts in data.ledgers["train"]["files"].items()}
+    share, seed = data_arguments.replay_share, arguments.seed
+    mixture = mix(data.times, kept, data.examples.lengths, replay_share=share, seed=seed)
+    max_length = data_arguments.max_length if data_arguments.packing else None
+    rows = TrainingRows(data.examples, max_length, seed=seed, mixture=mixture)
+    taken = arguments.max_steps * processes * arguments.train_batch_size * arguments.gradient_accumulation_steps
+    epochs = taken / max(1, len(rows)) + 1 if arguments.max_steps > 0 else arguments.num_train_epochs
+    return TrainingRows(data.examples, max_length, seed=seed, mixture=mixture, epochs=math.ceil(epochs))
 
 
 def build_model(model_arguments: ModelArguments, arguments: TrainingArguments, tokenizer, renderer: Renderer):
@@ -583,22 +626,25 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
-def say_opening(trainer: Trainer, renderer: Renderer, ledger: dict, eval_ledger: dict, examples: Examples) -> None:
-    """Print what goes in: ledger, one row with its trained tokens, tokens, steps, parameters."""
-    arguments, tokens = trainer.args, int(examples.lengths.sum())
+def say_opening(trainer: Trainer, renderer: Renderer, data: Data, dataset: TrainingRows) -> None:
+    """Print what goes in: ledger, one row with its trained tokens, mixture, tokens, steps, parameters."""
+    arguments, tokens = trainer.args, int(data.examples.lengths.sum())
     rows = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
     per_epoch = math.ceil(len(trainer.get_train_dataloader()) / arguments.gradient_accumulation_steps)
     steps = arguments.max_steps if arguments.max_steps > 0 else math.ceil(per_epoch * arguments.num_train_epochs)
     trainable, total = models.count_parameters(trainer.model)
-    say("\n".join(f"data: {line}" for line in ledger_lines(ledger)))
-    if eval_ledger["total"]:
-        say("\n".join(f"held out: {line}" for line in ledger_lines(eval_ledger)))
+    for name, ledger in zip(("data", "held out"), data.ledgers.values(), strict=False):
+        say("\n".join(f"{name}: {line}" for line in ledger_lines(ledger)))
     say(f"first row, trained tokens marked (chat format {renderer.name}):")
-    say(paint(renderer.tokenizer, **examples[0]))
-    if isinstance(trainer.train_dataset, PackedExamples):
-        say(f"packed: {len(trainer.train_dataset):,} rows, {trainer.train_dataset.fill:.1%} full")
-    say(f"tokens: {tokens:,}, trained {examples.num_trained_tokens:,} ({examples.num_trained_tokens / tokens:.0%})")
-    per_update = tokens * rows // len(trainer.train_dataset)
+    say(paint(renderer.tokenizer, **data.examples[0]))
+    if not dataset.mixture.is_plain:
+        for file, there, often, taken, _tokens, share in mixture_table(dataset.mixture, data.examples.lengths)[1:]:
+            say(f"mixture: {file}: an epoch takes {taken} of {there} conversations ({often}x), {share} of its tokens")
+    if dataset.fill:
+        say(f"packed: {len(dataset):,} rows, {dataset.fill:.1%} full")
+    trained = data.examples.num_trained_tokens
+    say(f"tokens: {tokens:,}, trained {trained:,} ({trained / tokens:.0%})")
+    per_update = dataset.num_tokens * rows // len(dataset)
     shares = (
         f"{arguments.train_batch_size} x {arguments.gradient_accumulation_steps} x {arguments.world_size} processes"
     )

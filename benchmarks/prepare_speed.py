@@ -24,14 +24,14 @@ def ours(base: str, records: str, fast: bool) -> None:
     if not fast:
         sys.modules["fastokens"] = None
     from sft.chat_format import Renderer
-    from sft.dataset import PackedExamples, prepare
+    from sft.dataset import TrainingRows, prepare
     from sft.model import load_tokenizer
 
     renderer = Renderer(load_tokenizer(base), "chatml")
     with tempfile.TemporaryDirectory() as folder:
         clock = CpuClock()
         examples, _ledger = prepare([records], renderer, max_length=MAX_LENGTH, cache_dir=folder, say=lambda text: None)
-        rows = PackedExamples(examples, MAX_LENGTH, seed=0)
+        rows = TrainingRows(examples, MAX_LENGTH, seed=0)
         report(seconds=clock.seconds(), tokens=int(examples.lengths.sum()), fill=rows.fill, encoder=renderer.encoder)
 
 

@@ -102,12 +102,12 @@ def arguments_for(settings: dict, arguments_class: type, folder: str, **more):
 def ours(settings: dict, model, examples: Examples, folder: str) -> Trainer:
     from sft.attention import isolate_documents
     from sft.collate import Collator
-    from sft.dataset import PackedExamples
+    from sft.dataset import TrainingRows
     from sft.loss import use_chunked_loss
 
     isolate_documents(model)
     use_chunked_loss(model)
-    rows = PackedExamples(examples, settings["max_length"], seed=0)
+    rows = TrainingRows(examples, settings["max_length"], seed=0)
     arguments = arguments_for(settings, TrainingArguments, folder)
     return Trainer(model=model, args=arguments, train_dataset=rows, data_collator=Collator(0))
 

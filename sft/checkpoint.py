@@ -294,7 +294,7 @@ EXACT = (
     *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim", "optim_args"),
     *("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "label_smoothing_factor"),
     *("neftune_noise_alpha", "bf16", "fp16", "tf32", "dtype", "attn_implementation", "use_liger_kernel"),
-    *("lora", "lora_rank", "lora_alpha", "lora_dropout", "load_in_4bit"),
+    *("lora", "lora_rank", "lora_alpha", "lora_dropout", "load_in_4bit", "replay_share"),
 )
 
 

@@ -113,6 +113,12 @@ def list_files(path_or_glob: str | os.PathLike) -> list[str]:
     return sorted(found)
 
 
+def split_suffix(text: str) -> tuple[str, str]:
+    """`x.json@20000` -> ("x.json", "20000"), without a suffix ("x.json", ""). A path that exists is taken as it is."""
+    path, at, suffix = text.rpartition("@")
+    return (text, "") if not at or "/" in suffix or os.path.exists(text) or glob.glob(text) else (path, suffix)
+
+
 def _walk(folder: str) -> list[str]:
     found = []
     for parent, folders, files in os.walk(folder):

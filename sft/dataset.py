@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import shutil
 from array import array
 from collections import Counter, defaultdict
@@ -15,10 +16,11 @@ from pathlib import Path
 import numpy as np
 from tqdm.auto import tqdm
 
+from sft import packing
 from sft.chat_format import IGNORE_INDEX, Renderer, Rows
-from sft.conversation import list_files, read_conversations
+from sft.conversation import list_files, read_conversations, split_suffix
+from sft.mixture import Mixture
 from sft.opendata import EVAL, TRAIN
-from sft.packing import pack
 
 BATCH_SIZE = 1000  # conversations per call of the tokenizer: enough to keep its threads busy, little memory
 PROOF_SIZE = 16  # conversations of the data on which a bulk encoder must prove itself
@@ -77,35 +79,51 @@ class Examples:
         return found
 
 
-class PackedExamples:
-    """Rows of whole examples, best-fit packed; `rows[i]` adds `position_ids` that restart at 0 in each example.
+class TrainingRows:
+    """Rows of one epoch, of `max_length` tokens: whole examples, best-fit packed; without a `max_length` one each.
 
-    Which examples share a row follows from seed and epoch alone, so that a resumed run sees the same rows. Their number
-    is the same in every epoch.
+    `rows[i]` is an example; packed, it has `position_ids` that restart at 0 in each of its examples. Which examples an
+    epoch takes, and which share a row, follows from the mixture, the seed and the epoch alone, so that a resumed run
+    sees the same rows. Their number is the same in every epoch.
     """
 
-    def __init__(self, examples: Examples, max_length: int, *, seed: int):
-        self.examples, self.max_length, self.seed = examples, max_length, seed
+    def __init__(
+        self, examples: Examples, max_length: int | None, *, seed: int, mixture: Mixture | None = None, epochs: int = 1
+    ):
+        self.examples, self.max_length, self.seed, self.mixture = examples, max_length, seed, mixture
+        self.num_rows = 0
+        if max_length and mixture and mixture.changes:
+            taken = (examples.lengths[mixture.take(epoch)] for epoch in range(epochs))
+            self.num_rows = max(packing.count_rows(lengths, max_length) for lengths in taken)
         self.pack_for(0)
 
     def pack_for(self, epoch: int) -> None:
-        """Pack anew for an epoch, counted from 0."""
-        self.rows = pack(self.examples.lengths, self.max_length, seed=self.seed, epoch=epoch)
+        """Take the examples of an epoch, counted from 0, and pack them anew."""
+        taken = np.arange(len(self.examples)) if self.mixture is None else self.mixture.take(epoch)
+        lengths = self.examples.lengths[taken]
+        self.num_examples, self.num_tokens = len(taken), int(lengths.sum())
+        if self.max_length is None:
+            self.rows = packing.Rows(taken, np.arange(len(taken) + 1))
+        else:
+            rows = packing.pack(lengths, self.max_length, seed=self.seed, epoch=epoch, num_rows=self.num_rows)
+            self.rows = packing.Rows(taken[rows.examples], rows.starts)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         parts = [self.examples[int(number)] for number in self.rows[index]]
+        if self.max_length is None:
+            return parts[0]
         for part in parts:
             part["labels"][0] = IGNORE_INDEX  # else the example before it would be trained to predict it
         row = {name: np.concatenate([part[name] for part in parts]) for name in ("input_ids", "labels")}
         return row | {"position_ids": np.concatenate([np.arange(len(part["input_ids"])) for part in parts])}
 
     @property
-    def fill(self) -> float:
-        """Share of the rows' room that holds tokens."""
-        return float(self.examples.lengths.sum() / (max(1, len(self)) * self.max_length))
+    def fill(self) -> float | None:
+        """Share of the packed rows' room that holds tokens; None when there is no packing."""
+        return self.num_tokens / (max(1, len(self)) * self.max_length) if self.max_length else None
 
 
 def _read_facts(ids: np.ndarray, in_loss: np.ndarray, starts: np.ndarray, stop_ids: Sequence[int], found) -> None:
@@ -121,21 +139,40 @@ def _read_facts(ids: np.ndarray, in_loss: np.ndarray, starts: np.ndarray, stop_i
     found["stops"] = np.isin(ids[closes[last_of_row]], stop_ids)
 
 
-def find_files(data_path: Sequence[str], eval_data_path: Sequence[str] = ()) -> tuple[list[str], list[str]]:
-    """Return (training files, held-out files); beside a train.json, eval.json is held out and never trained on.
+def find_files(
+    data_path: Sequence[str], eval_data_path: Sequence[str] = (), replay_path: Sequence[str] = ()
+) -> tuple[dict[str, float | None], list[str]]:
+    """Return (training files, each with how often an epoch sees its examples, held-out files).
 
-    Raises ValueError when a path holds nothing, or when a file is on both sides.
+    `belle.json@2x` is seen twice; a file of `replay_path` has None, its share decides. Beside a train.json, eval.json
+    is held out and never trained on. Raises ValueError when a path holds nothing, or when a file is there twice with
+    different times, or on both sides.
     """
-    train = [file for path in data_path for file in list_files(path)]
+    named = [(file, times) for path in data_path for file, times in _with_times(path)]
+    named += [(file, None) for path in replay_path for file in list_files(path)]
     held_out = [file for path in eval_data_path for file in list_files(path)]
-    beside = [file for file in train if Path(file).name == EVAL and str(Path(file).with_name(TRAIN)) in train]
-    train = [file for file in {os.path.realpath(file): file for file in train}.values() if file not in beside]
-    both = {str(Path(file).resolve()) for file in train} & {str(Path(file).resolve()) for file in held_out}
-    if both:
+    names = {file for file, _times in named}
+    beside = [file for file in names if Path(file).name == EVAL and str(Path(file).with_name(TRAIN)) in names]
+    train: dict[str, tuple[str, float | None]] = {}
+    for file, times in named:
+        if file not in beside and train.setdefault(os.path.realpath(file), (file, times))[1] != times:
+            other = train[os.path.realpath(file)][1]
+            asked = " and as ".join("replay" if often is None else f"@{often:g}x" for often in (other, times))
+            raise ValueError(f"{file}: is asked for as {asked}; name it once")
+    if both := train.keys() & {os.path.realpath(file) for file in held_out}:
         raise ValueError(
             f"{min(both)}: is in --data_path and in --eval_data_path; a held-out file must not be trained on"
         )
-    return train, held_out + beside
+    return dict(train.values()), held_out + sorted(beside)
+
+
+def _with_times(text: str) -> list[tuple[str, float]]:
+    path, suffix = split_suffix(text)
+    times = float(suffix[:-1]) if re.fullmatch(r"\d+(\.\d+)?x", suffix) else 0.0
+    if suffix and not times:
+        hint = "; for a sample use sft.opendata" if re.fullmatch(r"\d+(\.\d+)?%?", suffix) else ""
+        raise ValueError(f"{text}: {suffix!r}: write the times per epoch, as in {path}@2x or {path}@0.5x{hint}")
+    return [(file, times or 1.0) for file in list_files(path)]
 
 
 def prepare(

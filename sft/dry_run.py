@@ -18,7 +18,7 @@ import numpy as np
 from sft import model as models
 from sft.chat_format import Renderer, check_contract
 from sft.conversation import read_conversations
-from sft.dataset import EXPLAINED, LOST, WAYS, Examples, PackedExamples, ledger_lines
+from sft.dataset import EXPLAINED, LOST, WAYS, Examples, TrainingRows, ledger_lines
 from sft.memory import (
     FULL,
     LORA,
@@ -41,6 +41,7 @@ from sft.memory import (
     plan_table,
     read_shape,
 )
+from sft.mixture import Mixture, mixture_table
 from sft.preflight import paint, stretches
 
 
@@ -129,14 +130,15 @@ def check_rows(config, tokenizer, path: str, **ids) -> None:
     models.check_rows(SimpleNamespace(config=config), tokenizer, path, **ids)
 
 
-def describe_all_data(
-    report: Report, examples: Examples, ledger: dict, held_out: Examples, eval_ledger: dict, stop_ids: Sequence[int]
-) -> np.ndarray:
-    """Add what is trained on and what is held out, with their rows; return the facts of the examples."""
+def describe_all_data(report: Report, data, mixture: Mixture, stop_ids: Sequence[int]) -> np.ndarray:
+    """Add what is trained on and what is held out (`data` of train.py), with rows; return the facts of the examples."""
+    examples, held_out, ledger = data.examples, data.held_out, data.ledgers["train"]
     facts, eval_facts = examples.facts(stop_ids), held_out.facts(stop_ids)
     describe_data(report, "training data", examples, ledger, facts)
+    if not mixture.is_plain:
+        report.sections.append(Section("mixture", mixture_table(mixture, examples.lengths)))
     if len(held_out):
-        describe_data(report, "held-out data", held_out, eval_ledger, eval_facts)
+        describe_data(report, "held-out data", held_out, data.ledgers["eval"], eval_facts)
     check_stops(report, facts, examples.origins)
     check_leaks(report, examples, held_out, facts, eval_facts)
     pick_samples(report, examples, facts, ledger["source_names"])
@@ -146,8 +148,7 @@ def describe_all_data(
 def describe_run(
     report: Report,
     config,
-    examples: Examples,
-    packed: PackedExamples | None,
+    rows: TrainingRows,
     *,
     share: float,
     processes: int,
@@ -163,10 +164,10 @@ def describe_run(
     batch, processes = settings["per_device_train_batch_size"], processes or (gpu[1] if zero else 1)
     steps = describe_schedule(
         report,
-        num_examples=len(examples),
-        num_rows=len(examples) if packed is None else len(packed),
-        tokens=int(examples.lengths.sum()),
-        fill=None if packed is None else packed.fill,
+        num_examples=rows.num_examples,
+        num_rows=len(rows),
+        tokens=rows.num_tokens,
+        fill=rows.fill,
         rows=(batch, settings["gradient_accumulation_steps"], processes),
         epochs=settings["num_train_epochs"],
         max_steps=settings["max_steps"],
@@ -175,14 +176,14 @@ def describe_run(
         schedule=getattr(settings["lr_scheduler_type"], "value", settings["lr_scheduler_type"]),
         lora=settings["lora"],
     )
-    longest = int(examples.lengths.max())
-    length = longest if packed is None else settings["max_length"]
+    longest = int(rows.examples.lengths.max())
+    length = rows.max_length or longest
     step = Step(
         rows=batch,
         length=length,
         trained=max(1, int(batch * length * share)),
         documents=tuple(size for size in (longest, length - longest) if size) * batch,
-        packing=packed is not None,
+        packing=rows.max_length is not None,
         checkpointing=bool(settings["gradient_checkpointing"]),
         accumulation=settings["gradient_accumulation_steps"],
         half=bool(settings["bf16"] or settings["fp16"] or settings["gpu"]),

@@ -12,7 +12,6 @@ import argparse
 import contextlib
 import fcntl
 import functools
-import glob
 import hashlib
 import heapq
 import json
@@ -50,6 +49,7 @@ from sft.conversation import (
     parse_record,
     read_record,
     split_file,
+    split_suffix,
     validate,
 )
 
@@ -440,9 +440,9 @@ def _resolve(text: str) -> list[Source]:
 
 
 def _split_sample(text: str) -> tuple[str, int | float | None]:
-    """`x.json@20000` -> ("x.json", 20000); `x.json@10%` -> ("x.json", 0.1). A path that exists is taken as it is."""
-    path, at, suffix = text.rpartition("@")
-    if not at or "/" in suffix or os.path.exists(text) or glob.glob(text):
+    """`x.json@20000` -> ("x.json", 20000); `x.json@10%` -> ("x.json", 0.1)."""
+    path, suffix = split_suffix(text)
+    if path == text:
         return text, None
     if re.fullmatch(r"\d+", suffix) and int(suffix):
         return path, int(suffix)

@@ -25,13 +25,15 @@ class Rows:
         return self.examples[self.starts[index] : self.starts[index + 1]]
 
 
-def pack(lengths: Sequence[int] | np.ndarray, max_length: int, *, seed: int, epoch: int) -> Rows:
+def pack(lengths: Sequence[int] | np.ndarray, max_length: int, *, seed: int, epoch: int, num_rows: int = 0) -> Rows:
     """Pack examples of `lengths` tokens into rows of at most `max_length`, best fit decreasing over all of them.
 
     A pure function of its arguments. `seed` and `epoch` choose which of the examples of one length go together, and the
     order of the rows; the shape of the rows depends on the lengths alone:
 
         pack([5, 3, 4, 3], 8, ...)  ->  rows {0, 1 or 3} and {2, 3 or 1}, in either order
+
+    When that makes less than `num_rows`, some rows are cut in two until there are so many (at most one per example).
     """
     lengths = np.asarray(lengths, dtype=np.int64)
     assert lengths.size == 0 or 0 < lengths.min() <= lengths.max() <= max_length, "an example is empty or too long"
@@ -40,7 +42,18 @@ def pack(lengths: Sequence[int] | np.ndarray, max_length: int, *, seed: int, epo
     by_length = shuffled[np.argsort(lengths[shuffled], kind="stable")]
     counts = np.bincount(lengths, minlength=1)
     examples, sizes = _fill(_best_fit_decreasing(counts, max_length), by_length, np.cumsum(counts) - counts)
-    return _reorder(examples, sizes, random.permutation(len(sizes)))
+    rows = _reorder(examples, sizes, random.permutation(len(sizes)))
+    assert num_rows <= len(examples), "more rows than examples"
+    if num_rows > len(rows):
+        inside = np.setdiff1d(np.arange(len(examples)), rows.starts)
+        rows.starts = np.sort(np.append(rows.starts, random.permutation(inside)[: num_rows - len(rows)]))
+    return rows
+
+
+def count_rows(lengths: np.ndarray, max_length: int) -> int:
+    """Return how many rows `pack` makes of examples of `lengths` tokens, whatever the seed."""
+    groups = _best_fit_decreasing(np.bincount(lengths, minlength=1), max_length)
+    return sum(num_rows for _pattern, num_rows in groups)
 
 
 def _best_fit_decreasing(counts: np.ndarray, max_length: int) -> list[tuple[Pattern, int]]:

@@ -56,17 +56,21 @@ def check_arguments(arguments: dict) -> list[str]:
 
 def _check_data(arguments: dict) -> list[str]:
     problems = []
-    for name in ("data_path", "eval_data_path"):
+    for name in ("data_path", "eval_data_path", "replay_path"):
         for path in arguments[name] or ():
             try:
-                find_files([path])
+                find_files([path] if name == "data_path" else [], *[[path]] * (name != "data_path"))
             except (ValueError, OSError) as error:
                 problems.append(f"--{name} {error}")
     if not problems:
         try:
-            find_files(arguments["data_path"], arguments["eval_data_path"] or ())
+            find_files(arguments["data_path"], arguments["eval_data_path"] or (), arguments["replay_path"] or ())
         except ValueError as error:
             problems.append(str(error))
+    if bool(arguments["replay_path"]) != (arguments["replay_share"] > 0):
+        problems.append("--replay_path and --replay_share go together: 0.1 makes a tenth of the tokens replay")
+    if not 0 <= arguments["replay_share"] < 1:
+        problems.append(f"--replay_share {arguments['replay_share']}: must be a share from 0 to below 1")
     try:
         "".encode(arguments["encoding"])
     except LookupError:

@@ -67,7 +67,7 @@ class Trainer(transformers.Trainer):
             seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
             shuffle=self.args.train_sampling_strategy != "sequential",
             drop_last=self.args.dataloader_drop_last,
-            on_epoch=getattr(self.train_dataset, "pack_for", None),
+            on_epoch=self.train_dataset.pack_for,
         )
         self.add_callback(Restore(self))
         self._watch_gradient()
@@ -260,11 +260,10 @@ class Trainer(transformers.Trainer):
 
     def _name_rows(self, rows: list[int]) -> str:
         """Name the examples of rows by number and the words before the reply; they count from 0, as in the files."""
-        packed = getattr(self.train_dataset, "rows", None)
-        examples = [n for row in rows if row != EMPTY for n in ([row] if packed is None else packed[row].tolist())]
-        source = self.train_dataset if packed is None else self.train_dataset.examples
+        dataset = self.train_dataset
+        examples = [n for row in rows if row != EMPTY for n in dataset.rows[row].tolist()]
         more = f" and {', '.join(map(str, examples[4:40]))}" if len(examples) > 4 else ""
-        return ", ".join(f"example {n} ({self._words_of(source[n])!r})" for n in examples[:4]) + more
+        return ", ".join(f"example {n} ({self._words_of(dataset.examples[n])!r})" for n in examples[:4]) + more
 
     def _words_of(self, example: dict) -> str:
         reply = int((example["labels"] != IGNORE_INDEX).argmax())

@@ -10,7 +10,7 @@ from sft.chat_format import IGNORE_INDEX, Renderer
 from sft.dataset import (
     BATCH_SIZE,
     Examples,
-    PackedExamples,
+    TrainingRows,
     batches,
     check_losses,
     file_hashes,
@@ -282,7 +282,7 @@ def test_byte_level_families_take_the_fast_encoder_and_the_others_the_safe_one(t
 def test_packed_rows_hold_every_example_once_and_none_predicts_its_neighbour():
     in_loss = np.array([True, True, False, True, True, True])
     examples = Examples(np.arange(10, 16, dtype=np.int32), in_loss, np.array([0, 2, 4, 6]))
-    rows = PackedExamples(examples, 4, seed=0)
+    rows = TrainingRows(examples, 4, seed=0)
     assert len(rows) == 2
     assert rows.fill == 6 / 8
     seen = sorted(token for row in range(2) for token in rows[row]["input_ids"].tolist())

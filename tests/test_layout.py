@@ -14,6 +14,7 @@ ORDER = [
     "conversation",
     "chat_format",
     "packing",
+    "mixture",
     "opendata",
     "dataset",
     "sampler",

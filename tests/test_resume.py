@@ -99,6 +99,32 @@ def test_a_run_stopped_by_a_signal_saves_that_step_and_goes_on_to_the_same_bits(
     assert_same(whole, tmp_path / "stopped")
 
 
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_mixture_goes_on_to_the_same_bits_and_another_one_is_refused(
+    packing, tiny_base, data, tmp_path, monkeypatch, capsys
+):
+    """Updates of one row, so that the run is stopped in its second epoch and goes on into a third."""
+    old, base = tmp_path / "old.json", tiny_base("qwen2")
+    old.write_text("".join(json.dumps({"prompt": f"old {i}", "completion": "reply " * i}) + "\n" for i in range(1, 9)))
+    flags = {"replay_path": old, "replay_share": 0.2, "packing": packing, "max_steps": -1, "num_train_epochs": 3}
+    flags |= {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "save_steps": 100}
+    mixed = f"{data / 'train.json'}@0.7x"
+    whole = run(base, mixed, tmp_path / "whole", **flags)
+    table = json.loads((whole / "run.json").read_text())["mixture"]
+    assert [row[1:4] for row in table[1:]] == [["30", "0.7", "21"], ["8", table[2][2], table[2][3]]]
+    assert 0.17 < float(table[2][5].rstrip("%")) / 100 < 0.23
+    steps = json.loads((whole / "run.json").read_text())["metrics"]["steps"]
+    with monkeypatch.context() as patched, pytest.raises(SystemExit):
+        stop_at(patched, steps // 2)
+        run(base, mixed, tmp_path / "stopped", **flags)
+    again = {**flags, "resume_from_checkpoint": "auto"}
+    for path, changes in ((mixed, {"replay_share": 0.3}), (data / "train.json", {})):
+        with pytest.raises(ValueError, match=r"replay_share was 0\.2 and is 0\.3|times_per_epoch was .*0\.7"):
+            run(base, path, tmp_path / "stopped", **again | changes)
+    run(base, mixed, tmp_path / "stopped", **again)
+    assert_same(whole, tmp_path / "stopped")
+
+
 def test_a_signal_in_an_evaluation_stops_it_and_it_is_done_when_the_run_goes_on(tiny_base, data, tmp_path, monkeypatch):
     flags = {"per_device_eval_batch_size": 1}
     whole = run(tiny_base("qwen2"), data, tmp_path / "whole", **flags)

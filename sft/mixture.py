@@ -1,0 +1,85 @@
+"""Which examples an epoch takes: `--data_path belle.json@2x orca.json@0.5x`, and a fixed share of replay."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Part:
+    """The examples `start` to `stop` of one file, each seen `times` in an epoch, on average."""
+
+    file: str
+    start: int
+    stop: int
+    times: float
+    replayed: bool = False
+
+    @property
+    def num_taken(self) -> int:
+        """Examples per epoch, the same in every one."""
+        return max(1, round(self.times * (self.stop - self.start))) if self.stop > self.start else 0
+
+
+class Mixture:
+    """`mixture.take(epoch)`: the numbers of the examples of an epoch, by file; a pure function of seed and epoch.
+
+    Every file has an endless queue, one permutation of its examples after the other, and each epoch takes the next
+    ones: 0.5x is another half in the second epoch, 2x every example twice. Three examples at 0.67x, in three epochs:
+
+        queue [2 0 1] [1 2 0] ...    taken  [2 0], [1 1], [2 0]
+    """
+
+    def __init__(self, parts: Sequence[Part], *, seed: int):
+        self.parts, self.seed = parts, seed
+        self.is_plain = all(part.times == 1 for part in parts)  # every example once
+        self.changes = any(part.times != int(part.times) for part in parts)  # from epoch to epoch
+
+    def take(self, epoch: int) -> np.ndarray:
+        """Return the numbers of the examples of an epoch, counted from 0; an example may be there more than once."""
+        taken = [self._take(part, number, epoch) for number, part in enumerate(self.parts)]
+        return np.concatenate([np.zeros(0, np.int64), *taken])
+
+    def _take(self, part: Part, number: int, epoch: int) -> np.ndarray:
+        size, count = part.stop - part.start, part.num_taken
+        if count == size:
+            return np.arange(part.start, part.stop)
+        begin, end = epoch * count, (epoch + 1) * count
+        rounds = range(begin // size, -(-end // size)) if count else ()
+        queue = [np.random.default_rng([self.seed, number, turn, 2]).permutation(size) for turn in rounds]
+        first = rounds.start * size if count else 0
+        return part.start + np.concatenate([np.zeros(0, np.int64), *queue])[begin - first : end - first]
+
+
+def mix(
+    times: Mapping[str, float | None], kept: Mapping[str, int], lengths: np.ndarray, *, replay_share: float, seed: int
+) -> Mixture:
+    """Return the mixture of files whose examples follow each other, `kept[file]` of each.
+
+    `times[file]` is how often an epoch sees an example of it; None for a replayed file: together those give
+    `replay_share` of the epoch's tokens. `lengths` is the tokens of each example.
+    """
+    edges = np.concatenate([[0], np.cumsum([kept[file] for file in times])]).tolist()
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    spans = {file: (edges[place], edges[place + 1]) for place, file in enumerate(times)}
+    tokens = {file: int(starts[stop] - starts[start]) for file, (start, stop) in spans.items()}
+    new = sum(tokens[file] * often for file, often in times.items() if often is not None)
+    old = sum(tokens[file] for file, often in times.items() if often is None)
+    again = new * replay_share / (1 - replay_share) / old if old else 0.0
+    parts = [
+        Part(file, *spans[file], again if often is None else often, replayed=often is None)
+        for file, often in times.items()
+    ]
+    return Mixture(parts, seed=seed)
+
+
+def mixture_table(mixture: Mixture, lengths: np.ndarray) -> list[list[str]]:
+    """Return what an epoch takes of each file, the header first; shares are of tokens."""
+    tokens = [part.times * float(lengths[part.start : part.stop].sum()) for part in mixture.parts]
+    table = [["file", "conversations", "times per epoch", "taken per epoch", "tokens per epoch", "share"]]
+    for part, count in zip(mixture.parts, tokens, strict=True):
+        name = f"{part.file} (replay)" if part.replayed else part.file
+        row = [f"{part.stop - part.start:,}", f"{part.times:.3g}", f"{part.num_taken:,}", f"{count:,.0f}"]
+        table.append([name, *row, f"{count / max(1.0, sum(tokens)):.1%}"])
+    return table
