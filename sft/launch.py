@@ -207,6 +207,7 @@ def first_host(nodes: str) -> str:
 def run_node(job: Job, command: Sequence[str], *, by_pipe: bool = False) -> int:
     """Start this machine's workers and see them through to the end; return the exit code of the job."""
     signals = catch_signals()
+    clear_dead_builds(shared=len(job.slots) > 1)
     listener = listen(job.port, "127.0.0.1" if len(job.slots) == 1 else "") if job.node == 0 else None
     job = replace(job, port=listener.getsockname()[1] if listener else job.port)
     workers = start_workers(job, command, dict(os.environ))
@@ -215,6 +216,25 @@ def run_node(job: Job, command: Sequence[str], *, by_pipe: bool = False) -> int:
     code = supervise(workers, signals, nodes)
     nodes.leave()
     return code
+
+
+def clear_dead_builds(*, shared: bool) -> None:
+    """Remove the locks of compilations that were killed: torch 2.13 waits for them without end and without a word.
+
+    DeepSpeed compiles its kernels at the first start. Who compiles has the lock open; on another machine that can't be
+    seen, so in a folder that may be `shared` a lock has to be ten minutes old.
+    """
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path(cache) / "torch_extensions")
+    locks = {str(lock.resolve()): lock for depth in ("*", "*/*") for lock in root.glob(f"{depth}/lock")}
+    for link in Path("/proc").glob("[0-9]*/fd/*") if locks else ():
+        with contextlib.suppress(OSError):  # it has just ended, or is somebody else's
+            locks.pop(os.readlink(link), None)
+    for lock in locks.values():
+        with contextlib.suppress(OSError):
+            if time.time() - lock.stat().st_mtime > (600 if shared else 5):
+                lock.unlink()
+                say(f"{lock}: removed; the compilation that held it was killed")
 
 
 def listen(port: int, address: str = "") -> socket.socket:
