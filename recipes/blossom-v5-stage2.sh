@@ -5,8 +5,12 @@
 #   python -m sft.opendata --mix blossom-v5-stage2 --output data_proj/blossom-v5-stage2
 #   sh recipes/blossom-v5-stage2.sh
 #
-# Knobs: those of ds_all.sh; flags of train.py at the end override them.
-# Data and epochs: huggingface.co/Azure99/blossom-v5-9b. Its tenth is one of the conversations, 9,000 of them.
+# Or another tenth in each epoch, of the very rows of the first stage:
+#   python -m sft.opendata Azure99/blossom-chat-v3@10000 --output data_proj/blossom-v5-chat
+#   DATA=data_proj/blossom-v5-chat REPLAY=data_proj/blossom-v5-stage1@0.1x sh recipes/blossom-v5-stage2.sh
+#
+# Knobs: REPLAY, a second path of data, and those of ds_all.sh; flags of train.py at the end override them.
+# Data and epochs: huggingface.co/Azure99/blossom-v5-9b. Its tenth is one of the conversations: 9,000 beside the 10,000.
 # Our judgement, for the card names none: rate, length and rows of the first stage.
 set -eu
 cd "$(dirname "$0")/.."
@@ -15,4 +19,5 @@ cd "$(dirname "$0")/.."
 : "${OUTPUT:=runs/blossom-v5-stage2}" "${ZERO:=2}"
 : "${LEARNING_RATE:=1e-5}" "${EPOCHS:=3}" "${MAX_LENGTH:=4096}" "${BATCH_SIZE:=1}" "${ACCUMULATION:=16}"
 export MODEL DATA OUTPUT ZERO LEARNING_RATE EPOCHS MAX_LENGTH BATCH_SIZE ACCUMULATION
+[ -z "${REPLAY:-}" ] || set -- --data_path "$DATA" "$REPLAY" "$@"
 exec sh ds_all.sh --gradient_checkpointing --chat_format blossom "$@"

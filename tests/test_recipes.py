@@ -163,6 +163,23 @@ def test_the_stages_of_blossom_follow_each_other(command_of):
     assert second[second.index("--model_name_or_path") + 1] == output
 
 
+def test_the_second_stage_takes_another_tenth_of_the_first_in_each_epoch(
+    base, data, command_of, capsys, monkeypatch, tmp_path
+):
+    first = tmp_path / "first"
+    first.mkdir()
+    rows = [{"instruction": f"earlier {n}?", "output": f"{n} " + "and " * 200} for n in range(4000)]
+    (first / "train.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    knobs = {"MODEL": base("Yi-9B", "yi"), "DATA": data, "REPLAY": f"{first}@0.1x", "OUTPUT": str(tmp_path / "run")}
+    arguments = command_of(
+        "blossom-v5-stage2.sh", "--gpu", "80GBx8", "--cache_dir", str(tmp_path / "cache"), **knobs, NUM_GPUS="8"
+    )
+    code, text, problems = judge(capsys, monkeypatch, arguments, "8")
+    assert (code, problems) == (0, [])
+    assert re.search(r"first/train\.json +4,000 +0\.1 +400 ", text)
+    assert re.search(r"data/train\.json +2,000 +1 +2,000 ", text)
+
+
 @pytest.mark.slow
 def test_a_recipe_under_sh_with_python_for_real(base, data, tmp_path):
     knobs = {"MODEL": base("bloom-560m", "bloom"), "DATA": data, "OUTPUT": str(tmp_path / "run"), "NUM_GPUS": "8"}
