@@ -11,6 +11,7 @@
 #   BATCH_SIZE     rows per process and step; 4         ACCUMULATION   steps per update; 8
 #   PYTHON         the interpreter; python3
 #   DRY_RUN        1 shows and checks what the run would do, on any machine, without reading the weights; 0
+#   PROBE_STEPS    3 or more: a dry run that then measures memory and time in so many steps, of which nothing is kept
 #   LAUNCHER       what runs train.py, and NUM_PROCESSES, which share the steps of an update: set by ds_all.sh
 set -eu
 cd "$(dirname "$0")"
@@ -58,10 +59,11 @@ if [ "$NUM_PROCESSES" -gt 1 ]; then
     fi
 fi
 
+[ -z "${PROBE_STEPS:-}" ] || set -- --probe_steps "$PROBE_STEPS" "$@"
 case "${DRY_RUN:=0}" in
 0) ;;
 1)
-    LAUNCHER=$PYTHON
+    case " $* " in *" --probe_steps"[\ =]*) ;; *) LAUNCHER=$PYTHON ;; esac # only a probe needs all processes
     set -- --dry_run "$@"
     ;;
 *) echo "base_run.sh: DRY_RUN=$DRY_RUN: use 0 or 1" >&2; exit 2 ;;

@@ -29,12 +29,12 @@ if __name__ == "__main__":  # a shell starts what runs in the background with SI
 
 import torch
 import transformers
-from transformers import HfArgumentParser, ProgressCallback, TrainerCallback, set_seed
+from transformers import HfArgumentParser, PrinterCallback, ProgressCallback, TrainerCallback, set_seed
 
-from sft import attention, dry_run, loss, quick
+from sft import attention, dry_run, loss, probe, quick
 from sft import checkpoint as checkpoints
 from sft.chat import GREEDY, Chat, Reply
-from sft.chat_format import IGNORE_INDEX, Renderer, check_contract
+from sft.chat_format import Renderer, check_contract
 from sft.checkpoint import check_unchanged, find_checkpoint, unsealed
 from sft.collate import Collator
 from sft.conversation import read_conversations
@@ -67,7 +67,7 @@ from sft.report import (
     write_text,
 )
 from sft.signals import LOST, STOPPED, Agreed, Guard, Stopped
-from sft.trainer import Trainer
+from sft.trainer import Trainer, group_sources
 
 LORA_FLAGS = ("lora_rank", "lora_alpha", "lora_dropout")
 FIXED_PROMPTS = ("你好", "Hello", "写一首关于春天的诗", "What is the capital of France?")
@@ -170,6 +170,13 @@ class TrainingArguments(transformers.TrainingArguments):
     dry_run: bool = field(
         default=False, metadata={"help": "Show and check what the run would do, without reading the weights."}
     )
+    probe_steps: int = field(
+        default=0,
+        metadata={
+            "help": "A dry run that then measures memory and time: so many steps (3 or more) on the real model, the "
+            "rows that take most memory first; nothing of them is kept."
+        },
+    )
     gpu: str | None = field(
         default=None, metadata={"help": "The GPUs that a dry run judges, as in 80GBx8; else those of this machine."}
     )
@@ -181,10 +188,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     with Guard(lasting=__name__ == "__main__") as guard:
         groups = parse_arguments(arguments)
-        if groups[-1].dry_run:
-            return run_dry(*groups)
         try:
-            run(*groups, guard, started=started)
+            if groups[-1].dry_run:
+                run_dry(*groups, guard)
+            else:
+                run(*groups, guard, started=started)
         except Stopped as stop:
             guard.stage = "done"
             say(f"{stop}; {guard.continue_with}")
@@ -216,7 +224,7 @@ def run(
         data_arguments.max_length,
         trust_remote_code=model_arguments.trust_remote_code,
     )
-    tokenizer, renderer = load_renderer(model_arguments, data_arguments)
+    _tokenizer, renderer = load_renderer(model_arguments, data_arguments)
     data = load_data(renderer, data_arguments)
     for ledger in data.ledgers.values():
         check_losses(ledger, data_arguments.max_lost)
@@ -230,37 +238,26 @@ def run(
         "mixture": [] if rows.mixture.is_plain else mixture_table(rows.mixture, data.examples.lengths),
         "ledger": data.ledgers,
     }
-    fingerprint = fingerprint_of(model_arguments, data_arguments, training_arguments, renderer, record, data.times)
+    groups, processes = (model_arguments, data_arguments, training_arguments), training_arguments.world_size
+    fingerprint = fingerprint_of(*groups, renderer, record, data.times, world_size=processes)
     changed = check_unchanged(checkpoint, fingerprint, training_arguments.allow_changed, say)
 
-    model = build_model(model_arguments, training_arguments, tokenizer, renderer)
-    models.check_rows(
-        model,
-        tokenizer,
-        model_arguments.model_name_or_path,
-        used_ids=[*renderer.stop_ids, *renderer.control_ids],
-        largest_id=max(data.examples.largest_id, data.held_out.largest_id),
-    )
-    record |= describe(model, renderer, fingerprint)
-    models.set_generation_config(model, tokenizer, renderer.stop_ids)
-    model.save_pretrained = partial(model.save_pretrained, max_shard_size=training_arguments.max_shard_size)
-    notes = prepare_model(model, packing=data_arguments.packing, liger=training_arguments.use_liger_kernel)
-    training_arguments.use_liger_kernel = False  # done; transformers would put its loss over ours
-    trainer = build_trainer(
-        model,
-        complete(training_arguments, data.held_out),
-        tokenizer,
+    names = {part: ledger["source_names"] for part, ledger in data.ledgers.items()}
+    trainer = set_up(
+        *groups,
+        renderer,
         rows,
         data.held_out,
-        max_length=data_arguments.max_length,
+        largest_id=max(data.examples.largest_id, data.held_out.largest_id),
         guard=guard,
         fingerprint=fingerprint,
+        sources=group_sources([(data.examples, names["train"]), (data.held_out, names.get("eval", ()))]),
     )
-    trainer.add_callback(SelfTest(trainer, notes, packing=data_arguments.packing))
+    record |= describe(trainer.model, renderer, fingerprint)
     if checkpoint:
         trainer.continue_from(checkpoint, changed)
     say_opening(trainer, renderer, data, rows)
-    questions = answerable(pick_questions(list(data.times), data_arguments), renderer, model)
+    questions = answerable(pick_questions(list(data.times), data_arguments), renderer, trainer.model)
     fixed = questions[: len(FIXED_PROMPTS)]
     before = reply_all(trainer, renderer, fixed, data_arguments.max_new_tokens)
     check_again = quick_check(trainer, renderer, data_arguments)
@@ -276,10 +273,18 @@ def run(
         finish(trainer, record, metrics, questions, before, after, seconds=time.time() - started)
 
 
-def run_dry(model_arguments: ModelArguments, data_arguments: DataArguments, arguments: TrainingArguments) -> None:
-    """Do what a run does up to its first step, weights left out; print it, write it as a page, exit 2 on a problem."""
+def run_dry(
+    model_arguments: ModelArguments, data_arguments: DataArguments, arguments: TrainingArguments, guard: Guard
+) -> None:
+    """Do what a run does up to its first step, weights left out; print it, write it as a page, exit 2 on a problem.
+
+    With --probe_steps the weights are read then, and those steps made and measured.
+    """
     path, trust = models.absolute(model_arguments.model_name_or_path), model_arguments.trust_remote_code
     report = dry_run.Report(shlex.join(without_secrets(sys.argv)))
+    if arguments.probe_steps:  # beside the output, so that nothing is touched there
+        folder = f"{arguments.output_dir.rstrip('/')}.probe"
+        guard.hold(folder, timeout=arguments.rank_timeout, continue_with="nothing was kept of the probe")
     config = models.load_config(path, trust_remote_code=trust)
     report.check(models.check_window, path, data_arguments.max_length, trust_remote_code=trust)
     tokenizer, renderer = load_renderer(model_arguments, data_arguments)
@@ -290,25 +295,67 @@ def run_dry(model_arguments: ModelArguments, data_arguments: DataArguments, argu
     largest = max(data.examples.largest_id, data.held_out.largest_id)
     report.check(dry_run.check_rows, config, tokenizer, path, used_ids=used_ids, largest_id=largest)
     dry_run.describe_tokenizer(report, renderer, list(data.times), data_arguments.encoding, lora=model_arguments.lora)
+    groups = (model_arguments, data_arguments, arguments)
+    settings = {**vars(arguments), **vars(model_arguments), **vars(data_arguments)}
     if len(data.examples):
-        processes = int(os.environ.get("NUM_PROCESSES") or os.environ.get("WORLD_SIZE") or 0)
-        rows = make_rows(data, data_arguments, arguments, processes=max(1, processes))
-        facts = dry_run.describe_all_data(report, data, rows.mixture, renderer.stop_ids)
-        dry_run.describe_run(
-            report,
-            config,
-            rows,
-            share=facts["trained"].sum() / data.examples.lengths.sum(),
-            processes=processes,
-            settings={**vars(arguments), **vars(model_arguments), **vars(data_arguments)},
-        )
-    page = Path(f"{arguments.output_dir.rstrip('/')}.dry_run.html")
-    dry_run.write_page(report, tokenizer, page)
-    say(dry_run.as_text(report, tokenizer))
+        processes = dry_run.count_processes(settings)
+        rows = make_rows(data, data_arguments, arguments, processes=processes)
+        trained = dry_run.describe_all_data(report, data, rows.mixture, renderer.stop_ids)["trained"]
+        steps, counted = dry_run.describe_run(report, config, rows, trained, settings)
+        if arguments.resume_from_checkpoint:
+            record = {**provenance(), "data": {"train": file_hashes(data.times)}}
+            new = fingerprint_of(*groups, renderer, record, data.times, world_size=processes)
+            dry_run.describe_resume(report, look_for_checkpoint(arguments), new, num_rows=len(rows), settings=settings)
+    show_report(report, tokenizer, arguments.output_dir)
+    if not arguments.probe_steps:
+        return say("no problem found; nothing was trained, and the weights were not read")
+    output_dir, arguments.output_dir = arguments.output_dir, str(guard.folder)
+    heaviest, *_ = dry_run.heaviest_rows(rows, trained)
+    watch = measure(*groups, renderer, rows, heaviest, largest_id=largest, guard=guard)
+    probe.describe(report, watch.timed(), guard.gather(watch.peak), steps=steps, counted=counted)
+    show_report(report, tokenizer, output_dir, since=-1)
+    say("no problem found; nothing was kept of these steps")
+
+
+def show_report(report: dry_run.Report, tokenizer, output_dir: str, *, since: int = 0) -> None:
+    """Print the report, or its sections `since` one; write it as a page; exit 2 when it has a problem."""
+    page = Path(f"{output_dir.rstrip('/')}.dry_run.html")
+    if int(os.environ.get("RANK", 0)) == 0:
+        dry_run.write_page(report, tokenizer, page)
+    say(dry_run.as_text(report, tokenizer, since=since))
     say(f"as a page: {page}")
     if report.problems:
         fail([f"problem: {problem}" for problem in report.problems])
-    say("no problem found; nothing was trained, and the weights were not read")
+
+
+def measure(
+    model_arguments, data_arguments, arguments, renderer, rows, heaviest, *, largest_id: int, guard: Guard
+) -> probe.Stopwatch:
+    """Make the steps of a probe, and keep nothing of them; return the watch that has measured them."""
+    set_seed(arguments.seed)
+    arguments.max_steps, arguments.train_sampling_strategy = arguments.probe_steps, "sequential"
+    for name in ("save_strategy", "eval_strategy", "logging_strategy"):
+        setattr(arguments, name, type(getattr(arguments, name))("no"))
+    arguments.report_to, arguments.push_to_hub, arguments.load_best_model_at_end = [], False, False
+    watch = probe.Stopwatch()
+    shares = (arguments.train_batch_size, arguments.gradient_accumulation_steps, arguments.world_size)
+    seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
+    own = dry_run.updates_of(len(rows), shares, seed=seed).order(0)
+    trainer = set_up(
+        model_arguments,
+        data_arguments,
+        arguments,
+        renderer,
+        probe.FirstRows(rows, heaviest, own, steps=arguments.probe_steps, per_update=math.prod(shares)),
+        (),
+        largest_id=largest_id,
+        guard=guard,
+        fingerprint={},
+    )
+    trainer.pop_callback(PrinterCallback)
+    trainer.add_callback(watch)
+    trainer.train()
+    return watch
 
 
 # --- arguments ----------------------------------------------------------------------------------------------------
@@ -322,6 +369,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> tuple[ModelArguments, Da
     given = vars(given)
     problems = parser.problems + [f"unknown argument {name}" for name in unknown if name.startswith("--")]
     problems += [f"unknown argument {name}" for name in unknown if not problems]
+    given["dry_run"] |= given["probe_steps"] > 0
     problems += check_arguments(given)
     if problems:
         fail(problems)
@@ -338,7 +386,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> tuple[ModelArguments, Da
         if given["use_liger_kernel"] and on_cpu:
             raise ValueError("--use_liger_kernel: its kernels are Triton's and need a GPU; leave the flag out")
         config = given["deepspeed"]
-        if given["dry_run"]:
+        if given["dry_run"] and not given["probe_steps"]:
             given |= {"deepspeed": None, "use_cpu": on_cpu}
         elif given["deepspeed"] and on_cpu:
             given |= {"accelerator_config": start_deepspeed_on_cpu(), "use_cpu": True}
@@ -412,26 +460,32 @@ def complete(arguments: TrainingArguments, held_out: Examples) -> TrainingArgume
 
 
 def checkpoint_to_resume(arguments: TrainingArguments, guard: Guard) -> str | None:
-    """Return the checkpoint to continue from: the named one, or with "auto" the newest that is what was sealed."""
-    named, checkpoint, lines, problem = arguments.resume_from_checkpoint, None, [], None
+    """Return the checkpoint to continue from, the same on all ranks, after clearing what a killed run left."""
+    found, leftovers = None, []
     if guard.rank == 0:
-        lines = checkpoints.clear_leftovers(Path(arguments.output_dir))
-        if named in ("auto", "True", "true"):
-            checkpoint, skipped = find_checkpoint(arguments.output_dir)
-            lines += skipped
-            lines.append(
-                f"resuming from {checkpoint}"
-                if checkpoint
-                else f"no checkpoint in {arguments.output_dir}; starting anew"
-            )
-        elif named:
-            checkpoint, problem = named, unsealed(Path(named))
-    checkpoint, lines, problem = guard.from_first((checkpoint, lines, problem))
-    for line in lines:
+        leftovers = checkpoints.clear_leftovers(Path(arguments.output_dir))
+        found = look_for_checkpoint(arguments)
+    (checkpoint, lines, problem), leftovers = guard.from_first((found, leftovers))
+    for line in [*leftovers, *lines]:
         say(line)
     if problem:
-        raise Agreed(f"--resume_from_checkpoint {named}: {problem}; use auto, or name another checkpoint")
+        raise Agreed(problem)
     return checkpoint
+
+
+def look_for_checkpoint(arguments: TrainingArguments) -> tuple[str | None, list[str], str | None]:
+    """Return the checkpoint to continue from: the named one, or with "auto" the newest that is what was sealed.
+
+    And lines to say, and what is wrong with the named one. Nothing is changed.
+    """
+    named, folder = arguments.resume_from_checkpoint, arguments.output_dir
+    if named in ("auto", "True", "true"):
+        checkpoint, skipped = find_checkpoint(folder)
+        what = f"resuming from {checkpoint}" if checkpoint else f"no checkpoint in {folder}; starting anew"
+        return checkpoint, [*skipped, what], None
+    problem = unsealed(Path(named)) if named else None
+    wrong = f"--resume_from_checkpoint {named}: {problem}; use auto, or name another checkpoint"
+    return named, [], wrong if problem else None
 
 
 def fingerprint_of(
@@ -441,6 +495,8 @@ def fingerprint_of(
     renderer: Renderer,
     record: dict,
     times: dict[str, float | None],
+    *,
+    world_size: int,
 ) -> dict:
     """Return what the run depends on, for its checkpoints: flags, data, format, base, processes, versions."""
     files = record["data"]["train"]
@@ -454,7 +510,7 @@ def fingerprint_of(
         times_per_epoch={name: often for name, often in zip(names, times.values(), strict=True) if often != 1},
         chat_format={"name": renderer.name, "fingerprint": renderer.fingerprint()},
         base=checkpoints.hash_base(model_arguments.model_name_or_path) or model_arguments.model_name_or_path,
-        world_size=arguments.world_size,
+        world_size=world_size,
         zero_stage=zero.get("stage", 0),
     )
 
@@ -542,6 +598,32 @@ def build_model(model_arguments: ModelArguments, arguments: TrainingArguments, t
     )
 
 
+def set_up(
+    model_arguments: ModelArguments,
+    data_arguments: DataArguments,
+    arguments: TrainingArguments,
+    renderer: Renderer,
+    rows,
+    held_out: Examples,
+    *,
+    largest_id: int,
+    **options,
+) -> Trainer:
+    """Return a trainer of the base, ready for its first step; `largest_id` is the largest token of the data."""
+    tokenizer, path = renderer.tokenizer, model_arguments.model_name_or_path
+    model = build_model(model_arguments, arguments, tokenizer, renderer)
+    used_ids = [*renderer.stop_ids, *renderer.control_ids]
+    models.check_rows(model, tokenizer, path, used_ids=used_ids, largest_id=largest_id)
+    models.set_generation_config(model, tokenizer, renderer.stop_ids)
+    model.save_pretrained = partial(model.save_pretrained, max_shard_size=arguments.max_shard_size)
+    notes = prepare_model(model, packing=data_arguments.packing, liger=arguments.use_liger_kernel)
+    arguments.use_liger_kernel = False  # done; transformers would put its loss over ours
+    arguments, length = complete(arguments, held_out), data_arguments.max_length
+    trainer = build_trainer(model, arguments, tokenizer, rows, held_out, max_length=length, **options)
+    trainer.add_callback(SelfTest(trainer, notes, packing=data_arguments.packing))
+    return trainer
+
+
 def prepare_model(model, *, packing: bool, liger: bool = False) -> list[str]:
     """Keep packed documents apart, compute the loss in chunks, use Liger's kernels if asked; return what was done."""
     notes = [models.use_liger_kernels(model)] if liger else []
@@ -581,8 +663,6 @@ def build_trainer(model, arguments, tokenizer, rows, held_out: Examples, *, max_
         # On a GPU one length for all packed rows: flex attention compiles for it once.
         data_collator=Collator(tokenizer.pad_token_id, packed_length=max_length if torch.cuda.is_available() else None),
         processing_class=tokenizer,
-        compute_metrics=token_accuracy,
-        preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1) if logits.ndim == 3 else logits,
         say=say,
         **options,
     )
@@ -609,14 +689,6 @@ def last_evaluation(trainer: Trainer) -> dict[str, float]:
     return last if last.get("step") == trainer.state.global_step else trainer.evaluate()
 
 
-def token_accuracy(prediction) -> dict[str, float]:
-    """Share of trained tokens that the model ranks first; predictions and labels (rows, length), unshifted."""
-    guesses, labels = prediction.predictions[:, :-1], prediction.label_ids[:, 1:]
-    in_loss = labels != IGNORE_INDEX
-    accuracy = float((guesses == labels)[in_loss].mean())
-    return {"token_accuracy": accuracy, "tokens": int(in_loss.sum()), "rows": len(labels)}
-
-
 # --- what a person sees -------------------------------------------------------------------------------------------
 
 
@@ -630,8 +702,7 @@ def say_opening(trainer: Trainer, renderer: Renderer, data: Data, dataset: Train
     """Print what goes in: ledger, one row with its trained tokens, mixture, tokens, steps, parameters."""
     arguments, tokens = trainer.args, int(data.examples.lengths.sum())
     rows = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
-    per_epoch = math.ceil(len(trainer.get_train_dataloader()) / arguments.gradient_accumulation_steps)
-    steps = arguments.max_steps if arguments.max_steps > 0 else math.ceil(per_epoch * arguments.num_train_epochs)
+    steps = trainer.updates.in_all(arguments.num_train_epochs, arguments.max_steps)
     trainable, total = models.count_parameters(trainer.model)
     for name, ledger in zip(("data", "held out"), data.ledgers.values(), strict=False):
         say("\n".join(f"{name}: {line}" for line in ledger_lines(ledger)))
@@ -788,7 +859,9 @@ def _short(value) -> str:
 if __name__ == "__main__":
     try:
         main()
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not (isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)):
+            raise
         remedies = "lower --per_device_train_batch_size or --max_length, add --gradient_checkpointing, or use ds_all.sh"
         fail([f"out of memory ({str(error).splitlines()[0]}); {remedies}"], everywhere=True)
     except (ValueError, OSError) as error:

@@ -5,6 +5,7 @@ without a word.
 """
 
 import itertools
+import json
 import math
 import os
 import shutil
@@ -17,6 +18,7 @@ import numpy as np
 
 from sft import model as models
 from sft.chat_format import Renderer, check_contract
+from sft.checkpoint import PROGRESS, check_unchanged
 from sft.conversation import read_conversations
 from sft.dataset import EXPLAINED, LOST, WAYS, Examples, TrainingRows, ledger_lines
 from sft.memory import (
@@ -43,6 +45,7 @@ from sft.memory import (
 )
 from sft.mixture import Mixture, mixture_table
 from sft.preflight import paint, stretches
+from sft.sampler import Updates
 
 
 @dataclass
@@ -145,23 +148,39 @@ def describe_all_data(report: Report, data, mixture: Mixture, stop_ids: Sequence
     return facts
 
 
+def heaviest_rows(rows: TrainingRows, trained: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the rows' numbers, those that take most memory first, their tokens and their trained ones, each (rows,).
+
+    Padded, that are the longest; packed rows are about as long as each other, and the loss takes the trained tokens.
+    """
+    sums = [np.concatenate([[0], np.cumsum(of[rows.rows.examples])]) for of in (rows.examples.lengths, trained)]
+    tokens, trained = (np.diff(summed[rows.rows.starts]) for summed in sums)
+    order = np.lexsort((tokens, trained) if rows.max_length else (trained, tokens))[::-1]
+    return order, tokens[order], trained[order]
+
+
+def count_processes(settings: dict) -> int:
+    """Return those that share an update: the launcher's, else one, or one for each GPU under DeepSpeed."""
+    found = int(os.environ.get("NUM_PROCESSES") or os.environ.get("WORLD_SIZE") or 0)
+    return found or (_gpu_of(settings["gpu"])[0][1] if settings["deepspeed"] else 1)
+
+
 def describe_run(
     report: Report,
     config,
     rows: TrainingRows,
-    *,
-    share: float,
-    processes: int,
+    trained: np.ndarray,
     settings: dict,
-) -> None:
+) -> tuple[int, int]:
     """Add steps, memory and disk of a run with these `settings` (the flags of train.py by name).
 
-    Without a number of `processes` there is one, or one for each GPU under DeepSpeed.
+    `trained` are the trained tokens of each example. Returns the number of steps, and the bytes that one takes.
     """
     on_gpu = bool(settings["gpu"]) or count_gpus() > 0
     gpu, where = _gpu_of(settings["gpu"])
     zero = (settings["deepspeed"] or {}).get("zero_optimization", {}).get("stage", 0)
-    batch, processes = settings["per_device_train_batch_size"], processes or (gpu[1] if zero else 1)
+    batch, processes = settings["per_device_train_batch_size"], count_processes(settings)
+    _order, row_tokens, row_trained = heaviest_rows(rows, trained)
     steps = describe_schedule(
         report,
         num_examples=rows.num_examples,
@@ -175,13 +194,14 @@ def describe_run(
         learning_rate=settings["learning_rate"],
         schedule=getattr(settings["lr_scheduler_type"], "value", settings["lr_scheduler_type"]),
         lora=settings["lora"],
+        drop_last=settings["dataloader_drop_last"],
     )
     longest = int(rows.examples.lengths.max())
-    length = rows.max_length or longest
+    length = rows.max_length if rows.max_length and on_gpu else int(row_tokens.max())
     step = Step(
         rows=batch,
         length=length,
-        trained=max(1, int(batch * length * share)),
+        trained=int(np.resize(row_trained, batch).sum()),
         documents=tuple(size for size in (longest, length - longest) if size) * batch,
         packing=rows.max_length is not None,
         checkpointing=bool(settings["gradient_checkpointing"]),
@@ -194,13 +214,14 @@ def describe_run(
     plan = Plan(method, {2: ZERO2, 3: ZERO3}.get(zero, ONE), settings["offload"], processes)
     shape = report.check(read_shape, config)
     if shape is None:
-        return
-    report.check(describe_memory, report, shape, step, plan, gpu=gpu, where=where)
+        return steps, 0
+    counted = report.check(describe_memory, report, shape, step, plan, gpu=gpu, where=where)
     every, strategy = settings["save_steps"], getattr(settings["save_strategy"], "value", settings["save_strategy"])
     saves = {"no": 0, "epoch": math.ceil(settings["num_train_epochs"])}.get(strategy)
     saves = steps // max(1, int(every if every >= 1 else math.ceil(every * steps))) if saves is None else saves
     kept, folder = settings["save_total_limit"] or saves, settings["output_dir"]
     describe_disk(report, shape, step, plan, output_dir=folder, saves=saves, kept=kept, is_here=not settings["gpu"])
+    return steps, counted or 0
 
 
 def _gpu_of(text: str | None) -> tuple[tuple[int, int], str]:
@@ -305,6 +326,43 @@ def pick_samples(report: Report, examples: Examples, facts: np.ndarray, names: S
         report.samples.append((title, row["input_ids"], row["labels"]))
 
 
+def updates_of(num_rows: int, rows: tuple[int, int, int], *, seed: int = 0, drop_last: bool = False) -> Updates:
+    """Return the updates of a run of so many rows; `rows` of one: batch, accumulation, processes."""
+    batch_size, accumulation, processes = rows
+    shares = {"batch_size": batch_size, "accumulation": accumulation, "world_size": processes}
+    return Updates(num_rows, **shares, rank=0, seed=seed, drop_last=drop_last)
+
+
+def describe_resume(
+    report: Report, found: tuple[str | None, list[str], str | None], new: dict, *, num_rows: int, settings: dict
+) -> None:
+    """Add which checkpoint would be continued and what is left; what has changed since, and may not, are problems.
+
+    `found`: the checkpoint, lines to say, what is wrong with it; `new`: the fingerprint of the run as it would be.
+    """
+    checkpoint, lines, wrong = found
+    report.sections.append(Section("resume", [], lines))
+    if wrong:
+        report.problems.append(wrong)
+    if wrong or not checkpoint:
+        return
+    try:
+        check_unchanged(checkpoint, new, settings["allow_changed"], lines.append)
+    except ValueError as error:
+        report.problems += str(error).splitlines()
+    progress = json.loads((Path(checkpoint) / PROGRESS).read_text(encoding="utf-8"))
+    exact, taken = new["exact"], progress["taken"]
+    if progress["num_rows"] != num_rows:
+        taken = taken * num_rows // progress["num_rows"]
+    rows = (exact["per_device_train_batch_size"], exact["gradient_accumulation_steps"], exact["world_size"])
+    updates = updates_of(num_rows, rows, drop_last=settings["dataloader_drop_last"])
+    made, epochs, most = progress["updates"], settings["num_train_epochs"], settings["max_steps"]
+    left = updates.left(epochs, most, epoch=progress["epoch"], taken=taken, made=made)
+    lines.append(f"{checkpoint} would be continued: {made:,} steps are made, {left:,} are left")
+    if not left:
+        report.notes.append(f"{checkpoint}: no step is left; the model would be saved as it is")
+
+
 def describe_schedule(
     report: Report,
     *,
@@ -319,10 +377,12 @@ def describe_schedule(
     learning_rate: float,
     schedule: str,
     lora: bool,
+    drop_last: bool = False,
 ) -> int:
     """Add what an update holds and how many there are; return their number. `rows`: batch, accumulation, processes."""
     per_update = math.prod(rows)
-    steps = max_steps if max_steps > 0 else math.ceil(math.ceil(num_rows / per_update) * epochs)
+    updates = updates_of(num_rows, rows, drop_last=drop_last)
+    steps = updates.in_all(epochs, max_steps)
     shares = f"{rows[0]} x {rows[1]} x {rows[2]} processes"
     section = Section("steps")
     if fill is not None:
@@ -366,8 +426,11 @@ def _compare_recipes(learning_rate: float, conversations: float, lora: bool) -> 
     ]
 
 
-def describe_memory(report: Report, shape: Shape, step: Step, plan: Plan, *, gpu: tuple[int, int], where: str) -> None:
-    """Add what the chosen way needs on each GPU, and all other ways beside it; what does not fit is a problem."""
+def describe_memory(report: Report, shape: Shape, step: Step, plan: Plan, *, gpu: tuple[int, int], where: str) -> int:
+    """Add what the chosen way needs on each GPU, and all other ways beside it; what does not fit is a problem.
+
+    Returns the bytes of the chosen way at its peak.
+    """
     parts, host = estimate(shape, step, plan)
     size, count = gpu
     table = [["part", f"on each {'GPU' if step.device == 'cuda' else 'process'}", "formula"]]
@@ -397,6 +460,7 @@ def describe_memory(report: Report, shape: Shape, step: Step, plan: Plan, *, gpu
             )
             + ("" if step.device == "cuda" else "; --gpu 80GBx8 judges it for other machines")
         )
+    return parts[-1].bytes
 
 
 def describe_disk(
@@ -421,14 +485,14 @@ def describe_disk(
 # --- how it is shown ----------------------------------------------------------------------------------------------
 
 
-def as_text(report: Report, tokenizer) -> str:
-    """Return the report for a terminal; long rows are cut in the middle."""
+def as_text(report: Report, tokenizer, *, since: int = 0) -> str:
+    """Return the report for a terminal, from a section on; long rows are cut in the middle."""
     lines = []
-    for title, ids, labels in report.samples:
+    for title, ids, labels in report.samples if not since else ():
         lines += [f"== {title}", *_paint_ends(tokenizer, ids, labels), ""]
-    for section in report.sections:
+    for section in report.sections[since:]:
         lines += [f"== {section.title}", *_aligned(section.table), *section.lines, ""]
-    lines += [f"note: {note}" for note in report.notes]
+    lines += [f"note: {note}" for note in report.notes if not since]
     return "\n".join(lines)
 
 

@@ -27,12 +27,14 @@ LOGIT_SETTINGS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "l
 
 @dataclass
 class LossOutput(ModelOutput):
-    """What a model with labels returns: the loss, and in evaluation the token it ranks first where a label follows.
+    """What a model with labels returns: the loss, that of each token, and in evaluation the token it ranks first.
 
-    `predictions` (batch, length) are aligned as logits are: position t predicts token t + 1; elsewhere IGNORE_INDEX.
+    `losses`, without a graph, and `predictions` (batch, length) are aligned as logits are: position t predicts token
+    t + 1; where no label follows they are nan and IGNORE_INDEX.
     """
 
     loss: torch.Tensor | None = None
+    losses: torch.Tensor | None = None
     predictions: torch.Tensor | None = None
 
 
@@ -92,13 +94,15 @@ def _loss_of(model, hidden: torch.Tensor, labels: torch.Tensor, num_items) -> Lo
     head, predict = model.get_output_embeddings(), not model.training
     chosen = hidden.flatten(0, 1).index_select(0, labelled), targets[labelled]
     if isinstance(head, LossHead) and _compute_dtype(head.weight) != torch.float16:
-        total, predicted = head(*chosen, predict)
+        total, losses, predicted = head(*chosen, predict)
     else:
-        total, predicted = _sum_through_module(head, *chosen, predict, model.config.get_text_config().vocab_size)
+        vocab_size = model.config.get_text_config().vocab_size
+        total, losses, predicted = _sum_through_module(head, *chosen, predict, vocab_size)
     num_items = torch.as_tensor(len(labelled) if num_items is None else num_items, device=total.device)
+    losses = torch.full_like(targets, torch.nan, dtype=torch.float32).index_copy(0, labelled, losses).view_as(labels)
     if predict:
         predicted = torch.full_like(targets, IGNORE_INDEX).index_copy(0, labelled, predicted).view_as(labels)
-    return LossOutput(loss=total / num_items.clamp(min=1), predictions=predicted)
+    return LossOutput(total / num_items.clamp(min=1), losses, predicted)
 
 
 def _compute_dtype(weight: torch.Tensor) -> torch.dtype:
@@ -117,7 +121,7 @@ class LossHead(nn.Linear):
             return super().forward(hidden)
         if predict or not torch.is_grad_enabled():
             return _sum_through_module(super().forward, hidden, targets, predict, self.out_features)
-        return _SummedLoss.apply(hidden, self.weight, self.bias, targets), None
+        return *_SummedLoss.apply(hidden, self.weight, self.bias, targets), None
 
 
 class _SummedLoss(torch.autograd.Function):
@@ -125,21 +129,25 @@ class _SummedLoss(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, targets):
         dtype = _compute_dtype(weight)
         with torch.autocast(hidden.device.type, enabled=False):
-            total, ctx.gradients = _sum_with_gradients(hidden, weight, bias, targets, ctx.needs_input_grad, dtype)
-        return total
+            losses, ctx.gradients = _losses_with_gradients(hidden, weight, bias, targets, ctx.needs_input_grad, dtype)
+        ctx.mark_non_differentiable(losses)
+        return losses.sum(), losses
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx, grad, _of_losses):
         gradients, ctx.gradients = ctx.gradients, None
         return (*(None if gradient is None else gradient.mul_(grad) for gradient in gradients), None)
 
 
-def _sum_with_gradients(hidden, weight, bias, targets, wanted, dtype) -> tuple[torch.Tensor, list]:
-    """Return the summed loss and its gradients by hidden (tokens, size), weight and bias, in fp32 while they grow."""
+def _losses_with_gradients(hidden, weight, bias, targets, wanted, dtype) -> tuple[torch.Tensor, list]:
+    """Return the losses (tokens,), and the gradients of their sum by hidden (tokens, size), weight and bias.
+
+    The gradients are fp32 while they grow.
+    """
     leaves = [(leaf, want) for leaf, want in zip((hidden, weight, bias), wanted, strict=False)]
     sums = [torch.zeros_like(leaf, dtype=torch.float32) if want else None for leaf, want in leaves]
-    total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+    losses = torch.zeros(len(hidden), dtype=torch.float32, device=hidden.device)
     cast = weight.to(dtype)
     rows = min(len(hidden), _rows(weight.shape[0] * cast.element_size(), hidden.device.type))
     buffer = cast.new_empty(rows, weight.shape[0])  # fresh memory for each chunk costs a CPU a third of the product
@@ -149,31 +157,30 @@ def _sum_with_gradients(hidden, weight, bias, targets, wanted, dtype) -> tuple[t
         logits = torch.mm(states, cast.t(), out=buffer[: len(states)])
         if bias is not None:
             logits += bias.to(dtype)
-        losses, gradient = _losses_and_gradient(logits, targets[part])
-        total += losses
+        losses[part], gradient = _losses_and_gradient(logits, targets[part])
         if wanted[0]:
             sums[0][part] = gradient @ cast
         if wanted[1]:
             _add_product(sums[1], gradient.t(), states)
         if wanted[2]:
             sums[2] += gradient.sum(0, dtype=torch.float32)
-    return total, [grown.to(leaf.dtype) if want else None for (leaf, want), grown in zip(leaves, sums, strict=True)]
+    return losses, [grown.to(leaf.dtype) if want else None for (leaf, want), grown in zip(leaves, sums, strict=True)]
 
 
 def _losses_and_gradient(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the summed loss and, where the logits were, its gradient by them."""
+    """Return the losses (rows,) and, where the logits were, the gradient of their sum by them."""
     if logits.device.type == "cuda":
         losses, gradient = _fused_softmax()(logits, targets[:, None])
-        return losses.sum(), gradient
-    total, rows = 0.0, max(1, TILE_BYTES // (4 * logits.shape[1]))
+        return losses.squeeze(-1), gradient
+    found, rows = [], max(1, TILE_BYTES // (4 * logits.shape[1]))
     for tile, target in zip(logits.split(rows), targets[:, None].split(rows), strict=True):
         probability = tile.softmax(-1, dtype=torch.float32)
         # The largest logit and its probability give the normalizer without a second exp of every logit.
         normalizer = tile.amax(-1, keepdim=True).float() - probability.amax(-1, keepdim=True).log()
         at_target = tile.gather(-1, target).float() - normalizer
-        total = total - at_target.sum()
+        found.append(-at_target.squeeze(-1))
         tile.copy_(probability.scatter_(-1, target, at_target.expm1()))
-    return total, logits
+    return torch.cat(found), logits
 
 
 def _softmax(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -203,24 +210,26 @@ def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -
 
 
 def _sum_through_module(head, hidden, targets, predict: bool, vocab_size: int):
-    """Return the summed loss and the predictions; in backward each chunk's logits are computed again.
+    """Return the summed loss, that of each token, and the predictions.
 
+    In backward each chunk's logits are computed again.
     Under ZeRO-3 every call of the head gathers on all ranks, which have other numbers of labels: one chunk there.
     """
     rows = _rows(vocab_size * 4, hidden.device.type)
     if isinstance(head, nn.Module) and any(hasattr(parameter, "ds_id") for parameter in head.parameters()):
         rows = max(1, len(hidden))
-    total, predictions = torch.zeros((), dtype=torch.float32, device=hidden.device), []
+    losses, predictions = [], []
     for states, target in zip(hidden.split(rows), targets.split(rows), strict=True):
         loss, predicted = checkpoint(_chunk_loss, head, states, target, predict, use_reentrant=False)
-        total = total + loss
+        losses.append(loss)
         predictions.append(predicted)
-    return total, torch.cat(predictions) if predict else None
+    losses = torch.cat(losses)
+    return losses.sum(), losses.detach(), torch.cat(predictions) if predict else None
 
 
 def _chunk_loss(head, states, targets, predict: bool):
     logits = head(states).float()
-    return cross_entropy(logits, targets, reduction="sum"), logits.argmax(-1) if predict else None
+    return cross_entropy(logits, targets, reduction="none"), logits.argmax(-1) if predict else None
 
 
 def _rows(bytes_per_row: int, device: str) -> int:

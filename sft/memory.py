@@ -91,7 +91,7 @@ def read_shape(config) -> Shape:
     from transformers import AutoModelForCausalLM
 
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _not_spread():
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     except (ValueError, RuntimeError, ImportError, KeyError) as error:
         raise ValueError(
@@ -113,15 +113,28 @@ def read_shape(config) -> Shape:
     )
 
 
+@contextmanager
+def _not_spread() -> Iterator[None]:
+    """Build models whole where ZeRO-3 is set up (a probe): transformers 5 would share out even what has no memory."""
+    from transformers.integrations import deepspeed
+
+    config, deepspeed._hf_deepspeed_config_weak_ref = deepspeed._hf_deepspeed_config_weak_ref, None
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = config
+
+
 # --- activations, by running layers that hold no memory -----------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes beyond weights and gradients: at the end of the forward pass, and at the most in the backward pass."""
+    """Bytes beyond weights and gradients: after the forward pass, at most in the backward pass, and at its end."""
 
     forward: int
     backward: int
+    last: int
 
 
 def activations(shape: Shape, step: Step, plan: Plan) -> Activations:
@@ -132,7 +145,7 @@ def activations(shape: Shape, step: Step, plan: Plan) -> Activations:
 @lru_cache(256)
 def _activations(shape: Shape, step: Step, lora: bool, spread: bool) -> Activations:
     one, two = (_trace(shape.config, layers, step, lora, spread) for layers in (1, 2))
-    return Activations(*(a + (shape.layers - 1) * (b - a) for a, b in zip(one, two, strict=True)))
+    return Activations(*(a + (shape.layers - 1) * (b - a) for a, b in zip(one, two, strict=True)), last=one[1])
 
 
 def _trace(config, layers: int, step: Step, lora: bool, spread: bool) -> tuple[int, int]:
@@ -141,7 +154,7 @@ def _trace(config, layers: int, step: Step, lora: bool, spread: bool) -> tuple[i
     from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
     half = torch.bfloat16 if step.half else torch.float32
-    with torch.device("meta"):
+    with torch.device("meta"), _not_spread():
         model = _shallow_model(config, layers, half if lora or spread else torch.float32, step, lora)
     with FakeTensorMode():
         _make_fake(model, half if spread else None)
@@ -284,10 +297,11 @@ def estimate(shape: Shape, step: Step, plan: Plan) -> tuple[list[Part], list[Par
         "activations", counted.forward, f"{shape.layers} layers, {step.rows} x {step.length:,} tokens, traced"
     )
     kept = gradients.bytes if step.accumulation > 1 or plan.launcher != ONE else 0
-    late = gradients.bytes + tied
+    # The backward pass ends in the first layer, when all gradients but the embedding's are there.
+    late = gradients.bytes + max(tied, counted.last - (4 * shape.embedding if plan.method == FULL else 0))
     most = max(kept + peak, late)
     total = weights.bytes + optimizer.bytes + buffers.bytes + most
-    formula = "weights + optimizer + max(activations + loss, gradients)" if not kept else "all of them at once"
+    formula = "all of them at once" if kept else "weights + optimizer + max(activations + loss, gradients + a layer)"
     parts = [weights, gradients, optimizer, buffers, running, loss, Part("peak", int(total), formula)]
     return [part for part in parts if part.bytes], host
 
@@ -297,16 +311,18 @@ def _states(shape: Shape, step: Step, plan: Plan, trained: int) -> tuple[Part, P
     if plan.launcher == ONE:
         return *_states_of_one(shape, step, plan, trained), Part("buffers", 0, ""), []
     frozen, n, host = shape.parameters - trained if plan.method == FULL else shape.parameters, plan.gpus, []
-    total = frozen + trained
+    total, each = frozen + trained, 2 if step.half else 4
     if plan.launcher == ZERO2:
-        weights = Part("weights", 2 * total, f"2 bytes x {_short(total)}")
+        weights = Part("weights", each * total, f"{each} bytes x {_short(total)}")
         gradients = Part("gradients", 4 * trained // n, f"4 bytes (summed in fp32) x {_short(trained)} / {n}")
-        buffers = Part("buffers", int(2 * ZERO2_BUCKETS), "two buckets of 500M x 2 bytes")
+        # On a CPU memory that was never written to is not taken.
+        size = ZERO2_BUCKETS if step.device == "cuda" else min(ZERO2_BUCKETS, 2 * trained)
+        buffers = Part("buffers", int(each * size), f"two buckets of {_short(size / 2)} x {each} bytes")
     else:
         live = int(min(total, max(ZERO3_LIVE, shape.embedding)))
-        weights = Part("weights", 2 * total // n, f"2 bytes x {_short(total)} / {n}")
+        weights = Part("weights", each * total // n, f"{each} bytes x {_short(total)} / {n}")
         gradients = Part("gradients", 4 * trained // n, f"4 bytes (summed in fp32) x {_short(trained)} / {n}")
-        buffers = Part("buffers", 2 * live, f"gathered weights: 2 bytes x {_short(live)}")
+        buffers = Part("buffers", each * live, f"gathered weights: {each} bytes x {_short(live)}")
         if plan.offload:
             host.append(replace(weights, name="weights"))
             weights = replace(weights, bytes=0)
@@ -349,7 +365,8 @@ def loss_part(shape: Shape, step: Step, plan: Plan) -> Part:
     copies = 2 if step.device == "cuda" else 1
     chunk = copies * rows * shape.vocabulary * compute
     cast = compute * head if compute != kept else 0
-    product = compute * head if compute != 4 and step.device == "cpu" else 0
+    # A CPU adds the 16-bit product to the fp32 sum through a copy in fp32.
+    product = (compute + 4) * head if compute != 4 and step.device == "cpu" else 0
     states = step.trained * shape.hidden * (kept + 4)
     formula = f"{copies} x {rows:,} rows of logits x {compute} bytes"
     if head:

@@ -47,6 +47,10 @@ def check_arguments(arguments: dict) -> list[str]:
         parse_gpu(arguments["gpu"] or "1GB")
     except ValueError as error:
         checks.append(str(error))
+    if arguments["probe_steps"] < 0 or arguments["probe_steps"] in (1, 2):
+        checks.append(f"--probe_steps {arguments['probe_steps']}: at least 3, as the first two are not timed")
+    if arguments["gpu"] and arguments["probe_steps"]:
+        checks.append("--gpu: judges another machine, and --probe_steps measures this one; leave one of them out")
     if arguments["gpu"] and not arguments["dry_run"]:
         checks.append("--gpu: says which GPU a --dry_run judges; add --dry_run, or leave it out")
     if arguments["load_in_4bit"] and not arguments["lora"]:

@@ -274,8 +274,23 @@ def render_page(run: dict, folder: Path, *, step: int, steps: int, finished: boo
             "speed": chart(points_of(history, "tokens_per_second"), low=0.0),
             "replies": chart(points_of(history, "stop_rate"), points_of(history, "repetition_rate"), low=0.0),
         },
+        by_source=by_source(history),
         said=list({entry["step"]: entry for entry in history if "replies" in entry}.values()),
     )
+
+
+def by_source(history: list[dict]) -> list[dict]:
+    """Return of the training and the held-out loss by source: key, chart, and rows of number, name, first, last."""
+    found, keys = [], ("loss", "eval_loss")
+    names = sorted(
+        {name.partition("/")[2] for entry in history for name in entry if name.partition("/")[0] in keys} - {""}
+    )
+    for key in keys:
+        lines = {name: points_of(history, f"{key}/{name}") for name in names}
+        rows = [(n, name, points[0][1], points[-1][1]) for n, (name, points) in enumerate(lines.items()) if points]
+        if rows:
+            found.append({"key": key, "chart": chart((), (), *lines.values()), "rows": rows})
+    return found
 
 
 def name_of(folder: Path) -> str:
@@ -284,12 +299,14 @@ def name_of(folder: Path) -> str:
     return folder.parent.name if folder.name == "model" else folder.name
 
 
-def chart(line: Sequence[tuple], dots: Sequence[tuple] = (), *, low: float = math.inf) -> dict | None:
-    """Lay out a line and a line with dots over common axes, in the units of CHART; None without a finite point.
+def chart(
+    line: Sequence[tuple], dots: Sequence[tuple] = (), *more: Sequence[tuple], low: float = math.inf
+) -> dict | None:
+    """Lay out a line, a line with dots and more lines over common axes, in units of CHART; None without a finite point.
 
     Points are (step, value); the axis of the values goes down to `low` at least.
     """
-    series = [[(x, y) for x, y in points if math.isfinite(y)] for points in (line, dots)]
+    series = [[(x, y) for x, y in points if math.isfinite(y)] for points in (line, dots, *more)]
     if not any(series):
         return None
     xs, ys = zip(*(point for points in series for point in points), strict=True)

@@ -3,6 +3,7 @@
 So a run goes on with another number of processes, or another batch, without repeating or losing a row.
 """
 
+import math
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -49,6 +50,15 @@ class Updates:
     def _updates_in(self, rows: int) -> int:
         return rows // self.rows_per_update if self.drop_last else -(-rows // self.rows_per_update)
 
+    def in_all(self, epochs: float, max_steps: int = -1) -> int:
+        """How many updates a run makes: `max_steps` when that is above 0, else those of so many epochs."""
+        return max_steps if max_steps > 0 else math.ceil(self.per_epoch * epochs)
+
+    def left(self, epochs: float, max_steps: int, *, epoch: int, taken: int, made: int) -> int:
+        """How many a run has left that made `made` updates, and stands in `epoch` after `taken` of its rows."""
+        behind = made if max_steps > 0 else epoch * self.per_epoch + self.start_at(epoch, taken)
+        return max(0, self.in_all(epochs, max_steps) - behind)
+
     def set_epoch(self, epoch: int) -> None:
         if self._on_epoch and epoch != self.epoch:
             self._on_epoch(epoch)
@@ -76,11 +86,12 @@ class Updates:
 
     def batches_at(self, epoch: int, taken: int) -> list[list[list[int]]]:
         """Return the batches of the update after `taken` rows of `epoch`, for each rank."""
-        rows = self._order(epoch)[taken : taken + self.rows_per_update]
+        rows = self.order(epoch)[taken : taken + self.rows_per_update]
         batches = [part.tolist() or [EMPTY] for part in np.array_split(rows, self.accumulation * self.world_size)]
         return [batches[rank :: self.world_size] for rank in range(self.world_size)]
 
-    def _order(self, epoch: int) -> np.ndarray:
+    def order(self, epoch: int) -> np.ndarray:
+        """Return the row numbers of an epoch as they are taken, (rows,)."""
         if self.shuffle and self._ordered != epoch:
             self._ordered = epoch
             self._rows = np.random.default_rng([self.seed, epoch, 1]).permutation(self.num_rows)

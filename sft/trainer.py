@@ -5,13 +5,16 @@ Stops at a loss or gradient that is not finite before it reaches the weights, an
 
 import json
 import math
+import re
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 import transformers
 from accelerate.data_loader import prepare_data_loader
@@ -22,8 +25,12 @@ from transformers import TrainerCallback
 from sft import checkpoint as checkpoints
 from sft import zero
 from sft.chat_format import IGNORE_INDEX
+from sft.dataset import Examples
 from sft.sampler import EMPTY, Updates, WithEmpty
 from sft.signals import Agreed, Guard, Stopped
+
+MOST_SOURCES = 9  # that a loss is shown for
+MOST_PENDING = 64  # batches whose losses wait on the GPU until they are read
 
 
 @dataclass
@@ -37,7 +44,41 @@ class Progress:
     losses: list[float] = field(default_factory=list)  # summed since the last log line, of each rank
     total_loss: float = 0.0
     last_logged: int = 0
+    by_source: list[dict] = field(default_factory=list)  # as `losses`: {source: [sum, trained tokens]} of each rank
     evaluate: bool = False  # an evaluation was due, and cut off by a signal
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What losses are shown by: up to MOST_SOURCES names, and the number of its name for each example."""
+
+    names: tuple[str, ...]
+    train: np.ndarray
+    held_out: np.ndarray
+
+
+def group_sources(parts: Sequence[tuple[Examples, Sequence[str]]]) -> Sources | None:
+    """Number the sources of (examples, names of their sources), training and held out; None if each has only one.
+
+    Those with fewest examples become one, whose name says how many they are. In the names whatever is no letter, digit,
+    dot, dash or underscore becomes an underscore, as trackers of experiments want it.
+    """
+    counted = Counter()
+    for examples, names in parts:
+        for number, name in enumerate(names):
+            counted[name] += int((examples.origins["source"] == number).sum())
+    most = len(counted) if len(counted) <= MOST_SOURCES else MOST_SOURCES - 1
+    shown = {name: re.sub(r"[^\w.-]+", "_", name) or "_" for name, _number in counted.most_common(most)}
+    rest = f"{len(counted) - most}_other_sources"
+    unique = list(dict.fromkeys([*shown.values(), *([rest] if most < len(counted) else [])]))
+    if max(len(names) for _examples, names in parts) < 2 or len(unique) < 2:
+        return None
+    of_names = [np.array([unique.index(shown.get(name, rest)) for name in names], int) for _examples, names in parts]
+    of_parts = [
+        of[examples.origins["source"]] if len(of) else np.zeros(0, int)
+        for of, (examples, _names) in zip(of_names, parts, strict=True)
+    ]
+    return Sources(tuple(unique), *of_parts)
 
 
 class EvaluationStopped(Exception):
@@ -45,10 +86,22 @@ class EvaluationStopped(Exception):
 
 
 class Trainer(transformers.Trainer):
-    """`guard` watches the process; `fingerprint` says what the run depends on; `say` prints from the first rank."""
+    """`guard` watches the process; `fingerprint` says what the run depends on; `say` prints from the first rank.
 
-    def __init__(self, *arguments, guard: Guard, fingerprint: dict, say: Callable[[str], None], **options):
-        super().__init__(*arguments, **options)
+    With `sources`, the loss of each is logged beside the one of all, as `loss/NAME` and `eval_loss/NAME`.
+    """
+
+    def __init__(
+        self,
+        *arguments,
+        guard: Guard,
+        fingerprint: dict,
+        say: Callable[[str], None],
+        sources: Sources | None = None,
+        **options,
+    ):
+        super().__init__(*arguments, compute_metrics=self._metrics, **options)
+        self.sources, self.by_source, self._token_losses, self._pending = sources, {}, [], []
         if self.args.train_sampling_strategy not in ("random", "sequential"):
             raise Agreed(f"--train_sampling_strategy {self.args.train_sampling_strategy}: use random or sequential")
         self.guard, self.fingerprint, self.say = guard, fingerprint, say
@@ -168,7 +221,8 @@ class Trainer(transformers.Trainer):
             raise Stopped(f"stopped at step {self.state.global_step}")
 
     def _advance(self) -> None:
-        progress, self._losses, self._gradients = self.progress, [], []
+        self._note_sources()
+        progress, self._losses, self._token_losses, self._gradients = self.progress, [], [], []
         progress.updates, progress.num_rows = self.state.global_step, len(self.train_dataset)
         progress.taken += self.updates.rows_per_update
         if self.updates.is_over(progress.taken):
@@ -181,30 +235,77 @@ class Trainer(transformers.Trainer):
             return super().evaluate(*arguments, **options)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Weigh each batch's loss by its trained tokens; `log` divides by all of them."""
+        """Return of each row, (rows, 3), its loss, right guesses and trained tokens: all that is kept of a batch."""
         if self.is_in_train and self.guard.agree_to_stop():
             raise EvaluationStopped
         self._evaluating = True
         try:
-            loss, predictions, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+            loss, outputs, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         finally:
             self._evaluating = False
-        if loss is not None and labels is not None:
-            loss = loss * (labels[:, 1:] != IGNORE_INDEX).sum() / len(labels)
-        return loss, predictions, labels
+        if outputs is None or labels is None:
+            return loss, outputs, labels
+        facts = facts_of_rows(outputs, labels)
+        return loss, facts, facts[:, 2]
+
+    def _metrics(self, prediction) -> dict[str, float]:
+        """Sum up the held-out rows, of all and of each source; each row counts once, on any number of processes."""
+        rows = prediction.predictions.astype(float)
+        loss, right, tokens = rows.sum(0).tolist()
+        found = {"loss": loss / tokens, "token_accuracy": right / tokens, "tokens": int(tokens)}
+        if self.sources is not None and len(rows) == len(self.sources.held_out):
+            sums = [np.bincount(self.sources.held_out, rows[:, column], len(self.sources.names)) for column in (0, 2)]
+            found |= _means("eval_loss", self.sources.names, *sums)
+        return found
 
     def _get_num_items_in_batch(self, batch_samples, device):
         """In evaluation each rank's loss is the mean over its own tokens: transformers 5.23 divides by all ranks'."""
         return None if self._evaluating else super()._get_num_items_in_batch(batch_samples, device)
 
     def log(self, logs: dict, start_time: float | None = None) -> None:
-        if "eval_rows" in logs:
-            logs["eval_loss"] *= logs.pop("eval_rows") / logs["eval_tokens"]
+        if "loss" in logs and self.sources is not None:
+            logs |= self._losses_by_source()
         if "eval_loss" in logs:
             logs["eval_perplexity"] = math.exp(min(logs["eval_loss"], 700))
         super().log(logs, start_time)
         if not math.isfinite(logs.get("eval_loss", 0.0)):
             raise Agreed(f"eval_loss is {logs['eval_loss']} at step {self.state.global_step}; stopped, no model saved")
+
+    # --- the loss of each source ---
+
+    def _note_sources(self) -> None:
+        """Remember the update's losses by token with their sources; they are read when they are logged or saved."""
+        if self.sources is None or None in self._token_losses:
+            return
+        rows, examples = self.train_dataset.rows, self.train_dataset.examples
+        batches = self.updates.batches_at(self.progress.epoch, self.progress.taken)[self.args.process_index]
+        for batch, losses in zip(batches, self._token_losses, strict=True):
+            of_token = np.full(losses.shape, -1)
+            for place, row in enumerate(batch):
+                members = [] if row == EMPTY else rows[row]
+                found = [np.full(len(examples[int(n)]["input_ids"]), self.sources.train[n]) for n in members]
+                of_token[place, : sum(map(len, found))] = np.concatenate([[], *found])
+            self._pending.append((of_token, losses))
+        if len(self._pending) > MOST_PENDING:
+            self._add_pending()
+
+    def _add_pending(self) -> None:
+        number = len(self.sources.names)
+        for of_token, losses in self._pending:
+            losses = losses.cpu().numpy().astype(float)
+            known = ~np.isnan(losses) & (of_token >= 0)
+            sums = np.bincount(of_token[known], losses[known], number), np.bincount(of_token[known], minlength=number)
+            for name, added, tokens in zip(self.sources.names, *sums, strict=True):
+                before = self.by_source.get(name, (0.0, 0))
+                self.by_source[name] = [before[0] + float(added), before[1] + int(tokens)]
+        self._pending = []
+
+    def _losses_by_source(self) -> dict[str, float]:
+        """Return the mean losses since the last log line, over all ranks, and begin anew."""
+        self._add_pending()
+        total = _sum_of(self.guard.gather(self.by_source))
+        self.by_source = {}
+        return _means("loss", total, *zip(*total.values(), strict=True)) if total else {}
 
     # --- numbers that are none ---
 
@@ -217,13 +318,14 @@ class Trainer(transformers.Trainer):
 
         self.model.get_input_embeddings().register_forward_hook(note)
 
-    def compute_loss(self, model, inputs, *arguments, **options):
-        result = super().compute_loss(model, inputs, *arguments, **options)
+    def compute_loss(self, model, inputs, return_outputs=False, **options):
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **options)
         if model.training:
-            self._losses.append((result[0] if isinstance(result, tuple) else result).detach())
+            self._losses.append(loss.detach())
+            self._token_losses.append(outputs.get("losses"))
             if self.is_deepspeed_enabled and self.accelerator.sync_gradients:  # its backward makes the update, too
                 self._check_finite(norm=0.0)
-        return result
+        return (loss, outputs) if return_outputs else loss
 
     def _get_grad_norm(self, model, grad_norm=None):
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
@@ -320,9 +422,11 @@ class Trainer(transformers.Trainer):
         return sum(size * (12 if self.is_deepspeed_enabled else 8) + size * 4 for size, trained in sizes if trained)
 
     def _write_progress(self, folder: Path) -> None:
-        losses = self.guard.gather(self._tr_loss.item())
+        if self.sources is not None:
+            self._add_pending()
         progress = {
-            "losses": losses,
+            "losses": self.guard.gather(self._tr_loss.item()),
+            "by_source": self.guard.gather(self.by_source),
             "total_loss": self._total_loss_scalar,
             "last_logged": self._globalstep_last_logged,
         }
@@ -385,6 +489,32 @@ class Trainer(transformers.Trainer):
         return ValueError(f"{where}: the disk is full ({str(error).splitlines()[0]}); the checkpoints in it are whole")
 
 
+def facts_of_rows(outputs, labels: torch.Tensor) -> torch.Tensor:
+    """Return of each row, (rows, 3): its summed loss, right guesses, trained tokens; labels (rows, length), unshifted.
+
+    `outputs`: losses and guesses, each (rows, length), of the loss in chunks; else logits (rows, length, tokens).
+    """
+    if not isinstance(outputs, tuple):
+        targets = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+        losses = torch.nn.functional.cross_entropy(outputs.float().mT, targets, reduction="none")
+        outputs = losses, outputs.argmax(-1)
+    losses, guesses = (values[:, :-1] for values in outputs)
+    in_loss = labels[:, 1:] != IGNORE_INDEX
+    right = in_loss & (guesses == labels[:, 1:])
+    return torch.stack([losses.where(in_loss, 0.0).double().sum(1), right.sum(1), in_loss.sum(1)], 1)
+
+
+def _sum_of(parts: Sequence[dict]) -> dict[str, tuple[float, int]]:
+    names = dict.fromkeys(name for part in parts for name in part)
+    return {name: tuple(map(sum, zip(*(part[name] for part in parts if name in part), strict=True))) for name in names}
+
+
+def _means(key: str, names: Iterable[str], sums: Sequence[float], tokens: Sequence[float]) -> dict[str, float]:
+    """Return {key/name: mean} of each source that had a trained token."""
+    found = zip(names, sums, tokens, strict=True)
+    return {f"{key}/{name}": float(total / number) for name, total, number in found if number}
+
+
 class Restore(TrainerCallback):
     """Before the first step: look at the weights; put back open log lines, and do an evaluation that is due."""
 
@@ -399,6 +529,9 @@ class Restore(TrainerCallback):
         mine = progress.losses
         same = len(mine) == args.world_size
         trainer._tr_loss += mine[args.process_index] if same else sum(mine) / len(mine)
+        if trainer.sources is not None and progress.by_source:
+            total = {} if args.process_index else _sum_of(progress.by_source)
+            trainer.by_source = progress.by_source[args.process_index] if same else total
         trainer._total_loss_scalar, trainer._globalstep_last_logged = progress.total_loss, progress.last_logged
         self.take_new_flags(args)
         if progress.evaluate and trainer.eval_dataset is not None:

@@ -175,3 +175,34 @@ def test_an_update_and_the_schedule_follow_from_the_numbers():
         "updates: 6; learning rate 2e-05 after 1 of warm-up, then cosine",
     ]
     assert (report.problems, report.notes) == ([], [])
+
+
+def folder_state(folder) -> dict[str, tuple]:
+    return {str(path): (path.stat().st_mtime_ns, path.stat().st_size) for path in folder.rglob("*")}
+
+
+@pytest.mark.slow
+def test_a_dry_run_of_a_resume_tells_what_is_left_and_what_has_changed(set_up, capsys, tmp_path):
+    del set_up["--gpu"]
+    set_up |= {"--max_steps": "4", "--warmup_steps": "1", "--save_steps": "3", "--save_strategy": "steps"}
+    set_up |= {"--max_new_tokens": "4", "--num_reply_prompts": "0", "--data_path": str(tmp_path / "train.json")}
+    train.main([word for pair in set_up.items() for word in pair])
+    leftover = tmp_path / "run" / ".saving"
+    leftover.mkdir()
+    before, set_up["--resume_from_checkpoint"] = folder_state(tmp_path / "run"), "auto"
+    code, text, problems = dry_run(capsys, set_up)
+    assert (code, problems) == (0, [])
+    assert f"{tmp_path}/run/checkpoint-4 would be continued: 4 steps are made, 0 are left" in text
+    named = {"--resume_from_checkpoint": f"{tmp_path}/run/checkpoint-3", "--gradient_accumulation_steps": "2"}
+    with open(tmp_path / "train.json", "a", encoding="utf-8") as stream:
+        stream.write("\n")
+    code, text, problems = dry_run(capsys, set_up | named | {"--learning_rate": "2e-5"})
+    assert code == 2
+    fields = [re.match(r".*/checkpoint-3: (\w+) was", line)[1] for line in problems]
+    assert fields == ["data", "gradient_accumulation_steps", "learning_rate"]
+    allowed = {"--allow_changed": "data,learning_rate,gradient_accumulation_steps", "--learning_rate": "2e-5"}
+    code, text, problems = dry_run(capsys, set_up | named | allowed)
+    assert (code, problems) == (0, [])
+    assert "allowed: learning_rate was 1e-05 and is 2e-05" in text
+    assert f"{tmp_path}/run/checkpoint-3 would be continued: 3 steps are made, 1 are left" in text
+    assert folder_state(tmp_path / "run") == before

@@ -19,6 +19,7 @@ SHOW_ARGUMENTS = "import json, sys; print(json.dumps(sys.argv[1:]))"
 
 def sh(script: str, *flags: str, **environment: str) -> subprocess.CompletedProcess:
     knobs = ("MODEL", "DATA", "OUTPUT", "ZERO", "OFFLOAD", "NUM_GPUS", "NUM_PROCESSES", "HOSTFILE", "NNODES")
+    knobs += ("DRY_RUN", "PROBE_STEPS")
     clean = {name: value for name, value in os.environ.items() if name not in (*knobs, "MASTER_PORT", "SLURM_JOB_ID")}
     settings = {**clean, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", **environment}
     command = ["dash", script, *flags]
@@ -164,5 +165,8 @@ def test_a_dry_run_starts_no_launcher(show):
     done = sh("base_run.sh", "--gpu", "80GBx8", DRY_RUN="1", MODEL="m", OUTPUT="o", LAUNCHER="false", PYTHON=show)
     words = json.loads(done.stdout)
     assert (words[0], words[-3:]) == ("train.py", ["--dry_run", "--gpu", "80GBx8"])
+    for knob, flags in (({"PROBE_STEPS": "3"}, ()), ({}, ("--probe_steps", "3"))):
+        done = sh("base_run.sh", *flags, DRY_RUN="1", MODEL="m", OUTPUT="o", LAUNCHER=show, PYTHON="false", **knob)
+        assert json.loads(done.stdout)[-3:] == ["--dry_run", "--probe_steps", "3"], "a probe needs the launcher"
     refused = sh("base_run.sh", DRY_RUN="yes", MODEL="m", OUTPUT="o", LAUNCHER=show)
     assert (refused.returncode, refused.stderr) == (2, "base_run.sh: DRY_RUN=yes: use 0 or 1\n")

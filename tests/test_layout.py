@@ -31,6 +31,7 @@ ORDER = [
     "memory",
     "preflight",
     "dry_run",
+    "probe",
     "batching",
     "chat",
     "modelfile",

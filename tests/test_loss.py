@@ -185,7 +185,10 @@ def test_evaluation_gives_the_loss_and_the_first_ranked_tokens(load, family):
         expected, found = plain(**batch), model(**batch)
     in_loss = batch["labels"][:, 1:] != IGNORE_INDEX
     assert float(found.loss) == pytest.approx(float(expected.loss), rel=1e-5)
-    assert list(found) == ["loss", "predictions"]
+    assert list(found) == ["loss", "losses", "predictions"]
+    each = torch.nn.functional.cross_entropy(expected.logits[:, :-1].mT, batch["labels"][:, 1:], reduction="none")
+    assert torch.allclose(found.losses[:, :-1][in_loss], each[in_loss], rtol=1e-4, atol=1e-5)
+    assert found.losses[:, :-1][~in_loss].isnan().all() and found.losses[:, -1].isnan().all()
     assert torch.equal(found.predictions[:, :-1][in_loss], expected.logits.argmax(-1)[:, :-1][in_loss])
     assert set(found.predictions[:, :-1][~in_loss].tolist()) | set(found.predictions[:, -1].tolist()) == {IGNORE_INDEX}
 

@@ -25,11 +25,12 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory) -> Path:
-    """Thirty conversations of different lengths, five of them held out as well."""
-    folder = tmp_path_factory.mktemp("resume")
-    lines = [
-        json.dumps({"prompt": f"question {i}", "completion": "answer " * (1 + i * 7 % 23)}) + "\n" for i in range(30)
-    ]
+    """Thirty conversations of different lengths and three sources, five of them held out as well."""
+    folder, lines = tmp_path_factory.mktemp("resume"), []
+    for i in range(30):
+        asked, said = f"question {i}", "answer " * (1 + i * 7 % 23)
+        messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
+        lines.append(json.dumps({"id": str(i), "source": f"s{i % 3}", "messages": messages}) + "\n")
     for name, chosen in (("train.json", lines), ("eval.json", lines[:5])):
         (folder / name).write_text("".join(chosen))
     return folder
@@ -67,7 +68,7 @@ def stop_at(monkeypatch, step: int, *, method: str = "training_step") -> None:
 def logs_of(output: Path) -> list[dict]:
     kept = ("loss", "grad_norm", "learning_rate", "eval_loss", "step", "epoch", "num_input_tokens_seen")
     history = json.loads((output / "run.json").read_text())["log_history"]
-    lines = [{name: entry[name] for name in kept if name in entry} for entry in history]
+    lines = [{name: entry[name] for name in entry if name in kept or "loss/" in name} for entry in history]
     return [line for line in lines if "loss" in line or "eval_loss" in line]
 
 

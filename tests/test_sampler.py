@@ -13,7 +13,7 @@ def updates(rank: int = 0, *, rows: int = 5, batch_size: int = 1, accumulation: 
 
 
 def test_the_last_update_is_filled_with_empty_rows():
-    a, b, c, d, e = updates()._order(0).tolist()
+    a, b, c, d, e = updates().order(0).tolist()
     assert list(updates(0)) == [[a], [c], [e], [EMPTY]]
     assert list(updates(1)) == [[b], [d], [EMPTY], [EMPTY]]
     assert len(updates(0)) == 4
@@ -25,10 +25,10 @@ def test_the_rows_of_a_last_update_are_shared_out_evenly():
 
 
 def test_rows_are_shuffled_anew_in_each_epoch_and_the_same_in_each_process():
-    orders = [updates(rank, rows=50)._order(epoch).tolist() for epoch in (0, 1) for rank in (0, 1)]
+    orders = [updates(rank, rows=50).order(epoch).tolist() for epoch in (0, 1) for rank in (0, 1)]
     assert orders[0] == orders[1] != orders[2] == orders[3]
     assert sorted(orders[0]) == sorted(orders[2]) == list(range(50))
-    assert updates(rows=5, shuffle=False)._order(3).tolist() == [0, 1, 2, 3, 4]
+    assert updates(rows=5, shuffle=False).order(3).tolist() == [0, 1, 2, 3, 4]
 
 
 def test_the_rows_of_an_update_are_those_of_one_process_with_the_same_batch():
@@ -48,7 +48,7 @@ def test_another_batch_or_world_size_goes_on_without_repeating_or_losing_a_row(b
         return updates(rank, rows=53, batch_size=batch_size, accumulation=accumulation, world_size=world_size)
 
     taken = num_updates * make(before).rows_per_update
-    seen = make(before)._order(0)[:taken].tolist()
+    seen = make(before).order(0)[:taken].tolist()
     for rank in range(after[2]):
         resumed = make(after, rank)
         skipped = resumed.start_at(0, taken) * resumed.accumulation
@@ -91,3 +91,12 @@ def test_an_epoch_is_told_once():
     for epoch in (0, 0, 1, 1, 2):
         rows.set_epoch(epoch)
     assert told == [1, 2]
+
+
+def test_the_updates_of_a_run_and_those_that_are_left_are_counted():
+    """5 rows in updates of 2: 3 an epoch; after 4 rows of the second epoch 1 is left of it, and 3 of the third."""
+    all_rows = updates(rows=5, batch_size=2, accumulation=1, world_size=1)
+    assert (all_rows.in_all(3), all_rows.in_all(1.5), all_rows.in_all(3, max_steps=7)) == (9, 5, 7)
+    assert all_rows.left(3, -1, epoch=1, taken=4, made=5) == 4
+    assert all_rows.left(3, 7, epoch=1, taken=4, made=5) == 2
+    assert all_rows.left(1, -1, epoch=1, taken=4, made=5) == 0

@@ -245,16 +245,6 @@ def test_the_held_out_loss_is_the_mean_over_tokens_whatever_the_batch_size(packi
     assert found[0] == pytest.approx(found[1], rel=1e-5)
 
 
-def test_token_accuracy_looks_one_token_ahead():
-    from types import SimpleNamespace
-
-    import numpy as np
-
-    predictions, labels = np.array([[7, 8, 9, 0]]), np.array([[-100, 7, 8, 1]])
-    result = train.token_accuracy(SimpleNamespace(predictions=predictions, label_ids=labels))
-    assert result == {"token_accuracy": 2 / 3, "tokens": 3, "rows": 1}
-
-
 def test_a_hub_token_reaches_no_file(tiny_base, data, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py", "--hub_token", "hf_SECRET", "--x_token=hf_SECRET"])
     monkeypatch.setenv("HF_TOKEN", "")

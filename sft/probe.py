@@ -1,0 +1,115 @@
+"""A few steps of a run on the real model, of which nothing is kept: `train.py --probe_steps N`.
+
+The first two take the rows that need most memory: AdamW's state is there from the second on, so running out of memory
+shows now. The others take the rows that the run would begin with, and are timed.
+"""
+
+import ctypes
+import resource
+import statistics
+import time
+from contextlib import suppress
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import TrainerCallback
+
+from sft.dataset import TrainingRows
+from sft.dry_run import Report, Section
+from sft.memory import gib
+
+WARM_UP = 2
+# mallopt's numbers (glibc's malloc.h) and what a probe sets them to while it looks at the memory: freed blocks go back
+# at once, so that what is resident is what is allocated. That costs time, so that timed steps take glibc's largest.
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+EXACT, FAST = 2**16, 2**25
+
+
+class FirstRows(TrainingRows):
+    """The rows of a probe: the `heaviest` of one update, twice, then the first of the run's own order."""
+
+    def __init__(self, rows: TrainingRows, heaviest: np.ndarray, own: np.ndarray, *, steps: int, per_update: int):
+        self.__dict__ |= vars(rows)
+        own = own[: min((steps - WARM_UP) * per_update, len(own) // per_update * per_update)]
+        # Fewer rows than an update takes: each is an epoch of its own.
+        order = np.concatenate([*[heaviest[:per_update]] * WARM_UP, own]) if len(own) else heaviest[:per_update]
+        self.rows = [rows.rows[number] for number in order.tolist()]
+
+    def pack_for(self, epoch: int) -> None:
+        """The same rows again."""
+
+
+class Stopwatch(TrainerCallback):
+    """Notes when each step ends and the tokens seen by then, and what memory was held at the most.
+
+    On a GPU that is what torch allocated. Else it is what is resident in the first steps, beyond what was when the
+    watch was made: make it before the model is built.
+    """
+
+    def __init__(self):
+        self.ends: list[tuple[float, int]] = []
+        self.peak, self.on_gpu, self.before = 0, torch.cuda.is_available(), _resident()
+        if not self.on_gpu:
+            _set_malloc(EXACT)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if self.on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            with suppress(OSError):  # the highest resident size starts anew, without what loading took
+                Path("/proc/self/clear_refs").write_text("5")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.on_gpu:
+            torch.cuda.synchronize()
+            self.peak = torch.cuda.max_memory_allocated()
+        elif len(self.ends) < WARM_UP:
+            self.peak = _resident("VmHWM") - self.before
+        if len(self.ends) == WARM_UP - 1 and not self.on_gpu:
+            _set_malloc(FAST)
+        self.ends.append((time.monotonic(), state.num_input_tokens_seen))
+
+    def timed(self) -> list[tuple[float, int]]:
+        """Return (seconds, tokens without padding) of each step after the first ones, of all processes together."""
+        ends = self.ends[WARM_UP - 1 :]
+        return [(now - then, seen - before) for (then, before), (now, seen) in pairwise(ends)]
+
+
+def _resident(name: str = "VmRSS") -> int:
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith(name)).split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _set_malloc(threshold: int) -> None:
+    with suppress(AttributeError):  # another libc
+        for option in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
+            ctypes.CDLL(None).mallopt(option, threshold)
+
+
+def describe(report: Report, timed: list[tuple[float, int]], peaks: list[int], *, steps: int, counted: int) -> None:
+    """Add what a probe measured: `peaks` of each process, beside the bytes `counted`; the time of a run of `steps`."""
+    seconds = statistics.median(seconds for seconds, _tokens in timed)
+    speed = statistics.median(tokens / seconds for seconds, tokens in timed)
+    peak, kind = max(peaks), "allocated on the GPU" if torch.cuda.is_available() else "resident"
+    lines = [
+        f"{WARM_UP} steps of the rows that take most memory, not timed; then {len(timed)} of those the run begins with",
+        f"speed: {speed:,.0f} tokens/s without padding, {seconds:.3g} s a step (median)",
+        f"the run: {steps:,} steps take about {duration(steps * seconds)}, without start, evaluations, replies, saves",
+        f"peak memory ({kind}, process with most): {gib(peak)}, counted {gib(counted)} ({counted / peak:.2f} of it)",
+    ]
+    if abs(counted - peak) > max(0.15 * peak, 2**27):
+        lines.append("that is far from what was counted, so the other ways to train may be off as well")
+    report.sections.append(Section(f"measured on {len(peaks)} processes" if peaks[1:] else "measured", [], lines))
+
+
+def duration(seconds: float) -> str:
+    """Return seconds as people say them: 48 s, 12 min, 5.5 h, 3.1 days."""
+    for size, name in ((86_400 * 2, "days"), (3600 * 2, "h"), (120, "min")):
+        if seconds >= size:
+            shown = seconds / {"days": 86_400, "h": 3600, "min": 60}[name]
+            return f"{shown:.3g} {name}"
+    return f"{seconds:.3g} s"

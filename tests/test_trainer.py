@@ -1,0 +1,74 @@
+"""What the training loop adds up beside the loss of a step."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from sft.dataset import ORIGIN
+from sft.trainer import MOST_SOURCES, facts_of_rows, group_sources
+from tests.test_launchers import sh
+
+
+def examples(*numbers: int):
+    return SimpleNamespace(origins=np.array([(number, 0) for number in numbers], ORIGIN))
+
+
+def test_the_facts_of_a_row_look_one_token_ahead():
+    guesses, labels = torch.tensor([[7, 8, 9, 0], [1, 0, 0, 0]]), torch.tensor([[-100, 7, 8, 1], [-100, 1, -100, -100]])
+    losses = torch.tensor([[0.5, 0.25, 2.0, torch.nan], [0.125, torch.nan, torch.nan, torch.nan]])
+    expected = [[2.75, 2, 3], [0.125, 1, 1]]
+    assert facts_of_rows((losses, guesses), labels).tolist() == expected
+    logits = torch.nn.functional.one_hot(guesses, 10).float() * 5
+    found = facts_of_rows(logits, labels)
+    assert found[:, 1:].tolist() == [[2, 3], [1, 1]]
+    alone = torch.nn.functional.cross_entropy(logits[1, :1], labels[1, 1:2])
+    assert float(found[1, 0]) == pytest.approx(float(alone), rel=1e-6)
+
+
+def test_sources_are_numbered_and_the_small_ones_are_one():
+    few = group_sources([(examples(0, 1, 1), ["a b", "中文"]), (examples(0), ["中文"])])
+    assert few.names == ("中文", "a_b")
+    assert (few.train.tolist(), few.held_out.tolist()) == ([1, 0, 0], [0])
+    assert group_sources([(examples(0, 0), ["train.json"]), (examples(0), ["eval.json"])]) is None
+    names = [f"s{number}" for number in range(MOST_SOURCES + 3)]
+    many = group_sources([(examples(*range(len(names)), *range(7)), names), (examples(0, 1), ["s11", "new"])])
+    assert many.names == (*names[:7], "s11", "5_other_sources")
+    assert many.train.tolist()[7:12] == [8, 8, 8, 8, 7]
+    assert many.held_out.tolist() == [7, 8]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("packing", ["true", "false"])
+def test_losses_by_source_are_the_same_on_two_processes_and_add_up_to_that_of_all(packing, tiny_base, tmp_path):
+    """Seven held-out rows in batches of two: the last step has too few of them for both processes."""
+    sizes = {"a": (3, 9, 1), "b": (30,), "中 文": (5, 8, 2)}
+    (tmp_path / "data").mkdir()
+    for file in ("train.json", "eval.json"):
+        with open(tmp_path / "data" / file, "w", encoding="utf-8") as stream:
+            for source, words in sizes.items():
+                for number in words:
+                    reply = {"role": "assistant", "content": "word " * number}
+                    messages = [{"role": "user", "content": f"{file} {source} {number}"}, reply]
+                    stream.write(json.dumps({"id": "", "source": source, "messages": messages}) + "\n")
+    found = []
+    for script in ("base_run.sh", "ds_all.sh"):
+        knobs = {
+            "MODEL": str(tiny_base("qwen2")),
+            "DATA": str(tmp_path / "data"),
+            "MAX_LENGTH": "256",
+            "BATCH_SIZE": "2",
+        }
+        knobs |= {"ACCUMULATION": "4", "OUTPUT": str(tmp_path / script), "NUM_GPUS": "2", "ZERO": "3"}
+        flags = ("--max_steps", "1", "--logging_steps", "1", "--packing", packing, "--num_reply_prompts", "0")
+        flags += ("--max_new_tokens", "2", "--cache_dir", str(tmp_path / "cache"), "--per_device_eval_batch_size", "2")
+        done = sh(script, *flags, **knobs)
+        assert done.returncode == 0, done.stderr[-3000:]
+        history = json.loads((tmp_path / script / "model" / "run.json").read_text())["log_history"]
+        found.append({name: entry[name] for entry in history for name in entry if "loss" in name})
+    assert (
+        found[0].keys() == found[1].keys() >= {"loss/a", "loss/中_文", "eval_loss/a", "eval_loss/b", "eval_loss/中_文"}
+    )
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
