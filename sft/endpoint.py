@@ -24,6 +24,7 @@ import httpx
 
 MAX_BYTES = 16 << 20  # of a response
 MAX_WAIT, LONGEST_RETRY_AFTER = 60.0, 900.0  # seconds
+FAILURES_IN_A_ROW = 20  # of requests, each after its tries: then the endpoint is down
 WORTH_ANOTHER_TRY = (408, 409, 425, 429)  # and every 5xx
 HOPELESS = (401, 402, 403, 404, 405)  # the next request would fare no better
 
@@ -123,7 +124,7 @@ class Endpoint:
         self.interval = 60 / requests_per_minute if requests_per_minute else 0.0
         self.num_retries = 0
         self._key, self._next, self._lock, self._stop = key, 0.0, threading.Lock(), threading.Event()
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
         limits = httpx.Limits(max_connections=concurrency)
         self._client = httpx.Client(headers=headers, timeout=httpx.Timeout(timeout, pool=None), limits=limits)
 
@@ -140,15 +141,19 @@ class Endpoint:
         keys = [key_of(request) for request in requests]
         missing = {key: request for key, request in zip(keys, requests, strict=True) if key not in calls.found}
         reasons: dict[str, int] = {}
+        in_a_row = 0
         with ThreadPoolExecutor(self.concurrency) as pool:
             futures = [pool.submit(self._answer, key, request, calls) for key, request in missing.items()]
             try:
                 for number, future in enumerate(as_completed(futures), 1):
                     try:
                         future.result()
+                        in_a_row = 0
                     except Unanswered as error:
-                        if error.hopeless:
-                            raise ValueError(f"{self.base_url}: {error}") from None
+                        in_a_row += 1
+                        if error.hopeless or in_a_row >= FAILURES_IN_A_ROW:
+                            again = "" if error.hopeless else "; the same command goes on, and pays nothing twice"
+                            raise ValueError(f"{self.base_url}: {error}{again}") from None
                         reasons[str(error)] = reasons.get(str(error), 0) + 1
                     print(f"\r{number} of {len(futures)} {what}", end="", file=sys.stderr, flush=True)
             finally:
@@ -184,21 +189,21 @@ class Endpoint:
             except (httpx.HTTPError, ValueError) as error:
                 reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
             if attempt == self.retries or pause > LONGEST_RETRY_AFTER:
-                raise Unanswered(self._without_key(reason))
+                raise Unanswered(self._without_key(reason), hopeless=reason.startswith("ConnectError"))
             self._put_off(pause, min(MAX_WAIT, self.backoff * 2**attempt) * random.uniform(0.5, 1.5))
         raise AssertionError("unreachable")
 
     def _post(self, payload: dict) -> tuple[int, httpx.Headers, bytes]:
         # A body that comes in drops never times out between two of them, so the whole has a deadline too.
-        deadline, body = time.monotonic() + self.timeout, b""
-        with self._client.stream("POST", f"{self.base_url}/chat/completions", json=payload) as response:
+        deadline, body, found = time.monotonic() + self.timeout, json.dumps(payload), b""
+        with self._client.stream("POST", f"{self.base_url}/chat/completions", content=body) as response:
             for part in response.iter_bytes():
-                body += part
-                if len(body) > MAX_BYTES:
+                found += part
+                if len(found) > MAX_BYTES:
                     raise ValueError(f"more than {MAX_BYTES >> 20} MiB")
                 if time.monotonic() > deadline:
                     raise httpx.ReadTimeout(f"not all there after {self.timeout:.0f} seconds")
-        return response.status_code, response.headers, body
+        return response.status_code, response.headers, found
 
     def _wait_for_turn(self) -> None:
         with self._lock:
@@ -257,7 +262,8 @@ def read_answer(body: bytes) -> dict:
     usage = response.get("usage")
     counts = [(usage if isinstance(usage, dict) else {}).get(f"{kind}_tokens") for kind in ("prompt", "completion")]
     tokens = counts if all(isinstance(count, int) for count in counts) else None
-    return {"text": content or "", "finish": choice.get("finish_reason"), "tokens": tokens}
+    text = (content or "").encode(errors="replace").decode()  # half of a surrogate pair can't be sent on
+    return {"text": text, "finish": choice.get("finish_reason"), "tokens": tokens}
 
 
 # --- what it will cost ----------------------------------------------------------------------------------------------

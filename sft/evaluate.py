@@ -48,6 +48,15 @@ UNCHANGED += (
     "limit",
     "seed",
 )
+ONLY_FOR = dict.fromkeys(("dry_run", "compare", "judge_model", "questions", "judge_prompts"), JUDGED)
+ONLY_FOR |= {
+    "base_path": ("quick",),
+    "eval_data_path": ("quick",),
+    "references": ("mt-bench",),
+    "judgments": ("mt-bench",),
+    "tasks": ("lm-eval",),
+}
+NOT_NEGATIVE = ("retries", "verdict_retries", "backoff")
 POSITIVE = ("batch_size", "max_new_tokens", "limit", "max_length", "concurrency", "requests_per_minute", "timeout")
 
 
@@ -72,6 +81,9 @@ def _parser() -> argparse.ArgumentParser:
     calls.add_argument("--judge_base_url", help="the judge's endpoint, as in https://api.openai.com/v1 (JUDGE_API_KEY)")
     calls.add_argument("--judge_model", help="the judge's name there")
     calls.add_argument("--compare", help="the folder of another model's evaluation: the judge says who answers better")
+    calls.add_argument(
+        "--judgments", help="MT-Bench: verdicts that FastChat kept (gpt-4_single.jsonl), read anew, offline"
+    )
     calls.add_argument("--concurrency", type=int, default=8, help="requests at a time")
     calls.add_argument("--requests_per_minute", type=float, help="most requests sent in a minute, to each endpoint")
     calls.add_argument("--timeout", type=float, default=180, help="seconds that a request may take")
@@ -103,10 +115,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def _problems(options: argparse.Namespace) -> list[str]:
     found = [f"--{n} {v}: must be positive" for n in POSITIVE if (v := getattr(options, n)) is not None and v <= 0]
-    judged = options.suite in JUDGED
+    judged = options.suite in JUDGED and not options.judgments
     if options.base_url and not options.model:
         found.append("--base_url needs --model, the model's name there")
-    if not options.model_path and not (options.base_url and options.suite != "quick"):
+    if not options.judgments and not options.model_path and not (options.base_url and options.suite != "quick"):
         found.append(
             f"--suite {options.suite} needs --model_path" + ("" if options.suite == "quick" else " or --base_url")
         )
@@ -116,6 +128,10 @@ def _problems(options: argparse.Namespace) -> list[str]:
     for flag in ("questions", "judge_prompts") if options.suite in ("align-bench", "belle") else ():
         if not getattr(options, flag):
             found.append(f"--suite {options.suite} needs --{flag}: its licence does not let us carry it")
+    found += [f"--{name} {v}: must not be negative" for name in NOT_NEGATIVE if (v := getattr(options, name)) < 0]
+    for name, suites in ONLY_FOR.items():
+        if getattr(options, name) and options.suite not in suites:
+            found.append(f"--{name} is for --suite {' or '.join(suites)}")
     if options.suite == "lm-eval" and not options.tasks:
         found.append("--suite lm-eval needs --tasks")
     for flag in ("base_url", "judge_base_url"):
@@ -174,6 +190,9 @@ def load_suite(options: argparse.Namespace) -> Suite:
     else:
         load = align_bench if options.suite == "align-bench" else belle
         suite = load(options.questions, options.judge_prompts)
+    ids = [question.id for question in suite.questions]
+    if twice := [name for name in ids if ids.count(name) > 1]:
+        raise ValueError(f"--questions {options.questions}: question {twice[0]} is in it twice")
     return replace(suite, questions=suite.questions[: options.limit])
 
 
@@ -190,6 +209,10 @@ def read_others(folder: str, suite: Suite) -> dict[str, list[str]]:
 def run_judged(options: argparse.Namespace, settings: dict) -> None:
     """Answer, judge, and write down; before that, say what is sent where and what it may cost."""
     suite, folder = load_suite(options), Path(options.output_dir)
+    if options.judgments:
+        open_output(folder, settings)
+        rows, names = judge.read_judgments(suite, options.judgments, options.model)
+        return finish_judged(options, suite, rows, names)
     others = read_others(options.compare, suite) if options.compare else None
     max_tokens, prices = options.max_new_tokens or judge.MAX_TOKENS, options.judge_prices
     asks = _endpoint(options, options.judge_base_url, options.judge_model, "JUDGE_API_KEY")
@@ -204,12 +227,11 @@ def run_judged(options: argparse.Namespace, settings: dict) -> None:
     if options.dry_run:
         print("dry run: nothing was sent", flush=True)
         return
+    if source is None:
+        identity, chat = hash_base(options.model_path) or options.model_path, _load(options, options.model_path)
+        source = judge.LocalModel(chat, identity, batch_size=options.batch_size, seed=options.seed)
     open_output(folder, settings)
     with closing(Calls(Path(options.cache or folder / CALLS))) as calls:
-        if source is None:
-            identity = hash_base(options.model_path) or options.model_path
-            chat = _load(options, options.model_path)
-            source = judge.LocalModel(chat, identity, batch_size=options.batch_size, seed=options.seed)
         answers = judge.answer_all(suite, source, calls, max_tokens)
         judge.say_verdicts_cost(suite, asks, calls.found, prices, others, answers)
         asked = judge.verdict_requests(suite, answers, others)
@@ -217,11 +239,15 @@ def run_judged(options: argparse.Namespace, settings: dict) -> None:
         tries = options.verdict_retries
         verdicts = judge.ask_until_settled(asks, calls, texts, read, suite.parameters, tries=tries)
     rows = judge.judged_rows(suite, answers, asked, verdicts, pairs=bool(others))
+    name = options.model if options.base_url else options.model_path
+    finish_judged(options, suite, rows, {"model": name, "compared_with": options.compare, "judge": options.judge_model})
+
+
+def finish_judged(options: argparse.Namespace, suite: Suite, rows: list[dict], names: dict) -> None:
     overlap = _overlap(options, [(question.id, question.turns) for question in suite.questions])
-    found = {"suite": options.suite, "model": options.model if options.base_url else options.model_path}
-    found |= {"compared_with": options.compare, "judge": options.judge_model}
-    found |= judge.judged_results(suite, rows, overlap, pairs=bool(others), seed=options.seed)
-    write_results(folder, found, judge.judged_tables(found), rows)
+    found = judge.judged_results(suite, rows, overlap, pairs=bool(options.compare), seed=options.seed)
+    found = {"suite": options.suite, **names, **found}
+    write_results(Path(options.output_dir), found, judge.judged_tables(found), rows)
 
 
 def _overlap(options: argparse.Namespace, questions: list[tuple[str, Sequence[str]]]) -> dict | None:
@@ -244,10 +270,10 @@ def answer_quick(chat: Chat, asked: Sequence[dict], options: argparse.Namespace)
 
 def run_quick(options: argparse.Namespace, settings: dict) -> None:
     asked = quick.questions(options.seed)[: options.limit]
-    open_output(Path(options.output_dir), settings)
     replies, losses = [], []
     for path in filter(None, (options.model_path, options.base_path)):
         chat = _load(options, path)
+        open_output(Path(options.output_dir), settings)
         replies.append(answer_quick(chat, asked, options))
         if options.eval_data_path:
             limits = {"max_length": options.max_length, "cache_dir": options.cache_dir}

@@ -13,7 +13,7 @@ from sft.chat import Chat, Sampling
 from sft.dataset import batches
 from sft.endpoint import Calls, Endpoint, estimate, key_of
 from sft.overlap import overlap_lines
-from sft.protocols import Question, Suite, ask_pair, pair_columns, pair_result, score_columns
+from sft.protocols import Question, Suite, Verdict, ask_pair, pair_columns, pair_result, read_lines, score_columns
 from sft.report import cell
 
 MAX_TOKENS = 1024  # of an answer, as in FastChat
@@ -165,19 +165,50 @@ def judged_rows(
     suite: Suite, answers: dict, asked: Sequence[tuple], verdicts: Sequence[dict], pairs: bool
 ) -> list[dict]:
     """Return of each question its answers, its verdicts, and its scores by turn; a pair's two verdicts make one."""
-    rows = {q.id: {"id": q.id, "category": q.category, "turns": q.turns} for q in suite.questions}
-    for name, row in rows.items():
-        row |= {"answers": answers[name], "scores": {}, "first_ratings": {}, "verdicts": []}
+    rows = {q.id: _row(q, answers[q.id]) for q in suite.questions}
     step = 2 if pairs else 1
     for place in range(0, len(asked), step):
         (question, turn, _messages), found = asked[place], verdicts[place : place + step]
-        row, parts = rows[question.id], [one["verdict"] for one in found]
+        parts = [one["verdict"] for one in found]
         score = pair_result(*parts) if pairs else parts[0].score
         first = score if pairs else parts[0].first
-        row["scores"] |= {turn: score} if score is not None else {}
-        row["first_ratings"] |= {turn: first} if first is not None else {}
-        row["verdicts"] += [{"turn": turn, "texts": one["texts"], **one["verdict"]._asdict()} for one in found]
+        _add(rows[question.id], turn, score, first, [(one["texts"], one["verdict"]) for one in found])
     return list(rows.values())
+
+
+def read_judgments(suite: Suite, path: str, model: str | None) -> tuple[list[dict], dict]:
+    """Read the verdicts of one model that FastChat kept anew; return the questions' rows, and who judged whom.
+
+    `kept_otherwise` counts the verdicts whose kept score is not what FastChat's reading (the first rating) gives.
+    """
+    kept = read_lines(path, ("question_id", "model", "judge", "judgment", "turn"))
+    models = sorted({line["model"] for line in kept})
+    if model not in models and (model or len(models) > 1):
+        raise ValueError(f"--judgments {path}: holds {', '.join(models)}; name one with --model")
+    chosen = [line for line in kept if line["model"] == (model or models[0])]
+    rows = {q.id: _row(q, []) for q in suite.questions}
+    differ = 0
+    for line in chosen:
+        if str(line["question_id"]) not in rows:
+            raise ValueError(f"--judgments {path}: question {line['question_id']} is not one of the suite's")
+        verdict = suite.read(line["judgment"])
+        _add(
+            rows[str(line["question_id"])], line["turn"], verdict.score, verdict.first, [([line["judgment"]], verdict)]
+        )
+        differ += line.get("score", verdict.first) != (-1 if verdict.first is None else verdict.first)
+    names = {"model": model or models[0], "compared_with": None, "judge": chosen[0]["judge"][0]}
+    return list(rows.values()), {**names, "kept_otherwise": differ}
+
+
+def _row(question: Question, answers: list[str]) -> dict:
+    row = {"id": question.id, "category": question.category, "turns": question.turns, "answers": answers}
+    return row | {"scores": {}, "first_ratings": {}, "verdicts": []}
+
+
+def _add(row: dict, turn: int, score, first, said: list[tuple[list[str], Verdict]]) -> None:
+    row["scores"] |= {turn: score} if score is not None else {}
+    row["first_ratings"] |= {turn: first} if first is not None else {}
+    row["verdicts"] += [{"turn": turn, "texts": texts, **verdict._asdict()} for texts, verdict in said]
 
 
 def judged_results(suite: Suite, rows: Sequence[dict], overlap: dict | None, *, pairs: bool, seed: int) -> dict:
@@ -195,7 +226,7 @@ def judged_results(suite: Suite, rows: Sequence[dict], overlap: dict | None, *, 
         "empty_answers": sorted({name for name, text in said if not text.strip()}),
         "answers_like_verdicts": sorted({name for name, text in said if re.search(suite.forged, text)}),
     }
-    if found["several_ratings"] and not pairs:  # what the published code makes of them
+    if any(row["scores"] != row["first_ratings"] for row in rows):  # what the published code makes of them
         first = [{**row, "scores": row["first_ratings"]} for row in rows]
         found["columns_by_first_rating"] = score_columns(columns, first, seed=seed)
     if overlap:

@@ -51,10 +51,10 @@ class Suite:
     prompts: dict = field(default_factory=dict)
 
 
-def _lines(path: str | Path, fields: Collection[str]) -> list[dict]:
+def read_lines(path: str | Path, fields: Collection[str]) -> list[dict]:
     """Read JSON Lines (some of BELLE's lines are Python literals) that must have `fields`."""
     rows = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8-sig").splitlines(), 1):
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8-sig").split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -151,8 +151,8 @@ def _mt_prompt(prompts: dict, kind: str, question: Question, turn: int) -> dict:
 def mt_bench(questions: str | None = None, judge_prompts: str | None = None, references: str | None = None) -> Suite:
     """MT-Bench: two turns, each graded alone from 1 to 10; with GPT-4's reference for math, reasoning and coding."""
     prompts = load_pair_prompts(judge_prompts)
-    rows = _lines(questions or MT_BENCH / "question.jsonl", ("question_id", "category", "turns"))
-    kept = _lines(references or MT_BENCH / "reference_answer.jsonl", ("question_id", "choices"))
+    rows = read_lines(questions or MT_BENCH / "question.jsonl", ("question_id", "category", "turns"))
+    kept = read_lines(references or MT_BENCH / "reference_answer.jsonl", ("question_id", "choices"))
     known = {row["question_id"]: tuple(row["choices"][0]["turns"]) for row in kept}
     asked = []
     for row in rows:
@@ -184,7 +184,7 @@ def mt_bench(questions: str | None = None, judge_prompts: str | None = None, ref
 
 def load_pair_prompts(path: str | None = None) -> dict[str, dict]:
     """Return FastChat's judge prompts by name."""
-    rows = _lines(path or MT_BENCH / "judge_prompts.jsonl", ("name", "system_prompt", "prompt_template"))
+    rows = read_lines(path or MT_BENCH / "judge_prompts.jsonl", ("name", "system_prompt", "prompt_template"))
     return {row["name"]: row for row in rows}
 
 
@@ -245,7 +245,7 @@ def align_bench(questions: str, judge_prompts: str) -> Suite:
         json.loads((folder / "config" / f"{name}.json").read_text(encoding="utf-8")) for name in names
     )
     asked = []
-    for row in _lines(questions, ("question_id", "category", "subcategory", "question", "reference")):
+    for row in read_lines(questions, ("question_id", "category", "subcategory", "question", "reference")):
         if kinds.get(row["subcategory"]) not in sets:
             raise ValueError(f"{questions}: question {row['question_id']}: no dimensions for {row['subcategory']!r}")
         turns, references = (row["question"],), (row["reference"],)
@@ -290,9 +290,9 @@ def read_belle(text: str) -> Verdict:
 
 def belle(questions: str, judge_prompts: str) -> Suite:
     """BELLE's eval set: one turn, a prompt for each class, graded from 0 to 1; answered greedily."""
-    prompts = {row["class"].casefold(): row["prompt"] for row in _lines(judge_prompts, ("class", "prompt"))}
+    prompts = {row["class"].casefold(): row["prompt"] for row in read_lines(judge_prompts, ("class", "prompt"))}
     asked = []
-    for number, row in enumerate(_lines(questions, ("question", "class", "std_answer")), 1):
+    for number, row in enumerate(read_lines(questions, ("question", "class", "std_answer")), 1):
         category = row["class"].casefold()
         if category not in prompts:
             raise ValueError(f"{questions}: question {number}: no prompt for the class {row['class']!r}")

@@ -85,6 +85,16 @@ def test_a_refusal_of_everything_ends_at_once_and_never_shows_the_key(status, bo
     assert b"sk-secret" not in calls.path.read_bytes()
 
 
+def test_an_endpoint_that_is_down_is_left_soon(serve, calls):
+    server = serve(lambda body, times: FAULTS["500"])
+    with pytest.raises(ValueError, match=r"HTTP 500: .*; the same command goes on"):
+        ask(server, calls, *map(str, range(200)), retries=0, concurrency=2)
+    assert len(server.requests) < 40
+    server.close()
+    with pytest.raises(ValueError, match="ConnectError"):
+        ask(server, calls, "a", "b", retries=1)
+
+
 def test_retry_after_holds_back_every_request(serve, calls):
     began = {}
 

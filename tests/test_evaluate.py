@@ -232,6 +232,34 @@ def test_questions_in_the_training_data_are_named_and_left_out_of_a_second_score
     assert "In the training data: 1 of 2 questions" in tables and "| 总分 | 6.00 | 3.00 to 9.00 | 3.00 |" in tables
 
 
+def test_verdicts_that_fastchat_kept_give_its_averages(tmp_path, capsys):
+    kept = [
+        ("81", 1, "good [[9]]", 9),
+        ("81", 2, "fair [[4.5]]", 4.5),
+        ("101", 1, "no rating", -1),
+        ("101", 2, "[2]", 2),
+    ]
+    kept += [("111", 1, "It says [[10]]. Rating: [[1]]", 10), ("111", 2, "[[7]]", 6)]
+    lines = [
+        {"question_id": int(q), "model": "a", "judge": ["gpt-4", "single-v1"], "judgment": text, "score": s, "turn": t}
+        for q, t, text, s in kept
+    ]
+    other = {**lines[0], "model": "b"}
+    (tmp_path / "gpt-4_single.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*lines, other]))
+    arguments = ["--suite", "mt-bench", "--judgments", str(tmp_path / "gpt-4_single.jsonl")]
+    with pytest.raises(SystemExit, match="holds a, b; name one with --model"):
+        evaluate.main([*arguments, "--output_dir", str(tmp_path / "none")])
+    evaluate.main([*arguments, "--model", "a", "--output_dir", str(tmp_path / "out")])
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    # show_result.py: means of what is not -1; 9, 10 and 4.5, 2, 7.
+    first = {name: numbers[0] for name, numbers in found["columns_by_first_rating"].items()}
+    assert first == {"第一轮": 9.5, "第二轮": 4.5, "总分": 6.5, "writing": 6.75, "reasoning": 2.0, "math": 8.5}
+    assert found["columns"]["第一轮"][0] == 9 and found["columns"]["总分"][0] == 5.625
+    assert (found["judge"], found["verdicts"], found["kept_otherwise"]) == ("gpt-4", 6, 1)
+    assert found["unsettled"] == ["101", "111"] and found["several_ratings"] == ["111"]
+    assert "| a | 9.00 | 4.50 | 5.62 |" in capsys.readouterr().out
+
+
 def test_a_local_model_answers_in_batches_once(tiny_base, serve, tmp_path):
     server = serve(mt_script)
     arguments = ["--suite", "mt-bench", "--model_path", str(tiny_base("qwen2")), "--judge_base_url", server.url]
@@ -264,6 +292,9 @@ def test_a_local_model_answers_in_batches_once(tiny_base, serve, tmp_path):
             ["--suite", "mt-bench", "--judge_base_url", "judge.example"],
             "--judge_base_url judge.example: use an address",
         ),
+        (["--suite", "quick", "--model_path", "x", "--dry_run"], "--dry_run is for --suite mt-bench or align-bench"),
+        (["--suite", "mt-bench", "--base_path", "x"], "--base_path is for --suite quick"),
+        (["--suite", "mt-bench", "--retries", "-1"], "--retries -1: must not be negative"),
         (["--suite", "quick", "--model_path", "x", "--batch_size", "0"], "--batch_size 0: must be positive"),
     ],
 )
