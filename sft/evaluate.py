@@ -20,7 +20,7 @@ from sft import judge, quick
 from sft.chat import GREEDY, Chat, Reply, load_chat
 from sft.chat_format import FORMAT_NAMES
 from sft.checkpoint import hash_base
-from sft.dataset import CACHE_DIR, batches
+from sft.dataset import CACHE_DIR, batches, find_files
 from sft.endpoint import Calls, Endpoint, api_key, check_url, read_calls
 from sft.model import load_tokenizer
 from sft.overlap import find_overlap, overlap_lines
@@ -56,7 +56,7 @@ ONLY_FOR |= {
     "judgments": ("mt-bench",),
     "tasks": ("lm-eval",),
 }
-NOT_NEGATIVE = ("retries", "verdict_retries", "backoff")
+NOT_NEGATIVE = ("retries", "verdict_retries", "backoff", "max_missing")
 POSITIVE = ("batch_size", "max_new_tokens", "limit", "max_length", "concurrency", "requests_per_minute", "timeout")
 
 
@@ -94,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     calls.add_argument(
         "--verdict_retries", type=int, default=2, help="times that a judge without a verdict is asked again"
     )
+    calls.add_argument("--max_missing", type=int, default=0, help="answers, and verdicts, to do without")
     calls.add_argument("--cache", help="the file of all calls (default: calls.jsonl in --output_dir)")
     calls.add_argument("--prices", type=float, nargs=2, help="of the model: for a million tokens in, and out")
     calls.add_argument("--judge_prices", type=float, nargs=2, help="of the judge")
@@ -154,7 +155,7 @@ def open_output(folder: Path, settings: dict) -> None:
                 raise ValueError(
                     f"--output_dir {folder}: its evaluation has {name} {was}, not {now}; choose another folder"
                 )
-    elif folder.exists() and any(folder.iterdir()):
+    elif folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
         raise ValueError(f"--output_dir {folder}: is not empty, and not an evaluation's; choose another folder")
     else:
         folder.mkdir(parents=True, exist_ok=True)
@@ -209,10 +210,11 @@ def read_others(folder: str, suite: Suite) -> dict[str, list[str]]:
 def run_judged(options: argparse.Namespace, settings: dict) -> None:
     """Answer, judge, and write down; before that, say what is sent where and what it may cost."""
     suite, folder = load_suite(options), Path(options.output_dir)
+    overlap = _overlap(options, [(question.id, question.turns) for question in suite.questions])
     if options.judgments:
-        open_output(folder, settings)
         rows, names = judge.read_judgments(suite, options.judgments, options.model)
-        return finish_judged(options, suite, rows, names)
+        open_output(folder, settings)
+        return finish_judged(options, suite, rows, overlap, names)
     others = read_others(options.compare, suite) if options.compare else None
     max_tokens, prices = options.max_new_tokens or judge.MAX_TOKENS, options.judge_prices
     asks = _endpoint(options, options.judge_base_url, options.judge_model, "JUDGE_API_KEY")
@@ -232,19 +234,21 @@ def run_judged(options: argparse.Namespace, settings: dict) -> None:
         source = judge.LocalModel(chat, identity, batch_size=options.batch_size, seed=options.seed)
     open_output(folder, settings)
     with closing(Calls(Path(options.cache or folder / CALLS))) as calls:
-        answers = judge.answer_all(suite, source, calls, max_tokens)
+        answers = judge.answer_all(suite, source, calls, max_tokens=max_tokens, max_missing=options.max_missing)
         judge.say_verdicts_cost(suite, asks, calls.found, prices, others, answers)
         asked = judge.verdict_requests(suite, answers, others)
         read, texts = read_winner if others else suite.read, [messages for _question, _turn, messages in asked]
-        tries = options.verdict_retries
-        verdicts = judge.ask_until_settled(asks, calls, texts, read, suite.parameters, tries=tries)
+        limits = {"tries": options.verdict_retries, "max_missing": options.max_missing}
+        verdicts = judge.ask_until_settled(asks, calls, texts, read, suite.parameters, **limits)
     rows = judge.judged_rows(suite, answers, asked, verdicts, pairs=bool(others))
     name = options.model if options.base_url else options.model_path
-    finish_judged(options, suite, rows, {"model": name, "compared_with": options.compare, "judge": options.judge_model})
+    names = {"model": name, "compared_with": options.compare, "judge": options.judge_model}
+    finish_judged(options, suite, rows, overlap, names)
 
 
-def finish_judged(options: argparse.Namespace, suite: Suite, rows: list[dict], names: dict) -> None:
-    overlap = _overlap(options, [(question.id, question.turns) for question in suite.questions])
+def finish_judged(
+    options: argparse.Namespace, suite: Suite, rows: list[dict], overlap: dict | None, names: dict
+) -> None:
     found = judge.judged_results(suite, rows, overlap, pairs=bool(options.compare), seed=options.seed)
     found = {"suite": options.suite, **names, **found}
     write_results(Path(options.output_dir), found, judge.judged_tables(found), rows)
@@ -270,6 +274,8 @@ def answer_quick(chat: Chat, asked: Sequence[dict], options: argparse.Namespace)
 
 def run_quick(options: argparse.Namespace, settings: dict) -> None:
     asked = quick.questions(options.seed)[: options.limit]
+    overlap = _overlap(options, [(question["id"], [question["prompt"]]) for question in asked])
+    find_files([], options.eval_data_path or ())
     replies, losses = [], []
     for path in filter(None, (options.model_path, options.base_path)):
         chat = _load(options, path)
@@ -284,7 +290,7 @@ def run_quick(options: argparse.Namespace, settings: dict) -> None:
     heading = f"# Quick check of {options.model_path}" + (f" beside {options.base_path}" if options.base_path else "")
     tables = f"{heading}\n\n{quick.table(found['rows'])}\n\n"
     tables += "In brackets the 95% interval over the questions. Greedy, no judge; questions in suites/quick.\n"
-    if overlap := _overlap(options, [(question["id"], [question["prompt"]]) for question in asked]):
+    if overlap:
         results["overlap"] = overlap
         kept = [place for place, question in enumerate(asked) if question["id"] not in overlap["found"]]
         sides = ([side[place] for place in kept] if side else None for side in (asked, *replies))

@@ -64,22 +64,32 @@ class LocalModel:
                 calls.keep(key, request, {"text": reply.text, "finish": finish, "tokens": [0, reply.num_tokens]})
 
 
-def answer_all(suite: Suite, source: LocalModel | Endpoint, calls: Calls, max_tokens: int) -> dict[str, list[str]]:
-    """Ask the model every turn of every question; return its answers by question id."""
+def answer_all(
+    suite: Suite, source: LocalModel | Endpoint, calls: Calls, *, max_tokens: int, max_missing: int
+) -> dict[str, list[str]]:
+    """Ask the model every turn of every question; return its answers by question id, "" for one that is missing."""
     said: dict[str, list[str]] = {question.id: [] for question in suite.questions}
     for turn in range(max(len(question.turns) for question in suite.questions)):
         left = [question for question in suite.questions if len(question.turns) > turn]
         for attempt in range(1 + suite.repeat_empty):
             requests = [_request(source, q, said[q.id][:turn], max_tokens, attempt) for q in left]
             replies = source.ask_all(requests, calls, f"answers to turn {turn + 1}")
-            if missing := sum(reply is None for reply in replies):
-                raise ValueError(f"{missing} answers are missing; the same command goes on, and pays nothing twice")
+            _check_missing("answers", replies, max_missing)
             for question, reply in zip(left, replies, strict=True):
-                said[question.id][turn:] = [reply["text"]]
+                said[question.id][turn:] = [reply["text"] if reply else ""]
             left = [question for question in left if not said[question.id][turn].strip()]
             if not left:
                 break
     return said
+
+
+def _check_missing(what: str, found: Sequence, max_missing: int) -> None:
+    missing = sum(one is None for one in found)
+    if missing > max_missing:
+        raise ValueError(
+            f"{missing} {what} are missing; the same command goes on, and pays nothing twice; where the endpoint "
+            f"refuses them for good, --max_missing {missing} does without them"
+        )
 
 
 def _request(source, question: Question, said: Sequence[str], max_tokens: int, attempt: int = 0) -> dict:
@@ -104,12 +114,16 @@ def verdict_requests(suite: Suite, answers: dict, others: dict | None) -> list[t
 
 
 def ask_until_settled(
-    endpoint: Endpoint, calls: Calls, asked: Sequence[list[dict]], read: Callable, parameters: dict, *, tries: int
+    endpoint: Endpoint,
+    calls: Calls,
+    asked: Sequence[list[dict]],
+    read: Callable,
+    parameters: dict,
+    *,
+    tries: int,
+    max_missing: int,
 ) -> list[dict]:
-    """Return {"texts", "verdict"} of each: a judge that gives no verdict is asked again, up to `tries` times more.
-
-    The verdict is None where the endpoint gave no answer at all.
-    """
+    """Return {"texts", "verdict"} of each: a judge that gives no verdict is asked again, up to `tries` times more."""
     found = [{"texts": [], "verdict": None} for _ in asked]
     unsettled = list(range(len(asked)))
     for attempt in range(tries + 1):
@@ -121,9 +135,8 @@ def ask_until_settled(
         unsettled = [place for place in unsettled if found[place]["verdict"] and found[place]["verdict"].score is None]
         if not unsettled:
             break
-    if missing := sum(one["verdict"] is None for one in found):
-        raise ValueError(f"{missing} verdicts are missing; the same command goes on, and pays nothing twice")
-    return found
+    _check_missing("verdicts", [one["verdict"] for one in found], max_missing)
+    return [{**one, "verdict": one["verdict"] or Verdict(None)} for one in found]
 
 
 # --- what it will cost --------------------------------------------------------------------------------------------
@@ -220,7 +233,7 @@ def judged_results(suite: Suite, rows: Sequence[dict], overlap: dict | None, *, 
         "columns": score_columns(columns, rows, seed=seed),
         "questions": len(rows),
         "verdicts": len(verdicts),
-        "asked_again": sum(len(verdict["texts"]) - 1 for _name, verdict in verdicts),
+        "asked_again": sum(max(0, len(verdict["texts"]) - 1) for _name, verdict in verdicts),
         "unsettled": sorted({name for name, verdict in verdicts if verdict["score"] is None}),
         "several_ratings": sorted({name for name, verdict in verdicts if verdict["several"]}),
         "empty_answers": sorted({name for name, text in said if not text.strip()}),

@@ -133,6 +133,29 @@ def test_an_endpoint_that_gives_out_leaves_no_score_and_the_same_command_goes_on
         judged(server, out, "--limit", "4")
 
 
+def test_what_an_endpoint_refuses_for_good_can_be_done_without_and_is_named(serve, tmp_path):
+    def script(body, times):
+        filtered = "Quarterly" in body["messages"][-1]["content"]
+        return {"status": 400, "body": b'{"error": "content filter"}'} if filtered else mt_script(body, times)
+
+    server, out = serve(script), tmp_path / "out"
+    with pytest.raises(SystemExit, match=r"1 answers are missing; .*--max_missing 1 does without them"):
+        judged(server, out, "--limit", "3")
+    found = judged(server, out, "--limit", "3", "--max_missing", "2")
+    assert found["empty_answers"] == ["82"] and found["unsettled"] == ["82"]
+    assert [found["columns"][name][0] for name in ("第一轮", "第二轮", "总分")] == [8, 5, 6.5]
+
+
+def test_a_path_of_data_that_is_wrong_is_said_before_anything_is_sent(serve, tmp_path):
+    server = serve(mt_script)
+    with pytest.raises(SystemExit, match="nowhere"):
+        judged(server, tmp_path / "out", "--limit", "1", "--train_data_path", str(tmp_path / "nowhere.json"))
+    assert server.requests == [] and not (tmp_path / "out").exists()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".settings.json.123").write_text("{")  # a kill in its very first write
+    judged(server, tmp_path / "out", "--limit", "1")
+
+
 def test_a_dry_run_says_what_it_would_cost_and_sends_and_writes_nothing(serve, tmp_path, capsys):
     server = serve(mt_script)
     arguments = ["--limit", "2", "--dry_run", "--judge_prices", "10", "30", "--prices", "0", "1000000"]
