@@ -4,6 +4,7 @@ import fcntl
 import hashlib
 import itertools
 import json
+import mmap
 import os
 import re
 import shutil
@@ -29,17 +30,21 @@ CACHE_DIR = ".cache"
 ORIGIN = [("source", "<i4"), ("way", "i1")]
 FACTS = [("trained", "<i8"), ("replies", "<i8"), ("prompt", "<i8"), ("stops", "?")]
 FACTS_AT_A_TIME = 100_000
+LET_GO_EVERY = 1000  # examples read; a page that is read brings up to 64 KiB with it
 WAYS = ("whole", "turns_dropped", "cut")
 LOST = ("rejected", "prompt_too_long", "no_trained_token", "boundary", "template")
 
 
 class Examples:
-    """Tokenised examples, memory-mapped; `examples[i]` is {"input_ids", "labels"}, each (length,) int32, unshifted."""
+    """Tokenised examples, memory-mapped; `examples[i]` is {"input_ids", "labels"}, each (length,) int32, unshifted.
+
+    What was read is let go again, so that a process doesn't grow with the data: the pages stay in the system's cache.
+    """
 
     def __init__(
         self, input_ids: np.ndarray, in_loss: np.ndarray, starts: np.ndarray, origins: np.ndarray | None = None
     ):
-        self._input_ids, self._in_loss, self._starts = input_ids, in_loss, starts
+        self._input_ids, self._in_loss, self._starts, self._num_read = input_ids, in_loss, starts, 0
         self.origins = np.zeros(len(starts) - 1, ORIGIN) if origins is None else origins
 
     def __len__(self) -> int:
@@ -48,8 +53,11 @@ class Examples:
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         if not 0 <= index < len(self):
             raise IndexError(index)
+        self._num_read += 1
+        if self._num_read % LET_GO_EVERY == 0:
+            self._let_go()
         span = slice(self._starts[index], self._starts[index + 1])
-        ids = np.asarray(self._input_ids[span])
+        ids = np.array(self._input_ids[span])
         return {"input_ids": ids, "labels": np.where(self._in_loss[span], ids, np.int32(IGNORE_INDEX))}
 
     @property
@@ -59,11 +67,22 @@ class Examples:
 
     @property
     def num_trained_tokens(self) -> int:
-        return int(np.count_nonzero(self._in_loss))
+        return sum(int(np.count_nonzero(self._in_loss[span])) for span in self._spans())
 
     @property
     def largest_id(self) -> int:
-        return int(self._input_ids.max(initial=0))
+        return max((int(self._input_ids[span].max()) for span in self._spans()), default=0)
+
+    def _spans(self) -> Iterable[slice]:
+        """The tokens of FACTS_AT_A_TIME examples after the other."""
+        for begin in range(0, len(self), FACTS_AT_A_TIME):
+            yield slice(self._starts[begin], self._starts[min(begin + FACTS_AT_A_TIME, len(self))])
+            self._let_go()
+
+    def _let_go(self) -> None:
+        for mapped in (self._input_ids, self._in_loss):
+            if isinstance(mapped, np.memmap):
+                mapped._mmap.madvise(mmap.MADV_DONTNEED)
 
     def facts(self, stop_ids: Sequence[int]) -> np.ndarray:
         """Return of each example, (examples,): tokens `trained`, trained `replies`, tokens of `prompt`, `stops`.
@@ -71,10 +90,9 @@ class Examples:
         `prompt` is what stands before the first trained token; `stops`: the last trained token ends a reply.
         """
         found = np.zeros(len(self), FACTS)
-        for begin in range(0, len(self), FACTS_AT_A_TIME):
+        for begin, span in zip(range(0, len(self), FACTS_AT_A_TIME), self._spans(), strict=True):
             rows = slice(begin, begin + FACTS_AT_A_TIME)
             starts = self._starts[begin : begin + FACTS_AT_A_TIME + 1]
-            span = slice(starts[0], starts[-1])
             _read_facts(self._input_ids[span], self._in_loss[span], starts - starts[0], stop_ids, found[rows])
         return found
 

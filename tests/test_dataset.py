@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -299,3 +301,18 @@ def test_packed_rows_hold_every_example_once_and_none_predicts_its_neighbour():
     assert any(changed)
     rows.pack_for(0)
     assert [rows[row]["input_ids"].tolist() for row in range(2)] == first
+
+
+def test_what_was_read_of_the_mapped_rows_does_not_stay_in_memory(tmp_path):
+    """30,000 examples of 500 tokens, 75 MB of files; each smaps entry names its file, then says what is resident."""
+    number, size = 30_000, 500
+    for name, kind in (("input_ids", "<i4"), ("in_loss", "?")):
+        np.ones(number * size, kind).tofile(tmp_path / name)
+    mapped = [np.memmap(tmp_path / name, kind, "r") for name, kind in (("input_ids", "<i4"), ("in_loss", "?"))]
+    examples = Examples(*mapped, np.arange(number + 1) * size)
+    assert (examples.num_trained_tokens, examples.largest_id) == (number * size, 1)
+    total = sum(int(examples[index]["labels"].sum()) for index in range(number))
+    assert total == number * size
+    entries = re.findall(rf"{re.escape(str(tmp_path))}/.*?\nRss: +(\d+) kB", Path("/proc/self/smaps").read_text(), re.S)
+    assert len(entries) == 2
+    assert sum(map(int, entries)) < 8 * 1024
