@@ -683,7 +683,7 @@ class ProgressWithSpeed(ProgressCallback):
 
 def last_evaluation(trainer: Trainer) -> dict[str, float]:
     """Return the metrics on the held-out rows after the last step, evaluating only if that was not just done."""
-    if trainer.eval_dataset is None:
+    if trainer.eval_dataset is None or trainer.args.eval_strategy == "no":
         return {}
     last = next((entry for entry in reversed(trainer.state.log_history) if "eval_loss" in entry), {})
     return last if last.get("step") == trainer.state.global_step else trainer.evaluate()

@@ -34,7 +34,7 @@ def main() -> None:
         runs = {"raw": {"seconds": 0.0, "peak_mib": 0.0, "disk_mib": size_of(raw)}}
         if not data.exists():
             runs["opendata"] = measure("-m", "sft.opendata", raw, "--output", data) | {"disk_mib": size_of(data)}
-        flags = ["--model_name_or_path", base, "--data_path", data, "--cache_dir", folder / "cache"]
+        flags = ["--model_name_or_path", base, "--data_path", data / "train.json", "--cache_dir", folder / "cache"]
         flags += ["--chat_format", "chatml", "--eval_strategy", "no", "--num_reply_prompts", 1]
         out = folder / f"out-{time.time():.0f}"
         prepared = measure("train.py", *flags, "--output_dir", out / "dry", "--dry_run", "--gpu", "80GB")
