@@ -271,6 +271,7 @@ def run(
     if trainer.is_world_process_zero():
         record |= check_again()
         finish(trainer, record, metrics, questions, before, after, seconds=time.time() - started)
+        trainer.publish()
 
 
 def run_dry(

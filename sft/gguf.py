@@ -427,10 +427,10 @@ def _different_ids(chat: Chat, other, prompts: list[list[int]]) -> Iterable[str]
         if other.ids(text) != tokenizer(text)["input_ids"]:
             yield f"other ids for {text!r}"
     rows = chat.model.config.get_text_config().vocab_size
-    for token, token_id in tokenizer.get_added_vocab().items():
-        if token_id < rows and other.ids(token)[-1:] != [token_id]:
-            yield f"the token {token!r} is not one there"
     bos = tokenizer.bos_token if adds_bos(tokenizer) else ""
+    for token, token_id in tokenizer.get_added_vocab().items():
+        if token != bos and token_id < rows and other.ids(token)[-1:] != [token_id]:
+            yield f"the token {token!r} is not one there"
     for messages, prompt in zip(_conversations(chat), prompts, strict=True):
         if other.ids(chat.renderer.text(messages).removeprefix(bos)) != prompt:
             yield f"other ids for a rendered conversation of {len(messages)} messages"

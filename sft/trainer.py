@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import transformers
 from accelerate.data_loader import prepare_data_loader
+from huggingface_hub import HfApi
 from safetensors import SafetensorError
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
@@ -480,6 +481,26 @@ class Trainer(transformers.Trainer):
             checkpoints.clear_leftovers(folder)
         self.guard.gather(None)
         self.guard.stage = "done"
+
+    def push_to_hub(self, *_arguments, **_options) -> None:
+        """Leave it to `publish`: transformers would push half-trained weights, a pickle and a model card of its own."""
+
+    _push_from_checkpoint = push_to_hub
+
+    def publish(self) -> None:
+        """Upload the finished output folder, without its checkpoints, where --push_to_hub asks for it."""
+        if not self.args.push_to_hub or not self.is_world_process_zero():
+            return
+        folder, repository = self.args.output_dir, self.hub_model_id
+        try:
+            self.say(f"pushing to {repository}")
+            kept_here = ["checkpoint-*", ".*", "_*"]
+            HfApi().upload_folder(
+                repo_id=repository, folder_path=folder, ignore_patterns=kept_here, revision=self.args.hub_revision
+            )
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().split("\n")[0]
+            raise ValueError(f"{folder} is saved, but not pushed: {reason}; hf upload {repository} {folder}") from error
 
     def _explained(self, error: Exception) -> Exception:
         """The same error, or when a disk is full, a ValueError that says so."""

@@ -6,9 +6,11 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import HfApi
 from safetensors.torch import load_file
 
 import train
@@ -251,6 +253,35 @@ def test_a_hub_token_reaches_no_file(tiny_base, data, tmp_path, monkeypatch):
     output = run(tiny_base("qwen2"), data, tmp_path / "run", "--max_steps", "1", "--hub_token", "hf_SECRET")
     leaks = [path for path in output.rglob("*") if path.is_file() and b"hf_SECRET" in path.read_bytes()]
     assert leaks == []
+
+
+def test_what_is_pushed_is_the_finished_folder_and_no_token_stays(tiny_base, data, tmp_path, monkeypatch):
+    pushed = []
+
+    def create_repo(self, repo_id, **options):
+        return type("Url", (str,), {"repo_id": repo_id})(repo_id)
+
+    def upload_folder(self, *, repo_id, folder_path, ignore_patterns, **options):
+        kept = [path for path in Path(folder_path).iterdir() if not path.match(ignore_patterns[0])]
+        pushed.append((repo_id, {path.name for path in kept}))
+        if len(pushed) == 2:
+            raise OSError("503 Server Error\nRequest ID: x")
+
+    monkeypatch.setattr(HfApi, "create_repo", create_repo)
+    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
+    monkeypatch.setenv("HF_TOKEN", "")
+    flags = ("--max_steps", "2", "--save_steps", "1", "--save_strategy", "steps", "--push_to_hub", "true")
+    flags = (*flags, "--hub_model_id", "me/mine", "--hub_token", "hf_SECRET")
+    output = run(tiny_base("qwen2"), data, tmp_path / "run", *flags)
+    assert [repository for repository, _names in pushed] == ["me/mine"]
+    assert {"model.safetensors", "README.md", "run.json", "report.html"} <= pushed[0][1]
+    assert not [name for name in pushed[0][1] if name.startswith(("checkpoint", "training_args"))]
+    assert "hf_SECRET" not in "".join(map(str, pushed))
+    leaks = [path for path in output.rglob("*") if path.is_file() and b"hf_SECRET" in path.read_bytes()]
+    assert leaks == []
+    with pytest.raises(ValueError, match="is saved, but not pushed: 503 Server Error; hf upload me/mine"):
+        run(tiny_base("qwen2"), data, tmp_path / "again", *flags)
+    assert (tmp_path / "again" / "model.safetensors").is_file()
 
 
 def test_a_model_that_was_saved_badly_is_not_moved_into_place(tiny_base, data, tmp_path, monkeypatch):
