@@ -91,7 +91,10 @@ def key_of(asked: dict) -> str:
 def api_key(base_url: str, name: str) -> str | None:
     """Return the key from the environment: NAME, or for OpenAI's own host OPENAI_API_KEY, which goes nowhere else."""
     host = urlsplit(base_url).hostname
-    return os.environ.get(name) or (os.environ.get("OPENAI_API_KEY") if host == "api.openai.com" else None)
+    key = os.environ.get(name) or (os.environ.get("OPENAI_API_KEY") if host == "api.openai.com" else None)
+    if key and not re.fullmatch(r"[!-~]+", key.strip()):  # an error about such a header would show it
+        raise ValueError(f"the API key in the environment ({name}) holds characters that no header may hold")
+    return key.strip() if key else None
 
 
 def check_url(flag: str, base_url: str) -> str | None:

@@ -56,6 +56,7 @@ ONLY_FOR |= {
     "judgments": ("mt-bench",),
     "tasks": ("lm-eval",),
 }
+ONLY_FOR["train_data_path"] = ("quick", *JUDGED)
 NOT_NEGATIVE = ("retries", "verdict_retries", "backoff", "max_missing")
 POSITIVE = ("batch_size", "max_new_tokens", "limit", "max_length", "concurrency", "requests_per_minute", "timeout")
 

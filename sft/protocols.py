@@ -310,7 +310,7 @@ def belle(questions: str, judge_prompts: str) -> Suite:
     columns = {name: lambda groups, name=name: mean(groups, [name]) for name in categories}
     columns |= {"mean of classes": lambda groups: mean_of_means(groups, list(groups)), "总分": mean}
     parameters = {"temperature": 0.0, "max_tokens": 3000}
-    return Suite(asked, ask, read_belle, columns, parameters, 1000, "得分", prompts=load_pair_prompts())
+    return Suite(asked, ask, read_belle, columns, parameters, len(asked), "得分", prompts=load_pair_prompts())
 
 
 def pair_result(first: Verdict, swapped: Verdict) -> str | None:

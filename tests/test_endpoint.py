@@ -180,6 +180,12 @@ def test_keys_come_from_the_environment_and_openais_goes_to_openai_alone(monkeyp
     assert api_key("https://api.openai.com.evil.example/v1", "JUDGE_API_KEY") is None
     monkeypatch.setenv("JUDGE_API_KEY", "mine")
     assert api_key("http://127.0.0.1/v1", "JUDGE_API_KEY") == "mine"
+    monkeypatch.setenv("JUDGE_API_KEY", " mine\n")  # as `export KEY=$(cat file)` may leave it
+    assert api_key("http://127.0.0.1/v1", "JUDGE_API_KEY") == "mine"
+    monkeypatch.setenv("JUDGE_API_KEY", "my\nkey")
+    with pytest.raises(ValueError, match="JUDGE_API_KEY") as caught:
+        api_key("http://127.0.0.1/v1", "JUDGE_API_KEY")
+    assert "key" not in str(caught.value).replace("API key", "")
     assert "use an address such as" in check_url("--base_url", "localhost:8000/v1")
     assert "keys come from the environment" in check_url("--base_url", "https://user:pw@host/v1")
     assert "pw" not in check_url("--base_url", "https://user:pw@host/v1")

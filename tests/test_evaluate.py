@@ -317,6 +317,10 @@ def test_a_local_model_answers_in_batches_once(tiny_base, serve, tmp_path):
         ),
         (["--suite", "quick", "--model_path", "x", "--dry_run"], "--dry_run is for --suite mt-bench or align-bench"),
         (["--suite", "mt-bench", "--base_path", "x"], "--base_path is for --suite quick"),
+        (
+            ["--suite", "lm-eval", "--tasks", "x", "--model_path", "x", "--train_data_path", "y"],
+            "--train_data_path is for",
+        ),
         (["--suite", "mt-bench", "--retries", "-1"], "--retries -1: must not be negative"),
         (["--suite", "quick", "--model_path", "x", "--batch_size", "0"], "--batch_size 0: must be positive"),
     ],

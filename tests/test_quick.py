@@ -161,6 +161,23 @@ def test_the_command_writes_what_it_found_and_leaves_other_folders_alone(tiny_ba
     assert not (tmp_path / "none").exists()
 
 
+def test_questions_in_the_training_data_are_left_out_of_second_rows(tiny_base, tmp_path):
+    asked = quick.questions()
+    (tmp_path / "train.json").write_bytes(
+        (json.dumps({"instruction": asked[0]["prompt"], "output": "好"}, ensure_ascii=False) + "\n").encode("gbk")
+    )
+    (tmp_path / "held.json").write_text(json.dumps({"instruction": "你好", "output": "好"}) + "\n")
+    arguments = ["--suite", "quick", "--model_path", str(tiny_base("qwen2")), "--chat_format", "chatml", "--limit", "3"]
+    arguments += ["--max_new_tokens", "2", "--train_data_path", str(tmp_path / "train.json"), "--encoding", "gbk"]
+    arguments += ["--eval_data_path", str(tmp_path / "held.json"), "--max_length", "64", "--trust_remote_code"]
+    evaluate.main([*arguments, "--cache_dir", str(tmp_path / "cache"), "--output_dir", str(tmp_path / "out")])
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert found["overlap"]["found"] == {"zh-open-1": f"{tmp_path / 'train.json'} line 1"}
+    assert [row["questions"] for row in (found["rows"][0], found["rows_without_overlap"][0])] == [3, 2]
+    assert found["rows"][-1]["measure"] == "held_out_loss" and found["rows"][-1]["questions"] == 1
+    assert "Without them:" in (tmp_path / "out" / "results.md").read_text()
+
+
 @pytest.mark.slow
 def test_a_run_with_eval_quick_compares_before_and_after(tiny_base, data, tmp_path, capsys):  # noqa: F811
     folder = run(tiny_base("qwen2"), data, tmp_path / "run", "--eval_quick", "true", "--max_steps", "4")
