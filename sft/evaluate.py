@@ -27,38 +27,21 @@ from sft.overlap import find_overlap, overlap_lines
 from sft.protocols import Suite, align_bench, belle, mt_bench, read_winner
 from sft.report import cell, write_json, write_text
 
-RESULTS, TABLES, ANSWERS, SETTINGS, CALLS = (
-    "results.json",
-    "results.md",
-    "answers.jsonl",
-    "settings.json",
-    "calls.jsonl",
-)
+RESULTS, TABLES, ANSWERS, CALLS = "results.json", "results.md", "answers.jsonl", "calls.jsonl"
+SETTINGS = "evaluation.json"
 JUDGED = ("mt-bench", "align-bench", "belle")
 # What may not change when an evaluation is continued; the rest only says how fast it goes.
-UNCHANGED = ("suite", "model_path", "base_path", "chat_format", "base_url", "model", "judge_base_url", "judge_model")
-UNCHANGED += (
-    "questions",
-    "judge_prompts",
-    "references",
-    "compare",
-    "tasks",
-    "num_fewshot",
-    "max_new_tokens",
-    "limit",
-    "seed",
-)
-ONLY_FOR = dict.fromkeys(("dry_run", "compare", "judge_model", "questions", "judge_prompts"), JUDGED)
-ONLY_FOR |= {
-    "base_path": ("quick",),
-    "eval_data_path": ("quick",),
-    "references": ("mt-bench",),
-    "judgments": ("mt-bench",),
-    "tasks": ("lm-eval",),
+UNCHANGED = "suite model_path base_path chat_format base_url model judge_base_url judge_model questions judge_prompts "
+UNCHANGED += "references judgments compare tasks num_fewshot max_new_tokens limit seed"
+ONLY_FOR = {
+    ("quick",): "base_path eval_data_path",
+    ("quick", *JUDGED): "train_data_path",
+    JUDGED: "dry_run compare judge_model questions judge_prompts",
+    ("mt-bench",): "references judgments",
+    ("lm-eval",): "tasks num_fewshot",
 }
-ONLY_FOR["train_data_path"] = ("quick", *JUDGED)
-NOT_NEGATIVE = ("retries", "verdict_retries", "backoff", "max_missing")
 POSITIVE = ("batch_size", "max_new_tokens", "limit", "max_length", "concurrency", "requests_per_minute", "timeout")
+NOT_NEGATIVE = ("retries", "verdict_retries", "backoff", "max_missing", "num_fewshot")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -116,7 +99,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _problems(options: argparse.Namespace) -> list[str]:
-    found = [f"--{n} {v}: must be positive" for n in POSITIVE if (v := getattr(options, n)) is not None and v <= 0]
+    given = {name: value for name, value in vars(options).items() if value is not None and value is not False}
+    found = [f"--{name} {given[name]}: must be positive" for name in POSITIVE if not given.get(name, 1) > 0]
+    found += [f"--{name} {given[name]}: must not be negative" for name in NOT_NEGATIVE if not given.get(name, 0) >= 0]
+    for suites, names in ONLY_FOR.items():
+        wrong = [] if options.suite in suites else given.keys() & set(names.split())
+        found += [f"--{name} is for --suite {' or '.join(suites)}" for name in sorted(wrong)]
     judged = options.suite in JUDGED and not options.judgments
     if options.base_url and not options.model:
         found.append("--base_url needs --model, the model's name there")
@@ -130,10 +118,6 @@ def _problems(options: argparse.Namespace) -> list[str]:
     for flag in ("questions", "judge_prompts") if options.suite in ("align-bench", "belle") else ():
         if not getattr(options, flag):
             found.append(f"--suite {options.suite} needs --{flag}: its licence does not let us carry it")
-    found += [f"--{name} {v}: must not be negative" for name in NOT_NEGATIVE if (v := getattr(options, name)) < 0]
-    for name, suites in ONLY_FOR.items():
-        if getattr(options, name) and options.suite not in suites:
-            found.append(f"--{name} is for --suite {' or '.join(suites)}")
     if options.suite == "lm-eval" and not options.tasks:
         found.append("--suite lm-eval needs --tasks")
     for flag in ("base_url", "judge_base_url"):
@@ -149,13 +133,14 @@ def open_output(folder: Path, settings: dict) -> None:
     """Make the folder of a new evaluation; an old one must be of the same settings, so that it is continued."""
     path = folder / SETTINGS
     if path.exists():
-        old = json.loads(path.read_text(encoding="utf-8"))
-        for name in settings:
-            if old.get(name) != settings[name]:
-                was, now = old.get(name), settings[name]
-                raise ValueError(
-                    f"--output_dir {folder}: its evaluation has {name} {was}, not {now}; choose another folder"
-                )
+        try:
+            old = dict(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError):
+            raise ValueError(f"{path}: can't be read; choose another --output_dir") from None
+        if changed := [name for name in settings if old.get(name) != settings[name]]:
+            was, now = old.get(changed[0]), settings[changed[0]]
+            text = f"--output_dir {folder}: its evaluation has {changed[0]} {was}, not {now}; choose another folder"
+            raise ValueError(text)
     elif folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
         raise ValueError(f"--output_dir {folder}: is not empty, and not an evaluation's; choose another folder")
     else:
@@ -372,7 +357,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if problems := _problems(options):
         sys.exit("\n".join(f"sft.evaluate: {problem}" for problem in problems))
     try:
-        RUNS[options.suite](options, {name: getattr(options, name) for name in UNCHANGED})
+        RUNS[options.suite](options, {name: getattr(options, name) for name in UNCHANGED.split()})
     except (ValueError, OSError) as error:
         sys.exit(f"sft.evaluate: {error}")
     except KeyboardInterrupt:

@@ -152,7 +152,7 @@ def test_a_path_of_data_that_is_wrong_is_said_before_anything_is_sent(serve, tmp
         judged(server, tmp_path / "out", "--limit", "1", "--train_data_path", str(tmp_path / "nowhere.json"))
     assert server.requests == [] and not (tmp_path / "out").exists()
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / ".settings.json.123").write_text("{")  # a kill in its very first write
+    (tmp_path / "out" / ".evaluation.json.123").write_text("{")  # a kill in its very first write
     judged(server, tmp_path / "out", "--limit", "1")
 
 
@@ -320,6 +320,10 @@ def test_a_local_model_answers_in_batches_once(tiny_base, serve, tmp_path):
         (
             ["--suite", "lm-eval", "--tasks", "x", "--model_path", "x", "--train_data_path", "y"],
             "--train_data_path is for",
+        ),
+        (
+            ["--suite", "mt-bench", "--timeout", "nan", "--backoff", "nan"],
+            "--timeout nan: must be positive\n.*--backoff nan",
         ),
         (["--suite", "mt-bench", "--retries", "-1"], "--retries -1: must not be negative"),
         (["--suite", "quick", "--model_path", "x", "--batch_size", "0"], "--batch_size 0: must be positive"),
