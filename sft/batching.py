@@ -11,12 +11,14 @@ Each request draws its own tokens, with its own settings and seed. One long prom
 import inspect
 import random
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 MAX_ACTIVE = 16  # rows of the batch
 MAX_CACHED = 32_768  # rows x longest row that the batch may grow to, in tokens; a single row may be longer
+PAUSE = 0.02  # seconds between two looks of a reader: many who wake at each token would slow it down
 PIECE = 512  # tokens of prompts read between two tokens of the others
 FORWARD = {"input_ids", "attention_mask", "position_ids", "logits_to_keep", "use_cache", "past_key_values"}
 
@@ -169,7 +171,8 @@ class Decoder:
         seed = int(torch.randint(2**62, ())) if seed is None else seed
         request = Request(prompt, sampling, limit=limit, seed=seed, stop=stop or threading.Event())
         with self.changed:
-            if self.max_waiting is not None and len(self.waiting) >= self.max_waiting:
+            free = max(self.max_active - self.num_active, 0)
+            if self.max_waiting is not None and len(self.waiting) - free >= self.max_waiting:
                 raise BusyError(f"{len(self.waiting)} requests are waiting")
             if not request.done:
                 self.waiting.append(request)
@@ -183,7 +186,7 @@ class Decoder:
                 self._worker.start()
 
     def follow(self, request: Request) -> Iterator[int]:
-        """Yield 1, 2, ... as the request's tokens come; raises what the model raised."""
+        """Yield how many tokens the request has, as they come, at most every PAUSE; raises what the model raised."""
         count = 0
         while True:
             with self.changed:
@@ -193,8 +196,10 @@ class Decoder:
                     if request.error:
                         raise request.error
                     return
-            count += 1
+                count = len(request.ids)
             yield count
+            if not request.done:
+                time.sleep(PAUSE)
 
     def wait(self, request: Request) -> None:
         """Wait until the request is done: has all its tokens, failed, or left the batch."""
@@ -239,11 +244,11 @@ class Decoder:
         try:
             with torch.inference_mode():
                 self._drop()
+                for rows in list(self.batches):
+                    self._try(rows, self._advance)
                 self._admit()
                 if self.reading:
                     self._try(self.reading, self._read_piece)
-                for rows in list(self.batches):
-                    self._try(rows, self._advance)
                 self._drop()
         finally:
             if was_training:

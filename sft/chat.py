@@ -23,7 +23,7 @@ from sft.batching import Decoder, Sampling
 from sft.chat_format import FORMAT_NAMES, Renderer
 from sft.conversation import RecordError, read_file, read_record
 from sft.dataset import batches
-from sft.model import PATIENT_THREADS, check_model_path, context_window, from_pretrained, load_tokenizer
+from sft.model import PATIENT_THREADS, check_model_path, context_window, four_bit, from_pretrained, load_tokenizer
 
 
 class Reply(NamedTuple):
@@ -115,6 +115,7 @@ def load_chat(
     chat_format: str = "auto",
     device: str | None = None,
     dtype: str | None = None,
+    load_in_4bit: bool = False,
     trust_remote_code: bool = False,
 ) -> Chat:
     """Load a checkpoint (full or LoRA adapter) for talking: bf16 on a GPU that has it, fp32 on a CPU."""
@@ -126,14 +127,17 @@ def load_chat(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if dtype is None:
         dtype = "float32" if device == "cpu" else "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
+    options = {"dtype": getattr(torch, dtype), "trust_remote_code": trust_remote_code}
+    if load_in_4bit:
+        options |= four_bit(dtype)
     tokenizer = load_tokenizer(model_path, trust_remote_code=trust_remote_code)
     if (Path(model_path) / "adapter_config.json").is_file():
         from peft import AutoPeftModelForCausalLM as Model
     else:
         from transformers import AutoModelForCausalLM as Model
-    options = {"dtype": getattr(torch, dtype), "trust_remote_code": trust_remote_code}
     model = from_pretrained(Model, model_path, **options)
-    return Chat(model.to(device).eval(), Renderer(tokenizer, chat_format))
+    model = model if load_in_4bit else model.to(device)
+    return Chat(model.eval(), Renderer(tokenizer, chat_format))
 
 
 def newest_run(root: str | Path) -> str | None:

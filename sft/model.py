@@ -122,13 +122,14 @@ def load_model(
     if attn_implementation:
         options["attn_implementation"] = attn_implementation
     if load_in_4bit:
-        options |= _four_bit(compute)
+        options |= four_bit(compute)
     model = from_pretrained(AutoModelForCausalLM, path, **options)
     model.config.use_cache = False
     return model
 
 
-def _four_bit(compute: str) -> dict:
+def four_bit(compute: str) -> dict:
+    """Return what `from_pretrained` takes to load in 4 bit; raises ValueError where that can't be."""
     import torch
     from transformers import BitsAndBytesConfig
 

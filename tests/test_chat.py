@@ -33,7 +33,8 @@ def test_a_batch_replies_as_each_question_alone(family, tiny_base):
 def test_the_stream_grows_and_ends_as_the_whole_reply(tiny_chat):
     *growing, last = tiny_chat.stream_reply(asked("你好"), SHORT)
     assert last == tiny_chat.reply(asked("你好"), SHORT)
-    assert [reply.num_tokens for reply in growing] == list(range(1, 13))
+    counts = [reply.num_tokens for reply in growing]
+    assert counts == sorted(set(counts)) and counts[-1] == 12
     assert all("\ufffd" not in reply.text[-1:] for reply in growing)
 
 
@@ -50,7 +51,7 @@ def test_closing_the_stream_ends_the_models_work_within_two_tokens(tiny_chat, mo
         reply = next(stream)
     before = len(steps)
     stream.close()
-    assert reply.num_tokens == 3
+    assert reply.num_tokens >= 3
     assert before <= len(steps) <= before + 2
 
 

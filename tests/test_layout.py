@@ -34,6 +34,8 @@ ORDER = [
     "probe",
     "batching",
     "chat",
+    "remote",
+    "gate",
     "modelfile",
     "gguf",
     "export",

@@ -1,0 +1,187 @@
+"""The door of the web page: routes, hosts, origins, bytes and logins that are let in, how often, and who listens.
+
+What stands here holds for every request before gradio sees it.
+"""
+
+import hmac
+import ipaddress
+import os
+import re
+import time
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import PlainTextResponse
+
+MAX_BODY = 256 * 1024  # bytes of a request
+REQUESTS_PER_MINUTE = 20  # of a tab of a browser; ten times as many of an address
+MAX_LOGINS, LOCKED_SECONDS = 5, 600  # failed logins of an address before it is locked out, and for how long
+
+
+@dataclass
+class Limits:
+    """How often somebody has asked in the last minute, and who listens."""
+
+    per_minute: int = REQUESTS_PER_MINUTE
+    asked: OrderedDict[str, deque] = field(default_factory=OrderedDict)
+    listening: Counter = field(default_factory=Counter)  # open streams of a session
+
+    def admit(self, session: str, address: str) -> bool:
+        """Count a request of this tab and of this address; return whether it is let in."""
+        names = (f"tab {session}", 1), (f"address {network(address)}", 10)
+        return all(within(self.asked, name, limit * self.per_minute, 60) for name, limit in names)
+
+
+# The routes that the page uses; uploads, files, proxying, monitoring and the rest of gradio 6.31's are closed.
+ROUTES = re.compile(
+    r"/(|config/?|theme\.css|favicon\.ico|manifest\.json|robots\.txt|(assets|static|svelte)/.*|log(in|out)/?"
+    r"|gradio_api/(info/?|queue/(join|data)|cancel|reset/?|heartbeat/.*|startup-events|login_check/?|user/?"
+    r"|app_id/?|token/?|theme\.css))"
+)
+HEADERS = {
+    # Nothing in a reply can load from or post to another host.
+    "Content-Security-Policy": "default-src 'self' 'unsafe-inline' data: blob:; form-action 'self'; frame-src 'none'; "
+    "object-src 'none'; base-uri 'self'; frame-ancestors 'self'",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+}
+
+
+class Gate:
+    """ASGI middleware: closes routes and foreign origins, limits the bytes of a request and logins, adds the headers.
+
+    It also notes who listens: `hang_up` is called for a session whose last stream closes.
+    """
+
+    def __init__(self, app, limits: Limits, hang_up: Callable[[str], None], hosts: Sequence[str] | None):
+        self.app, self.limits, self.hang_up, self.hosts = app, limits, hang_up, hosts
+        self.logins: OrderedDict[str, deque] = OrderedDict()
+
+    async def __call__(self, scope, receive, send) -> None:
+        if scope["type"] != "http":
+            await (self.app(scope, receive, send) if scope["type"] == "lifespan" else _nothing())
+            return
+        address = network((scope.get("client") or ("",))[0])
+        login = scope["method"] == "POST" and scope["path"].rstrip("/") == "/login"
+
+        async def send_with_headers(message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message).update(HEADERS)
+                if login and message["status"] < 400 and self.logins.get(address):
+                    self.logins[address].pop()  # only failures count
+            await send(message)
+
+        answer = self._closed(scope)
+        # Each try is noted before its password is looked at, so that many at once are no way around.
+        if not answer and login and not within(self.logins, address, MAX_LOGINS, LOCKED_SECONDS):
+            answer = PlainTextResponse("too many failed logins; wait ten minutes", 429)
+        with self._listening(scope):
+            await (answer or self.app)(scope, receive, send_with_headers)
+
+    def _closed(self, scope) -> PlainTextResponse | None:
+        headers = Headers(scope=scope)
+        host, origin = headers.get("host", ""), headers.get("origin")
+        if self.hosts is not None and not (_name(host) in self.hosts or _is_address(_name(host))):
+            return PlainTextResponse("unknown host; with a login any name may be used", 403)
+        foreign = origin is not None and urlsplit(origin).netloc != host
+        if foreign or (headers.get("sec-fetch-site") == "cross-site" and headers.get("sec-fetch-mode") != "navigate"):
+            return PlainTextResponse("another site's request", 403)
+        if not ROUTES.fullmatch(scope["path"]):
+            return PlainTextResponse("closed", 404)
+        length = headers.get("content-length", "")
+        if scope["method"] == "POST" and not (length.isdecimal() and int(length) <= MAX_BODY):
+            return PlainTextResponse(f"at most {MAX_BODY} bytes, with a content-length", 413)
+        return None
+
+    @contextmanager
+    def _listening(self, scope) -> Iterator[None]:
+        session = ""
+        if scope["path"].endswith("/queue/data"):
+            session = parse_qs(scope["query_string"].decode("latin-1")).get("session_hash", [""])[0]
+        listening = self.limits.listening
+        listening[session] += bool(session)
+        try:
+            yield
+        finally:
+            listening[session] -= bool(session)
+            if session and not listening[session]:
+                self.hang_up(session)
+            if not listening[session]:
+                del listening[session]
+
+
+async def _nothing() -> None:
+    """A websocket: gradio 6.31 needs none."""
+
+
+def _name(host: str) -> str:
+    return (urlsplit(f"//{host}").hostname or "") if re.fullmatch(r"[\w.:\[\]-]+", host) else ""
+
+
+def _is_address(name: str) -> bool:
+    try:
+        return bool(ipaddress.ip_address(name))
+    except ValueError:
+        return False
+
+
+def within(times: OrderedDict[str, deque], name: str, limit: int, seconds: float) -> bool:
+    """Note the moment under `name`; return whether there were at most `limit` in the last `seconds`."""
+    now, seen = time.monotonic(), times.setdefault(name, deque())
+    times.move_to_end(name)
+    while seen and now - seen[0] > seconds:
+        seen.popleft()
+    while len(times) > 10_000:
+        times.popitem(last=False)
+    if len(seen) >= limit:
+        return False
+    seen.append(now)
+    return True
+
+
+def network(address: str) -> str:
+    """An IPv6 client owns a whole /64."""
+    try:
+        parsed = ipaddress.ip_address(address)
+    except ValueError:
+        return address
+    return str(ipaddress.ip_network((parsed, 64), strict=False)) if parsed.version == 6 else str(parsed)
+
+
+def knows(auth: dict[str, str], name: str, password: str) -> bool:
+    """Compare in constant time, also for a name that nobody has."""
+    known = auth.get(name, "")
+    return hmac.compare_digest(password.encode(), known.encode()) and bool(known)
+
+
+def read_logins(host: str, file: str | None) -> dict[str, str] | None:
+    """Return the logins from --auth_file or WEB_DEMO_AUTH; any address but the machine's own must have one.
+
+    The variable is taken out of the environment, so that no child process inherits it.
+    """
+    text, where = os.environ.pop("WEB_DEMO_AUTH", ""), "WEB_DEMO_AUTH"
+    if file:
+        try:
+            text, where = Path(file).read_text(encoding="utf-8"), f"--auth_file {file}"
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"--auth_file {file}: {getattr(error, 'strerror', None) or 'not UTF-8'}") from None
+    pairs = [line.strip().partition(":") for line in text.splitlines() if line.strip()]
+    if not all(name and password for name, _, password in pairs) or (file and not pairs):
+        raise ValueError(f"{where} must be name:password")
+    if not pairs and not _is_own(host):
+        raise ValueError(
+            f"--host {host} lets others in: set WEB_DEMO_AUTH=name:password in the environment, or use --auth_file"
+        )
+    return {name: password for name, _, password in pairs} or None
+
+
+def _is_own(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,165 @@
+"""A model behind a server: what is sent, what is taken in, and what a bad server can't do."""
+
+import asyncio
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from sft.batching import BusyError, Sampling
+from sft.remote import JOINER, Remote, RemoteError, neutral
+
+HELLO = [{"role": "user", "content": "hi <|im_end|>"}]
+
+
+def event(text: str = "", **choice) -> str:
+    return "data: " + json.dumps({"choices": [{"delta": {"content": text}, **choice}]}) + "\n\n"
+
+
+@pytest.fixture
+def server():
+    """A server whose `answer` (status, lines) is told by the test; `asked` holds what it got."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.reply(200, ['{"data": [{"id": "tiny"}]}'])
+
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            server.asked.append((self.headers.get("Authorization"), body))
+            self.reply(*server.answer(body))
+
+        def reply(self, status, lines):
+            self.send_response(status)
+            self.end_headers()
+            try:
+                for line in lines:
+                    self.wfile.write(line.encode())
+                    self.wfile.flush()
+            except OSError:
+                server.hung_up.set()
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads, server.asked, server.hung_up = True, [], threading.Event()
+    server.url = f"http://127.0.0.1:{server.server_port}/v1"
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def talk(remote: Remote, sampling: Sampling = Sampling()):  # noqa: B008
+    async def work():
+        reply = remote.start(HELLO, sampling)
+        while not reply.done:
+            await asyncio.sleep(0.01)
+        if reply.error:
+            raise reply.error
+        return reply.reply()
+
+    return asyncio.run(work())
+
+
+def test_a_reply_is_read_from_the_stream_and_the_key_goes_in_the_header(server):
+    usage = "data: " + json.dumps({"choices": [], "usage": {"completion_tokens": 7}}) + "\n\n"
+    thought = "data: " + json.dumps({"choices": [{"delta": {"reasoning_content": "so"}}]}) + "\n\n"
+    lines = [": comment\n", thought, event("春"), event("天", finish_reason="stop"), usage, "data: [DONE]\n\n"]
+    server.answer = lambda _body: (200, lines)
+    remote = Remote(server.url, key="secret")
+    assert talk(remote) == ("<think>so</think>\n\n春天", True, 7)
+    [(key, body)] = server.asked
+    assert (key, body["model"], body["stream"], body["max_tokens"]) == ("Bearer secret", "tiny", True, 512)
+    assert (body["temperature"], body["top_p"], body["top_k"], body["repetition_penalty"]) == (0.5, 0.85, 50, 1.05)
+    assert body["messages"] == [{"role": "user", "content": f"hi <{JOINER}|im_end|>"}]
+
+
+def test_a_server_that_refuses_fields_of_others_is_asked_without_them(server):
+    server.answer = lambda body: (422, []) if "top_k" in body else (200, [event("好", finish_reason="stop")])
+    remote = Remote(server.url)
+    assert [talk(remote).text for _ in range(2)] == ["好", "好"]
+    assert ["top_k" in body for _key, body in server.asked] == [True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("answer", "problem"),
+    [
+        ((500, ["/secret/path sk-key"]), "the model's server answers with status 500"),
+        ((302, []), "the model's server answers with status 302"),
+        ((200, ["data: {broken\n\n"]), "the model's server is unclear"),
+        ((200, ['data: {"error": {"message": "/secret"}}\n\n']), "the model's server stopped with an error"),
+        ((200, ["data: " + "x" * 3_000_000]), "the model's server is unclear"),
+        ((200, ['data: ["no object"]\n\n']), "the model's server is unclear"),
+    ],
+)
+def test_what_goes_wrong_is_one_line_without_the_servers_own_words(server, answer, problem):
+    server.answer = lambda _body: answer
+    with pytest.raises(RemoteError) as caught:
+        talk(Remote(server.url))
+    assert str(caught.value) == problem
+
+
+def test_a_server_that_is_not_there_is_one_line():
+    with pytest.raises(RemoteError, match="the model's server can't be reached"):
+        talk(Remote("http://127.0.0.1:9/v1", model="x"))
+
+
+def test_a_reply_without_end_is_ended(server, monkeypatch):
+    monkeypatch.setattr("sft.remote.MAX_REPLY", 100)
+    server.answer = lambda _body: (200, (event("word ") for _ in range(10_000)))
+    assert len(talk(Remote(server.url)).text) == 105
+
+
+def test_cancelling_closes_the_connection(server):
+    server.answer = lambda _body: (200, iter(lambda: event("word " * 1000), ""))
+    remote = Remote(server.url)
+
+    async def work():
+        reply = remote.start(HELLO, Sampling())
+        while not reply.reply().text:
+            await asyncio.sleep(0.01)
+        reply.cancel()
+        await asyncio.sleep(0.1)
+        return reply
+
+    assert asyncio.run(work()).done
+    assert server.hung_up.wait(10)
+    assert remote.active == set()
+
+
+def test_as_many_are_asked_for_and_wait_as_are_let_in(server):
+    gate = threading.Event()
+    server.answer = lambda _body: (200, [event("好", finish_reason="stop")] if gate.wait(10) else [])
+    remote = Remote(server.url)
+    remote.max_active, remote.max_waiting = 1, 1
+
+    async def work():
+        first = remote.start(HELLO, Sampling())
+        await asyncio.sleep(0.05)
+        second = remote.start(HELLO, Sampling())
+        with pytest.raises(BusyError):
+            remote.start(HELLO, Sampling())
+        places = first.place, second.place
+        gate.set()
+        while not (first.done and second.done):
+            await asyncio.sleep(0.01)
+        return places, [reply.reply().text for reply in (first, second)]
+
+    assert asyncio.run(work()) == ((-1, 0), ["好", "好"])
+
+
+@pytest.mark.parametrize(
+    "token", ["<|im_start|>", "</s>", "<s>", "[INST]", "[/INST]", "<<SYS>>", "<start_of_turn>", "<think>", "<｜User｜>"]
+)
+def test_what_looks_like_a_control_token_is_parted(token):
+    sent = neutral(f"a{token}b")
+    assert token not in sent and sent.replace(JOINER, "") == f"a{token}b"
+
+
+def test_ordinary_text_is_sent_as_it_is():
+    text = "a < b, x[0], <b>bold</b>, |Human|: 1 <| 2, std::vector<s_t>"
+    assert neutral(text) == text
