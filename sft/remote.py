@@ -122,10 +122,10 @@ class Remote:
             reply.error = error
         except Exception as error:
             logging.warning("%s: %s", self.base_url, type(error).__name__)
-            what = "took too long" if isinstance(error, httpx.TimeoutException | TimeoutError) else "can't be reached"
-            reply.error = RemoteError(
-                f"the model's server {what if not isinstance(error, ValueError | TypeError | AttributeError) else 'is unclear'}"
-            )
+            slow = isinstance(error, httpx.TimeoutException | TimeoutError)
+            unclear = isinstance(error, ValueError | TypeError | AttributeError)
+            what = "took too long" if slow else "is unclear" if unclear else "can't be reached"
+            reply.error = RemoteError(f"the model's server {what}")
         finally:
             self.active.discard(reply)
             self.waiting = [other for other in self.waiting if other is not reply]
