@@ -129,6 +129,16 @@ def gpu_section(rows: dict) -> str:
     )
 
 
+def scale_section(rows: dict) -> str:
+    lines = []
+    for size, steps in sorted(rows.items(), key=lambda row: int(row[0])):
+        for step, found in steps.items():
+            numbers = [f"{found[name]:,.0f}" if found[name] else "" for name in ("seconds", "peak_mib", "disk_mib")]
+            lines.append([f"{int(size):,}", step, *numbers])
+    head = ["records", "step", "seconds", "peak MiB of all its processes", "MiB on disk"]
+    return "## Raw records to rows to steps, at scale\n\n" + table(head, lines) + "\n"
+
+
 def machine() -> str:
     cpu = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
@@ -145,7 +155,13 @@ def machine() -> str:
     )
 
 
-SECTIONS = {"prepare": prepare_section, "step": step_section, "startup": startup_section, "gpu": gpu_section}
+SECTIONS = {
+    "prepare": prepare_section,
+    "step": step_section,
+    "startup": startup_section,
+    "scale": scale_section,
+    "gpu": gpu_section,
+}
 
 
 def main() -> None:
