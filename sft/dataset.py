@@ -29,7 +29,7 @@ CACHE_DIR = ".cache"
 # Of each example: its source, a number of the ledger's "sources", and a number of WAYS, how it was kept.
 ORIGIN = [("source", "<i4"), ("way", "i1")]
 FACTS = [("trained", "<i8"), ("replies", "<i8"), ("prompt", "<i8"), ("stops", "?")]
-FACTS_AT_A_TIME = 100_000
+FACTS_AT_A_TIME = 10_000
 LET_GO_EVERY = 1000  # examples read; a page that is read brings up to 64 KiB with it
 WAYS = ("whole", "turns_dropped", "cut")
 LOST = ("rejected", "prompt_too_long", "no_trained_token", "boundary", "template")
