@@ -205,9 +205,9 @@ def read_judgments(suite: Suite, path: str, model: str | None) -> tuple[list[dic
         if str(line["question_id"]) not in rows:
             raise ValueError(f"--judgments {path}: question {line['question_id']} is not one of the suite's")
         verdict = suite.read(line["judgment"])
-        _add(
-            rows[str(line["question_id"])], line["turn"], verdict.score, verdict.first, [([line["judgment"]], verdict)]
-        )
+        # The published averages go by the first rating, and such a verdict can't be asked for again.
+        row, said = rows[str(line["question_id"])], [([line["judgment"]], verdict)]
+        _add(row, line["turn"], verdict.first, verdict.first, said)
         differ += line.get("score", verdict.first) != (-1 if verdict.first is None else verdict.first)
     names = {"model": model or models[0], "compared_with": None, "judge": chosen[0]["judge"][0]}
     return list(rows.values()), {**names, "kept_otherwise": differ}
