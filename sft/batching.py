@@ -120,7 +120,8 @@ class Rows:
         empty = int(self.mask.any(0).int().argmax())
         self.mask = self.mask[:, empty:]
         for layer in self.cache.layers:
-            layer.keys, layer.values = layer.keys[index, :, empty:], layer.values[index, :, empty:]
+            here = index.to(layer.keys.device)  # with device_map the layers lie on several GPUs
+            layer.keys, layer.values = layer.keys[here, :, empty:], layer.values[here, :, empty:]
 
     def join(self, others: "Rows") -> None:
         """Take the others' rows in, the shorter side padded on the left."""

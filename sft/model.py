@@ -134,7 +134,7 @@ def four_bit(compute: str) -> dict:
     from transformers import BitsAndBytesConfig
 
     if not torch.cuda.is_available():
-        raise ValueError("--load_in_4bit needs a CUDA GPU and bitsandbytes; on a CPU use --lora without it")
+        raise ValueError("--load_in_4bit needs a CUDA GPU and bitsandbytes; leave it out on a CPU")
     config = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

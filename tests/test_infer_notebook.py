@@ -2,11 +2,14 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import nbformat
 import pytest
 from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
 
+from sft.model import add_lora, load_model, load_tokenizer
 from tests.conftest import ROOT
 
 QUESTIONS = ["你好", "Hello", "写一首关于春天的诗", "What is the capital of France?"]
@@ -32,19 +35,36 @@ def test_the_notebook_defines_nothing():
 
 def test_each_heading_has_a_chinese_line():
     headings = [cell.source for cell in read_notebook().cells if cell.source.startswith("#")]
-    assert len(headings) == 9
+    assert len(headings) == 10
     for text in headings:
         assert any("\u4e00" <= character <= "\u9fff" for character in text.split("\n")[1]), text
 
 
 @pytest.fixture
-def run_notebook(tiny_base, tmp_path, monkeypatch):
-    """Return a function that runs the notebook on a run folder whose run.json names `base`, and gives its outputs."""
+def checkpoint(tiny_base, tmp_path):
+    """Return a function that makes a run folder of a family, whose run.json names its base (or `base`)."""
 
-    def run(base: str) -> list[str]:
-        model = shutil.copytree(tiny_base("qwen2"), tmp_path / "model")
-        (model / "run.json").write_text(json.dumps({"model": base, "chat_format": "blossom"}), encoding="utf-8")
-        monkeypatch.setenv("MODEL_PATH", str(model))
+    def make(family: str, *, lora: bool = False, base: str | None = None) -> Path:
+        source, model = tiny_base(family), tmp_path / "model"
+        if lora:
+            tokenizer, tuned = load_tokenizer(str(source)), load_model(str(source), lora=True)
+            add_lora(tuned, rank=4, alpha=8, dropout=0.0).save_pretrained(model)
+            tokenizer.save_pretrained(model)
+        else:
+            shutil.copytree(source, model)
+        record = {"model": base or str(source), "chat_format": "blossom"}
+        (model / "run.json").write_text(json.dumps(record), encoding="utf-8")
+        return model
+
+    return make
+
+
+@pytest.fixture
+def run_notebook(tmp_path, monkeypatch):
+    """Return a function that runs the notebook on a model folder, and gives its outputs."""
+
+    def run(model: Path | None) -> list[str]:
+        monkeypatch.setenv("MODEL_PATH", str(model or ""))
         monkeypatch.setenv("MAX_NEW_TOKENS", "12")
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
         monkeypatch.setenv("PYTHONPATH", str(ROOT))
@@ -64,9 +84,11 @@ def printed(cell) -> str:
 
 
 @pytest.mark.slow
-def test_the_notebook_runs_top_to_bottom(run_notebook, tiny_base):
-    loaded, one, _sampled, _streamed, turns, batch, file, table, coloured = run_notebook(str(tiny_base("qwen2")))
-    assert "chat format: blossom | device: cpu | context window: 2048" in loaded
+@pytest.mark.parametrize(("family", "lora"), [("qwen2", False), ("bloom", True)])
+def test_the_notebook_runs_top_to_bottom(run_notebook, checkpoint, family, lora):
+    outputs = run_notebook(checkpoint(family, lora=lora))
+    loaded, one, _sampled, _streamed, turns, batch, _source, file, table, sure, coloured = outputs
+    assert "chat format: blossom | device: cpu | context window: " in loaded
     assert " tokens, ended: " in one
     assert turns.startswith("> 你好\n") and "\n> 一年有几个季节？\n" in turns
     assert [line[2:] for line in batch.split("\n") if line.startswith("> ")] == QUESTIONS
@@ -74,8 +96,8 @@ def test_the_notebook_runs_top_to_bottom(run_notebook, tiny_base):
     assert [answer["messages"][0]["content"] for answer in answers] == QUESTIONS
     assert [answer["messages"][1]["content"] for answer in answers] == batch_replies(batch)
     assert table.count("<th>base</th>") == table.count("<th>tuned</th>") == 1 and table.count("<tr>") == len(QUESTIONS)
-    assert coloured.count("\033[32m") == 2
-    assert "\033[32m 一年有四个季节。<|endoftext|>\033[0m" in coloured
+    assert sure.count("<span style=") > 1 and sure.count("<li>") == 3
+    assert coloured.count("\033[32m") == 2 and "一年有四个季节。" in coloured
 
 
 def batch_replies(batch: str) -> list[str]:
@@ -89,7 +111,13 @@ def batch_replies(batch: str) -> list[str]:
 
 
 @pytest.mark.slow
-def test_without_the_base_the_comparison_is_left_out(run_notebook):
-    outputs = run_notebook("/no/such/base")
-    assert outputs[7] == "No comparison: the base /no/such/base is not there any more.\n"
-    assert "\033[32m" in outputs[8]
+def test_without_the_base_the_comparison_is_left_out(run_notebook, checkpoint):
+    outputs = run_notebook(checkpoint("qwen2", base="/no/such/base"))
+    assert outputs[8].startswith("No comparison, the base isn't there: /no/such/base: no such folder;")
+    assert "\033[32m" in outputs[10]
+
+
+@pytest.mark.slow
+def test_without_a_model_the_notebook_says_how_to_make_one(run_notebook):
+    with pytest.raises(CellExecutionError, match=r"no finished run in runs/: make one with `sh base_run.sh`"):
+        run_notebook(None)

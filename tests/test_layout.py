@@ -33,6 +33,8 @@ ORDER = [
     "dry_run",
     "probe",
     "batching",
+    "answers",
+    "certainty",
     "chat",
     "remote",
     "gate",

@@ -1,0 +1,142 @@
+"""A file of questions: checked as a whole, answered once, in order, whatever happens on the way."""
+
+import json
+
+import pytest
+
+from sft.answers import Partial, answer_missing, check_questions, read_questions, to_prompt
+from sft.chat import Reply
+from sft.conversation import RecordError
+
+QUESTIONS = [f"question {number}" for number in range(3)]
+RUN = {"questions": "q", "sampling": {"temperature": 0.0}}
+
+
+def asked(question: str) -> list[dict]:
+    return [{"role": "user", "content": question}]
+
+
+def test_what_a_question_file_may_hold():
+    assert to_prompt({"prompt": "你好"}) == asked("你好")
+    assert to_prompt({"prompt": "你好", "system": "s"}) == [{"role": "system", "content": "s"}, *asked("你好")]
+    assert to_prompt({"instruction": "你好", "input": "", "output": ""}) == asked("你好")
+    assert to_prompt({"instruction": "Sum", "input": "1 2", "output": "3"}) == asked("Sum\n1 2")
+    with_reply = {"messages": [*asked("a"), {"role": "assistant", "content": "b"}]}
+    assert to_prompt(with_reply) == asked("a")
+    for broken in ({"messages": [{"role": "assistant", "content": "b"}]}, {"prompt": " "}, {"prompt": "\ud800"}, 5):
+        with pytest.raises(RecordError):
+            to_prompt(broken)
+
+
+@pytest.fixture
+def source(tmp_path):
+    path = tmp_path / "in.jsonl"
+    path.write_text("".join(json.dumps({"prompt": question}) + "\n" for question in QUESTIONS))
+    return str(path)
+
+
+def test_a_system_message_stands_before_questions_that_have_none(tmp_path):
+    (tmp_path / "in.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b", "system": "own"}\n')
+    systems = [messages[0]["content"] for _line, messages in read_questions(str(tmp_path / "in.jsonl"), "given")]
+    assert systems == ["given", "own"]
+
+
+def test_the_check_names_file_and_line_and_knows_a_changed_question(source, tmp_path):
+    def at_most_ten(messages):
+        if "2" in messages[-1]["content"]:
+            raise ValueError("too long")
+
+    with pytest.raises(ValueError, match=r"in\.jsonl line 3: too long$"):
+        check_questions(source, None, at_most_ten)
+    count, digest = check_questions(source, None, len)
+    assert count == 3
+    assert check_questions(source, "s", len)[1] != digest
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(ValueError, match=r"empty\.jsonl"):
+        check_questions(str(tmp_path / "empty.jsonl"), None, len)
+
+
+def reply_backwards(questions):
+    """Replies come in another order than the questions, as the short ones end first."""
+    for position, messages in reversed(list(questions)):
+        yield position, Reply(messages[-1]["content"].upper(), True, 1)
+
+
+def answered(path) -> list[str]:
+    return [json.loads(line)["messages"][-1]["content"] for line in path.read_text().splitlines()]
+
+
+def test_the_answers_are_in_the_order_of_the_questions(source, tmp_path):
+    partial = Partial(tmp_path / "out.partial", RUN)
+    assert len(list(answer_missing(partial, read_questions(source), reply_backwards))) == 3
+    partial.finish(tmp_path / "out", overwrite=False)
+    partial.close()
+    assert answered(tmp_path / "out") == [question.upper() for question in QUESTIONS]
+    assert json.loads((tmp_path / "out").read_text().splitlines()[0]) == {
+        "messages": [*asked("question 0"), {"role": "assistant", "content": "QUESTION 0"}],
+        "ended": True,
+        "num_tokens": 1,
+    }
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out"]
+
+
+def test_a_file_cut_off_at_any_byte_goes_on_with_every_answer_that_is_whole(source, tmp_path):
+    path = tmp_path / "out.partial"
+    partial = Partial(path, RUN)
+    list(answer_missing(partial, read_questions(source), reply_backwards))
+    partial.close()
+    whole = path.read_bytes()
+    for size in range(len(whole) + 1):
+        path.write_bytes(whole[:size])
+        partial = Partial(path, RUN)
+        kept = max(whole[:size].count(b"\n") - 1, 0)
+        assert sorted(partial.places) == list(range(3))[3 - kept :]
+        assert len(list(answer_missing(partial, read_questions(source), reply_backwards))) == 3 - kept
+        partial.close()
+        assert path.read_bytes() == whole
+
+
+def test_answers_of_another_run_or_another_file_are_refused_and_stay(tmp_path):
+    path = tmp_path / "out.partial"
+    Partial(path, RUN).close()
+    before = path.read_bytes()
+    with pytest.raises(
+        ValueError, match="holds answers of a run with another sampling; go on with that run's own comm"
+    ):
+        Partial(path, {**RUN, "sampling": {"temperature": 0.5}})
+    assert path.read_bytes() == before
+    for foreign in ("notes of mine", "[1]\n", '{"answers_of": 1}\n'):
+        path.write_text(foreign)
+        with pytest.raises(ValueError, match=r"not written by sft\.chat; move it away"):
+            Partial(path, RUN)
+        assert path.read_text() == foreign
+
+
+def test_two_processes_never_write_one_file(tmp_path):
+    partial = Partial(tmp_path / "out.partial", RUN)
+    with pytest.raises(ValueError, match="another process is writing it"):
+        Partial(tmp_path / "out.partial", RUN)
+    partial.close()
+    Partial(tmp_path / "out.partial", RUN).close()
+
+
+def test_a_damaged_line_is_answered_again(source, tmp_path):
+    path = tmp_path / "out.partial"
+    partial = Partial(path, RUN)
+    list(answer_missing(partial, read_questions(source), reply_backwards))
+    partial.close()
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([*lines[:2], b"\0\0\0\n", *lines[3:]]))
+    partial = Partial(path, RUN)
+    assert len(list(answer_missing(partial, read_questions(source), reply_backwards))) == 1
+    partial.finish(tmp_path / "out", overwrite=False)
+    assert answered(tmp_path / "out") == [question.upper() for question in QUESTIONS]
+
+
+def test_an_output_that_appeared_meanwhile_is_not_replaced(source, tmp_path):
+    partial = Partial(tmp_path / "out.partial", RUN)
+    list(answer_missing(partial, read_questions(source), reply_backwards))
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(ValueError, match="exists; add --overwrite"):
+        partial.finish(tmp_path / "out", overwrite=False)
+    assert (tmp_path / "out").read_text() == "mine" and (tmp_path / "out.partial").exists()
