@@ -162,7 +162,7 @@ def test_another_checkpoint_is_known_by_its_weights(tiny_base):
     assert chat_module.identity(chat.model) != before
 
 
-def test_a_stopped_file_is_not_gone_on_with_by_another_model_or_sampling(tiny_chat, tmp_path):
+def test_a_stopped_file_is_not_gone_on_with_by_another_model_or_sampling(tiny_chat, tiny_base, tmp_path):
     (tmp_path / "in.jsonl").write_text("".join(json.dumps({"prompt": question}) + "\n" for question in QUESTIONS))
     source, output = str(tmp_path / "in.jsonl"), str(tmp_path / "out.jsonl")
 
@@ -175,6 +175,11 @@ def test_a_stopped_file_is_not_gone_on_with_by_another_model_or_sampling(tiny_ch
         chat_module.reply_to_file(stopped, source, output, sampling=SHORT)
     with pytest.raises(ValueError, match="of a run with another sampling; go on with that run's own command"):
         chat_module.reply_to_file(tiny_chat, source, output, sampling=GREEDY)
+    retrained = load_chat(str(tiny_base("qwen2")))
+    with torch.no_grad():
+        retrained.model.lm_head.weight *= 1.001
+    with pytest.raises(ValueError, match="of a run with another model; go on with that run's own command"):
+        chat_module.reply_to_file(retrained, source, output, sampling=SHORT)
     assert chat_module.reply_to_file(tiny_chat, source, output, sampling=SHORT) == 3
     with pytest.raises(ValueError, match="is the file of questions"):
         chat_module.reply_to_file(tiny_chat, output, output, sampling=SHORT, overwrite=True)
@@ -385,3 +390,20 @@ def test_a_terminal_takes_a_paste_as_one_message_and_survives_control_c(tiny_bas
     terminal.type("\x04")
     assert terminal.process.wait() == 0
     os.close(terminal.ours)
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [(KeyboardInterrupt(), "stopped"), (RuntimeError("CUDA out of memory"), "out of memory; lower --batch_size")],
+)
+def test_whatever_ends_a_batch_says_that_the_same_command_goes_on(error, told, tiny_base, tmp_path, monkeypatch):
+    def ended(*_arguments, **_options):
+        raise error
+
+    (tmp_path / "in.jsonl").write_text('{"prompt": "a"}\n')
+    arguments = ["--model_path", str(tiny_base("qwen2")), "--input", str(tmp_path / "in.jsonl"), "--output"]
+    with monkeypatch.context() as patched, pytest.raises(SystemExit, match=f"{told}.*, and the same command goes on"):
+        patched.setattr(Chat, "reply_each", ended)
+        chat_module.main([*arguments, str(tmp_path / "out.jsonl")])
+    chat_module.main([*arguments, str(tmp_path / "out.jsonl"), "--max_new_tokens", "512"])
+    assert (tmp_path / "out.jsonl").exists()
