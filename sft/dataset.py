@@ -30,7 +30,7 @@ CACHE_DIR = ".cache"
 ORIGIN = [("source", "<i4"), ("way", "i1")]
 FACTS = [("trained", "<i8"), ("replies", "<i8"), ("prompt", "<i8"), ("stops", "?")]
 FACTS_AT_A_TIME = 10_000
-LET_GO_EVERY = 1000  # examples read; a page that is read brings up to 64 KiB with it
+LET_GO_EVERY = 64  # examples read; one brings a MiB or two of the pages around it
 WAYS = ("whole", "turns_dropped", "cut")
 LOST = ("rejected", "prompt_too_long", "no_trained_token", "boundary", "template")
 
