@@ -29,7 +29,7 @@ from typing import NoReturn
 import gradio as gr
 from starlette.middleware import Middleware
 
-from sft.batching import MAX_ACTIVE, BusyError, Sampling
+from sft.batching import MAX_ACTIVE, MAX_CACHED, BusyError, Sampling
 from sft.chat import Chat, Reply, load_chat, newest_run
 from sft.chat_format import FORMAT_NAMES
 from sft.gate import REQUESTS_PER_MINUTE, Gate, Limits, knows, read_logins
@@ -39,8 +39,11 @@ from sft.remote import JOINER, Remote, RemoteError, RemoteReply
 RUNS = Path(__file__).resolve().parent / "runs"
 MAX_MESSAGE = 8_000  # characters of a message or of the system prompt
 MAX_CONVERSATION = 32_000  # characters that a model is given, counted before anything is tokenised
+MAX_CONTEXT = MAX_CACHED // 4  # tokens that a model reads: no conversation may fill the batch that all share
 MAX_TURNS = 50
 MAX_WAITING = 20  # replies in the queue
+MAX_JOBS = 512  # of gradio's at a time: those whose reply is made or waits, and what the others' buttons do meanwhile
+MAX_SESSIONS = 2_000  # whose conversations are kept; the one that was used least recently goes
 MAX_UNREAD = 50  # updates that nobody fetches before a reply is given up
 MAX_FEEDBACK = 64 << 20  # bytes of the file of likes
 SECONDS_BETWEEN_UPDATES = 0.05
@@ -180,6 +183,16 @@ def check(turns: Sequence[Turn], system: str, request: gr.Request | None = None)
     return system
 
 
+def to_sampling(values: Sequence, request: gr.Request | None = None) -> Sampling:
+    """Return the sliders' settings; raise gr.Error for what no slider can give, such as NaN, which gradio lets in."""
+    settings = dict(zip(SLIDERS, values, strict=False))
+    for name, (low, high, _step) in SLIDERS.items():
+        value = settings.get(name)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+            raise refusal(request, f"{name} 应在 {low} 到 {high} 之间", f"{name} must be between {low} and {high}")
+    return Sampling(**settings)
+
+
 def _clean(text: str) -> str:
     """Replace lone surrogates, which no tokenizer takes."""
     return text.strip().encode("utf-8", "replace").decode()
@@ -261,16 +274,14 @@ class Local:
 
     def fit(self, messages: list[dict], sampling: Sampling) -> list[dict]:
         """Drop the oldest turns until the prompt and some of the reply fit; ValueError where the last alone doesn't."""
-        window = self.chat.context_window
-        room = min(sampling.max_new_tokens, window // 4) if window else 0
-        while num_questions(messages) > 1 and window:
-            try:
-                if len(self.chat.prompt_ids(messages)) + room <= window:
-                    break
-            except ValueError:
-                pass
+        window = min(self.chat.context_window or MAX_CONTEXT, MAX_CONTEXT)
+        room = min(sampling.max_new_tokens, window // 4)
+        while num_questions(messages) > 1:
+            if len(self.chat.renderer.prompt(messages)) + room <= window:
+                break
             messages = without_oldest(messages)
-        self.chat.prompt_ids(messages)
+        if len(self.chat.prompt_ids(messages)) >= window:
+            raise ValueError(f"the last message alone has more than {window:,} tokens")
         return messages
 
     def start(self, messages: list[dict], sampling: Sampling) -> LocalReply:
@@ -350,12 +361,14 @@ class Handlers:
 
     def say(self, request: gr.Request, message: str, turns: list[Turn], system: str) -> tuple:
         """Put the user's message into the conversation; one that is refused stays in the box."""
+        message = str(message or "")
         if not message.strip():
             raise refusal(request, "请先输入消息", "type a message first")
         if all(model.num_waiting >= MAX_WAITING for model in self.models.values()):
             raise self._busy(request)
         turns = [*answered(turns), Turn(_clean(message))]
         check(turns, system, request)
+        self.give_up(request)
         return (gr.Textbox("", interactive=False, submit_btn=False, stop_btn=True), turns, *self._pages(turns))
 
     def say_example(self, request: gr.Request, turns: list[Turn], system: str, choice: gr.SelectData) -> tuple:
@@ -374,8 +387,9 @@ class Handlers:
 
         return say_edited
 
-    def undo(self, turns: list[Turn]) -> tuple:
+    def undo(self, request: gr.Request, turns: list[Turn]) -> tuple:
         """Take the last exchange back, its question into the box."""
+        self.give_up(request)
         return (_ready(*[turn.question for turn in turns[-1:]]), turns[:-1], *self._pages(turns[:-1]))
 
     def settle(self, turns: list[Turn]) -> tuple:
@@ -384,7 +398,8 @@ class Handlers:
         left = [turn.question for turn in turns[len(kept) :]]
         return (_ready(*left[:1]), kept, *self._pages(kept))
 
-    def clear(self) -> tuple:
+    def clear(self, request: gr.Request) -> tuple:
+        self.give_up(request)
         return (_ready(), [], *self._pages([]))
 
     def _pages(self, turns: Sequence[Turn]) -> list[list[dict]]:
@@ -426,7 +441,7 @@ class Handlers:
             return
         answers = self.running[session] = []
         try:
-            sampling, names = Sampling(**dict(zip(SLIDERS, values, strict=False))), values[len(SLIDERS) :]
+            sampling, names = to_sampling(values, request), values[len(SLIDERS) :]
             for pane in range(self.num_panes):
                 messages = to_messages(turns, pane, system)
                 answers.append(await self._start(request, messages, pane, names, sampling))
@@ -471,6 +486,8 @@ class Handlers:
         last = None
         while True:
             await asyncio.sleep(SECONDS_BETWEEN_UPDATES)
+            if self.running.get(request.session_hash) is not answers:  # the conversation went on without them
+                return
             done = all([answer.started.done for answer in answers])
             said = [answer.look() for answer in answers]
             statuses = [answer.status(request) for answer in answers]
@@ -507,6 +524,12 @@ class Handlers:
     def stop(self, request: gr.Request) -> None:
         self.hang_up(request.session_hash)
 
+    def give_up(self, request: gr.Request | None) -> None:
+        """End what the models are doing for a conversation that goes on otherwise: they add nothing more to it."""
+        if request:
+            self.hang_up(request.session_hash)
+            self.running.pop(request.session_hash, None)
+
     def _busy(self, request) -> gr.Error:
         return refusal(request, "现在人太多，请稍后再试", "too many are waiting; try again later")
 
@@ -536,7 +559,9 @@ def build_page(handlers: Handlers) -> gr.Blocks:
         _connect(handlers, turns, panes, box, system, sliders)
         export.click(export_links, turns, links, api_visibility="private", show_progress="hidden")
     handlers.page = page
-    return page.queue(max_size=4 * (MAX_ACTIVE + MAX_WAITING), default_concurrency_limit=None, api_open=False)
+    page.queue(max_size=MAX_JOBS, default_concurrency_limit=None, api_open=False)
+    page._queue.ANALYTICS_MAX_EVENTS = 1  # gradio 6.31 makes a table of the last 10,000 after each
+    return page
 
 
 def _pane(handlers: Handlers, index: int) -> tuple:
@@ -621,7 +646,8 @@ def serve(page: gr.Blocks, handlers: Handlers, *, host: str, port: int, auth: di
         footer_links=[],
         run_history=False,
         enable_monitoring=False,
-        state_session_capacity=500,
+        state_session_capacity=MAX_SESSIONS,
+        max_threads=MAX_JOBS,
         max_file_size=1,
         blocked_paths=["/"],
         ssr_mode=False,

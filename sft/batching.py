@@ -9,14 +9,15 @@ Each request draws its own tokens, with its own settings and seed. One long prom
 """
 
 import inspect
+import math
 import random
 import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
-MAX_ACTIVE = 16  # rows of the batch
+MAX_ACTIVE = 32  # rows of the batch
 MAX_CACHED = 32_768  # rows x longest row that the batch may grow to, in tokens; a single row may be longer
 PAUSE = 0.02  # seconds between two looks of a reader: many who wake at each token would slow it down
 PIECE = 512  # tokens of prompts read between two tokens of the others
@@ -168,6 +169,8 @@ class Decoder:
         """Put a request at the end of the queue; raises BusyError when `max_waiting` are there already."""
         import torch
 
+        if not all(math.isfinite(value) for value in astuple(sampling)):
+            raise ValueError(f"{sampling}: each must be a finite number")  # it would fail the whole batch
         limit = min(sampling.max_new_tokens, (self.window or 2**62) - len(prompt))
         seed = int(torch.randint(2**62, ())) if seed is None else seed
         request = Request(prompt, sampling, limit=limit, seed=seed, stop=stop or threading.Event())

@@ -16,10 +16,12 @@ from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.responses import PlainTextResponse
+from starlette.responses import JSONResponse, PlainTextResponse
 
 MAX_BODY = 256 * 1024  # bytes of a request
 REQUESTS_PER_MINUTE = 20  # of a tab of a browser; ten times as many of an address
+CALLS = 6  # of the page's functions for each of those requests: it is said, replied to, settled, taken back ...
+MAX_OPEN = 500  # requests of an address that are open at a time; a tab's two streams are
 MAX_LOGINS, LOCKED_SECONDS = 5, 600  # failed logins of an address before it is locked out, and for how long
 
 
@@ -30,6 +32,7 @@ class Limits:
     per_minute: int = REQUESTS_PER_MINUTE
     asked: OrderedDict[str, deque] = field(default_factory=OrderedDict)
     listening: Counter = field(default_factory=Counter)  # open streams of a session
+    open_requests: Counter = field(default_factory=Counter)  # open requests of an address
 
     def admit(self, session: str, address: str) -> bool:
         """Count a request of this tab and of this address; return whether it is let in."""
@@ -76,11 +79,11 @@ class Gate:
                     self.logins[address].pop()  # only failures count
             await send(message)
 
-        answer = self._closed(scope)
+        answer = self._closed(scope) or self._too_often(scope, address)
         # Each try is noted before its password is looked at, so that many at once are no way around.
         if not answer and login and not within(self.logins, address, MAX_LOGINS, LOCKED_SECONDS):
             answer = PlainTextResponse("too many failed logins; wait ten minutes", 429)
-        with self._listening(scope):
+        with self._listening(scope, address):
             await (answer or self.app)(scope, receive, send_with_headers)
 
     def _closed(self, scope) -> PlainTextResponse | None:
@@ -98,9 +101,20 @@ class Gate:
             return PlainTextResponse(f"at most {MAX_BODY} bytes, with a content-length", 413)
         return None
 
+    def _too_often(self, scope, address: str) -> JSONResponse | None:
+        """Limit an address's calls, asked or not: each new session costs memory, and pushes the oldest one out."""
+        limits, is_call = self.limits, scope["path"].endswith("/queue/join")
+        if is_call and not within(limits.asked, f"calls {address}", 10 * CALLS * limits.per_minute, 60):
+            return JSONResponse({"detail": "请求太频繁，请稍后再试 · too many requests; wait a minute"}, 429)
+        if limits.open_requests[address] >= MAX_OPEN:
+            return JSONResponse({"detail": "打开的连接太多 · too many open connections"}, 429)
+        return None
+
     @contextmanager
-    def _listening(self, scope) -> Iterator[None]:
+    def _listening(self, scope, address: str) -> Iterator[None]:
         session = ""
+        opened = self.limits.open_requests
+        opened[address] += 1
         if scope["path"].endswith("/queue/data"):
             session = parse_qs(scope["query_string"].decode("latin-1")).get("session_hash", [""])[0]
         listening = self.limits.listening
@@ -108,6 +122,9 @@ class Gate:
         try:
             yield
         finally:
+            opened[address] -= 1
+            if not opened[address]:
+                del opened[address]
             listening[session] -= bool(session)
             if session and not listening[session]:
                 self.hang_up(session)

@@ -13,13 +13,14 @@ from collections.abc import AsyncIterator, Sequence
 
 import httpx
 
-from sft.batching import BusyError, Sampling
+from sft.batching import MAX_ACTIVE, BusyError, Sampling
 from sft.chat import Reply
 
 TIMEOUT = httpx.Timeout(120, connect=10)  # seconds without a byte; a prompt may wait in the server's own queue
 MAX_SECONDS = 1800  # of a reply
 MAX_REPLY = 200_000  # characters of a reply
 MAX_LINE = 1 << 20  # characters of a line of the stream
+MAX_STREAM = 1 << 26  # characters of a stream, with what says nothing
 # What templates write around messages: <|im_start|>, </s>, [INST], <<SYS>>, <start_of_turn>, <｜User｜>, <think> ...
 CONTROL = re.compile(
     r"<(?=[|｜][^<>\s]{0,60}[|｜]>|/?(?:s|unk|pad|bos|eos|think|tool_call|tool_response)>|(?:start|end)_of_\w+>|<?/?SYS>>)"
@@ -68,11 +69,11 @@ class RemoteReply:
         event = json.loads(data)
         if event.get("error"):
             raise RemoteError("the model's server stopped with an error")
-        self.num_tokens = (event.get("usage") or {}).get("completion_tokens") or self.num_tokens
+        self.num_tokens = int((event.get("usage") or {}).get("completion_tokens") or self.num_tokens)
         for choice in (event.get("choices") or [])[:1]:
             delta = choice.get("delta") or {}
             thinking, text = delta.get("reasoning_content") or delta.get("reasoning") or "", delta.get("content") or ""
-            self.thinking, self.text = self.thinking + thinking, self.text + text
+            self.thinking, self.text = self.thinking + _whole(thinking), self.text + _whole(text)
             # One event, one token, until the server says how many it were.
             self.num_tokens += bool(thinking or text)
             self.ended |= choice.get("finish_reason") == "stop"
@@ -85,9 +86,10 @@ class Remote:
     def __init__(self, base_url: str, *, model: str | None = None, key: str | None = None):
         if not re.match(r"https?://[^/@\s]+(/|$)", base_url):
             raise ValueError(f"--base_url {base_url}: use http://HOST:PORT/v1, without a name and a password in it")
-        self.base_url, self.headers = base_url.rstrip("/"), {"Authorization": f"Bearer {key}"} if key else {}
+        self.base_url, self.headers = base_url.rstrip("/"), {"Accept-Encoding": "identity"}
+        self.headers |= {"Authorization": f"Bearer {key}"} if key else {}
         self.model = model or self._first_model()
-        self.max_active, self.max_waiting = 16, None
+        self.max_active, self.max_waiting = MAX_ACTIVE, None
         self.active: set[RemoteReply] = set()
         self.waiting: list[RemoteReply] = []
         self._extras = True
@@ -141,6 +143,8 @@ class Remote:
                     self._extras &= extras or answer.status_code != 200
                     if answer.status_code != 200:
                         raise RemoteError(f"the model's server answers with status {answer.status_code}")
+                    if answer.headers.get("content-encoding", "identity") != "identity":
+                        raise ValueError("a packed stream, which may unpack to anything")
                     async for data in _events(answer):
                         if reply.read(data):
                             return
@@ -159,11 +163,17 @@ class Remote:
 
 async def _events(answer: httpx.Response) -> AsyncIterator[str]:
     """Yield the data of each server-sent event."""
-    line = ""
+    line, length = "", 0
     async for text in answer.aiter_text():
+        length += len(text)
         *lines, line = (line + text).split("\n")
         for whole in lines:
             if whole.startswith("data:"):
                 yield whole[5:].strip()
-        if len(line) > MAX_LINE:
-            raise ValueError("a line without an end")
+        if len(line) > MAX_LINE or length > MAX_STREAM:
+            raise ValueError("a line or a stream without an end")
+
+
+def _whole(text: str) -> str:
+    """Replace lone surrogates, which can't be sent on or written down."""
+    return text.encode("utf-8", "replace").decode()

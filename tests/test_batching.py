@@ -221,6 +221,16 @@ def test_a_request_that_is_cancelled_while_it_waits_never_runs(model):
     assert (len(first.ids), second.ids, second.done) == (4, [], True)
 
 
+@pytest.mark.parametrize("name", ["temperature", "top_p", "repetition_penalty"])
+def test_a_setting_that_is_no_number_is_refused_before_it_can_fail_the_others(model, name):
+    decoder = Decoder(model, stop_ids=[])
+    request = decoder.add([5, 6], greedy(3))
+    with pytest.raises(ValueError, match="must be a finite number"):
+        decoder.add([5], Sampling(**{name: float("nan")}))
+    decoder.run()
+    assert len(request.ids) == 3
+
+
 def test_as_many_wait_and_run_as_are_let_in(model):
     decoder = Decoder(model, stop_ids=[])
     decoder.max_active, decoder.max_waiting = 2, 1

@@ -27,11 +27,14 @@ def server():
 
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            server.asked_encoding = self.headers.get("Accept-Encoding")
             server.asked.append((self.headers.get("Authorization"), body))
             self.reply(*server.answer(body))
 
         def reply(self, status, lines):
             self.send_response(status)
+            if server.encoding:
+                self.send_header("Content-Encoding", server.encoding)
             self.end_headers()
             try:
                 for line in lines:
@@ -45,6 +48,7 @@ def server():
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads, server.asked, server.hung_up = True, [], threading.Event()
+    server.encoding = None
     server.url = f"http://127.0.0.1:{server.server_port}/v1"
     thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
@@ -106,6 +110,33 @@ def test_what_goes_wrong_is_one_line_without_the_servers_own_words(server, answe
 def test_a_server_that_is_not_there_is_one_line():
     with pytest.raises(RemoteError, match="the model's server can't be reached"):
         talk(Remote("http://127.0.0.1:9/v1", model="x"))
+
+
+def test_a_stream_without_end_that_says_nothing_is_ended(server, monkeypatch):
+    monkeypatch.setattr("sft.remote.MAX_STREAM", 10_000)
+    server.answer = lambda _body: (200, iter(lambda: ": still here\n", ""))
+    with pytest.raises(RemoteError, match="is unclear"):
+        talk(Remote(server.url))
+
+
+def test_a_packed_stream_is_not_unpacked(server):
+    server.encoding, server.answer = "gzip", lambda _body: (200, [event("好", finish_reason="stop")])
+    with pytest.raises(RemoteError, match="is unclear"):
+        talk(Remote(server.url, model="tiny"))
+    assert server.asked_encoding == "identity"
+
+
+@pytest.mark.parametrize("count", ["<b>", [1], {"a": 1}])
+def test_a_count_of_tokens_is_a_number(server, count):
+    usage = "data: " + json.dumps({"usage": {"completion_tokens": count}}) + "\n\n"
+    server.answer = lambda _body: (200, [event("好"), usage])
+    with pytest.raises(RemoteError, match="is unclear"):
+        talk(Remote(server.url))
+
+
+def test_half_a_character_of_the_server_is_replaced(server):
+    server.answer = lambda _body: (200, [event("a\ud800b", finish_reason="stop")])
+    assert ascii(talk(Remote(server.url)).text) == "'a?b'"
 
 
 def test_a_reply_without_end_is_ended(server, monkeypatch):

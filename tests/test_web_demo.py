@@ -138,9 +138,9 @@ def test_a_question_that_was_stopped_goes_back_into_the_box(chat):
 
 
 def test_undo_takes_the_last_exchange_back(chat):
-    box, turns, page = handlers(chat).undo(ANSWERED)
+    box, turns, page = handlers(chat).undo(None, ANSWERED)
     assert (box.value, len(page), turns) == ("三", 2, TURNS[:1])
-    assert handlers(chat).undo([])[1] == []
+    assert handlers(chat).undo(None, [])[1] == []
 
 
 def test_saying_again_drops_the_last_reply(chat):
@@ -211,13 +211,32 @@ def test_a_full_context_loses_its_oldest_turns_and_the_page_says_so(chat, monkey
     assert answer.note == (f"上下文已满，最早的 {left} 轮已略去", f"context full, oldest {left} turns left out")
 
 
+def test_no_conversation_may_fill_the_batch_that_all_share(chat, monkeypatch):
+    monkeypatch.setattr(web_demo, "MAX_CONTEXT", 400)
+    turns = [Turn("字词" * 50, ("好",))] * 6
+    kept = Local(chat).fit(to_messages([*turns, Turn("完")], 0), Sampling())
+    assert len(chat.prompt_ids(kept)) + 100 <= 400 and kept[-1]["content"] == "完"
+    with pytest.raises(ValueError, match="more than 400 tokens"):
+        Local(chat).fit([{"role": "user", "content": "字词" * 400}], Sampling())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1, 10**9, True, "1", None, [1]])
+@pytest.mark.parametrize("name", web_demo.SLIDERS)
+def test_a_setting_that_no_slider_gives_is_refused(name, value):
+    given = values(Sampling(**{name: value}))
+    with pytest.raises(gr.Error, match=f"{name} must be between"):
+        web_demo.to_sampling(given)
+    assert web_demo.to_sampling(values(Sampling())) == Sampling()
+
+
 def test_a_lone_surrogate_is_replaced(chat):
     assert handlers(chat).say(None, "a\ud800b", [], "")[1] == [Turn("a?b")]
 
 
 def test_an_empty_message_is_refused(chat):
-    with pytest.raises(gr.Error, match="type a message first"):
-        handlers(chat).say(None, " \n", [], "")
+    for empty in (" \n", None):
+        with pytest.raises(gr.Error, match="type a message first"):
+            handlers(chat).say(None, empty, [], "")
 
 
 # --- what leaves the page -----------------------------------------------------------------------------------------
@@ -516,6 +535,34 @@ def test_a_client_that_never_listens_takes_no_turn(url, chat, monkeypatch):
 
 
 @pytest.mark.slow
+def test_many_who_never_listen_hold_nobody_up(url, chat, monkeypatch):
+    monkeypatch.setattr(web_demo, "SECONDS_TO_LISTEN", 30)
+    with closing(SlowModel(chat, 0)):
+        for index in range(60):
+            join(url, "say", ["你好", None, ""], f"deaf {index}")
+        for index in range(60):
+            join(url, "reply", [None, "", *LONG], f"deaf {index}")
+        begun = time.monotonic()
+        assert ask(url, "你好", Sampling(max_new_tokens=1))
+        assert time.monotonic() - begun < 20
+
+
+@pytest.mark.slow
+def test_who_asks_again_while_a_reply_streams_gets_the_new_one_alone(url, chat):
+    user = client(url)
+    with closing(SlowModel(chat, 0.1)):
+        user.predict("你好", "", api_name="/say")
+        first = user.submit("", *LONG, api_name="/reply")
+        next(iter(first))
+        join(url, "say_again", [None, ""], user.session_hash)
+        time.sleep(0.5)
+        second = list(user.submit("", *values(Sampling(max_new_tokens=3)), api_name="/reply"))
+        assert second and second[-1][1].startswith("3 个词元")
+        assert len(second[-1][0]) == 2
+        wait_until_free(chat)
+
+
+@pytest.mark.slow
 def test_many_ask_at_once_some_wait_and_the_rest_are_told_so(url, chat, monkeypatch):
     from gradio_client.exceptions import AppError
 
@@ -639,6 +686,19 @@ def test_the_page_may_load_nothing_from_elsewhere(url):
     assert answer.status_code == 200
     assert "default-src 'self'" in answer.headers["content-security-policy"]
     assert "https:" not in answer.headers["content-security-policy"]
+
+
+@pytest.mark.slow
+def test_the_calls_and_the_open_connections_of_an_address_are_counted(url, made, monkeypatch):
+    made.limits.asked.clear()
+    monkeypatch.setattr(made.limits, "per_minute", 1)
+    calls = [httpx.post(f"{url}gradio_api/queue/join", json={"data": []}) for _ in range(10 * gate.CALLS + 1)]
+    assert {call.status_code for call in calls[:-1]} == {400}
+    assert calls[-1].status_code == 429 and "too many requests; wait a minute" in calls[-1].json()["detail"]
+    made.limits.asked.clear()
+    monkeypatch.setattr(gate, "MAX_OPEN", 2)
+    with httpx.stream("GET", f"{url}gradio_api/heartbeat/a"), httpx.stream("GET", f"{url}gradio_api/heartbeat/b"):
+        assert httpx.get(url).status_code == 429
 
 
 @pytest.mark.slow
