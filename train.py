@@ -288,10 +288,12 @@ def run_dry(
         guard.hold(folder, timeout=arguments.rank_timeout, continue_with="nothing was kept of the probe")
     config = models.load_config(path, trust_remote_code=trust)
     report.check(models.check_window, path, data_arguments.max_length, trust_remote_code=trust)
+    dry_run.check_weights(report, path)
     tokenizer, renderer = load_renderer(model_arguments, data_arguments)
     data = load_data(renderer, data_arguments)
     for ledger in data.ledgers.values():
         report.check(check_losses, ledger, data_arguments.max_lost)
+    dry_run.check_held_out(report, data.times, data_arguments.data_path)
     used_ids = [*renderer.stop_ids, *renderer.control_ids]
     largest = max(data.examples.largest_id, data.held_out.largest_id)
     report.check(dry_run.check_rows, config, tokenizer, path, used_ids=used_ids, largest_id=largest)

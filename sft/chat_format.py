@@ -383,6 +383,10 @@ class Renderer:
     def _literal(self, text: str) -> str:
         return self._controls.sub(lambda match: self._sentinels[match.group()], text)
 
+    def names_control(self, messages: Sequence[dict]) -> bool:
+        """Whether a control token is written out in a message."""
+        return any(self._controls.search(message["content"]) for message in messages)
+
     def parts(self, messages: Sequence[dict]) -> list[Part]:
         """Lay the messages out with their contents (edge whitespace removed) filled in."""
         filled = []

@@ -30,6 +30,7 @@ CACHE_DIR = ".cache"
 ORIGIN = [("source", "<i4"), ("way", "i1")]
 FACTS = [("trained", "<i8"), ("replies", "<i8"), ("prompt", "<i8"), ("stops", "?")]
 FACTS_AT_A_TIME = 10_000
+MOST_TIMES = 10_000  # that an epoch sees a file
 LET_GO_EVERY = 64  # examples read; one brings a MiB or two of the pages around it
 WAYS = ("whole", "turns_dropped", "cut")
 LOST = ("rejected", "prompt_too_long", "no_trained_token", "boundary", "template")
@@ -190,6 +191,8 @@ def _with_times(text: str) -> list[tuple[str, float]]:
     if suffix and not times:
         hint = "; for a sample use sft.opendata" if re.fullmatch(r"\d+(\.\d+)?%?", suffix) else ""
         raise ValueError(f"{text}: {suffix!r}: write the times per epoch, as in {path}@2x or {path}@0.5x{hint}")
+    if times > MOST_TIMES:
+        raise ValueError(f"{text}: at most {MOST_TIMES:,} times per epoch")
     return [(file, times or 1.0) for file in list_files(path)]
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from sft import model as models
 from sft.chat_format import Renderer, check_contract
 from sft.checkpoint import PROGRESS, check_unchanged
-from sft.conversation import read_conversations
+from sft.conversation import read_conversations, split_suffix
 from sft.dataset import EXPLAINED, LOST, WAYS, Examples, TrainingRows, ledger_lines
 from sft.memory import (
     FULL,
@@ -44,6 +44,7 @@ from sft.memory import (
     read_shape,
 )
 from sft.mixture import Mixture, mixture_table
+from sft.opendata import EVAL
 from sft.preflight import paint, stretches
 from sft.sampler import Updates
 
@@ -101,17 +102,25 @@ SHOWN_IN_A_TERMINAL = 400  # tokens of a row
 
 def describe_tokenizer(report: Report, renderer: Renderer, files: Sequence[str], encoding: str, *, lora: bool) -> None:
     """Check train = serve and the stop contract on conversations of the data, and say what ends a reply."""
-    sample = []
+    sample, named = [], 0
     for file in files:
         readable = read_conversations([file], encoding=encoding)
         found = (item[0]["messages"] for item in itertools.islice(readable, CHECKED) if item[0] is not None)
-        sample += [messages for messages in found if _is_served(renderer, messages)][: max(1, CHECKED // len(files))]
+        served = [messages for messages in found if _is_served(renderer, messages)][: max(1, CHECKED // len(files))]
+        sample += [messages for messages in served if not renderer.names_control(messages)]
+        named += len(served)
+    named -= len(sample)
     report.problems += [f"chat format {renderer.name!r}: {problem}" for problem in check_contract(renderer, sample)]
     name = renderer.tokenizer.convert_ids_to_tokens
     stops = ", ".join(f"{name(stop)} ({stop})" for stop in renderer.stop_ids)
     pad = renderer.tokenizer.pad_token_id
     lines = [f"chat format {renderer.name}; a reply ends in {stops}; pad is {name(pad)} ({pad})"]
     lines.append(f"train = serve: checked on {len(sample):,} conversations of the data, and on those that are built in")
+    if named:
+        report.notes.append(
+            f"{named:,} conversations write a control token, which training keeps as plain text; a server that renders "
+            "with the saved template may read it as the token"
+        )
     if pad in renderer.stop_ids:
         report.notes.append("pad is a stop token, which does no harm here: padding is masked by position")
     unseen = models.untrained_ids(renderer.tokenizer, renderer)
@@ -131,6 +140,41 @@ def _is_served(renderer: Renderer, messages: list[dict]) -> bool:
 def check_rows(config, tokenizer, path: str, **ids) -> None:
     """The check of a run (sft.model.check_rows), which asks of the model its config alone."""
     models.check_rows(SimpleNamespace(config=config), tokenizer, path, **ids)
+
+
+def check_weights(report: Report, path: str) -> None:
+    """Look for the weights of a local folder, by name and safetensors header: a run needs them, and a dry run not."""
+    from safetensors import SafetensorError, safe_open
+
+    folder = Path(path)
+    if not folder.is_dir():
+        return
+    named = {file.name for file in [*folder.glob("*.safetensors"), *folder.glob("*.bin")]}
+    if not named:
+        report.notes.append(f"{path}: there are no weights in this folder, and a run needs them")
+        return
+    index = folder / "model.safetensors.index.json"
+    if index.is_file() and "model.safetensors" not in named:
+        try:
+            named |= set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError):
+            report.problems.append(f"{index}: is no index of weights; fetch the model again")
+    if missing := sorted(name for name in named if not (folder / name).is_file()):
+        report.problems.append(f"{path}: {len(missing)} files of weights are missing, {missing[0]} for one")
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="np"):
+                pass
+        except SafetensorError as error:
+            report.problems.append(f"{file}: is not whole ({error}); fetch it again")
+
+
+def check_held_out(report: Report, files: Sequence[str], data_path: Sequence[str]) -> None:
+    """An eval.json that was not asked for by name, and has no train.json beside it, would be trained on."""
+    for file in files:
+        if Path(file).name == EVAL and not any(Path(split_suffix(path)[0]).name == EVAL for path in data_path):
+            line = "would be trained on, as there is no train.json beside it; put that there, or name the files"
+            report.problems.append(f"{file}: {line}")
 
 
 def describe_all_data(report: Report, data, mixture: Mixture, stop_ids: Sequence[int]) -> np.ndarray:
@@ -212,7 +256,7 @@ def describe_run(
     )
     method = QLORA if settings["load_in_4bit"] else LORA if settings["lora"] else FULL
     plan = Plan(method, {2: ZERO2, 3: ZERO3}.get(zero, ONE), settings["offload"], processes)
-    shape = report.check(read_shape, config)
+    shape = report.check(read_shape, config, trust_remote_code=settings["trust_remote_code"])
     if shape is None:
         return steps, 0
     counted = report.check(describe_memory, report, shape, step, plan, gpu=gpu, where=where)
@@ -312,7 +356,10 @@ def pick_samples(report: Report, examples: Examples, facts: np.ndarray, names: S
     if not len(examples):
         return
     ways, sources = examples.origins["way"], examples.origins["source"]
-    chosen = {0: "first", int(examples.lengths.argmax()): "longest", int(facts["replies"].argmax()): "most replies"}
+    chosen = {}
+    wanted = {"first": 0, "longest": examples.lengths.argmax(), "most replies": facts["replies"].argmax()}
+    for title, index in wanted.items():
+        chosen[int(index)] = ", ".join(filter(None, [chosen.get(int(index)), title]))
     for way in (1, 2):
         if (ways == way).any():
             chosen.setdefault(int((ways == way).argmax()), EXPLAINED[WAYS[way]])
@@ -436,6 +483,8 @@ def describe_memory(report: Report, shape: Shape, step: Step, plan: Plan, *, gpu
     table = [["part", f"on each {'GPU' if step.device == 'cuda' else 'process'}", "formula"]]
     table += [[part.name, gib(part.bytes), part.formula] for part in parts]
     table += [[f"{part.name}, in RAM", gib(part.bytes), part.formula] for part in host]
+    if not any(part.name == "activations" for part in parts):
+        report.notes.append("memory: the activations of experts are not counted; --probe_steps measures them")
     full = full_logits(shape, step)
     checkpointing = "with" if step.checkpointing else "without"
     lines = [

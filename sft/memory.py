@@ -21,6 +21,7 @@ BYTES_IN_4_BIT = (4 + 8 / 64 + 32 / (64 * 256)) / 8
 # DeepSpeed 0.19.8: reduce_bucket_size of ZeRO-2 (two of them with overlap_comm), stage3_max_live_parameters.
 ZERO2_BUCKETS, ZERO3_LIVE = 2 * 5e8, 1e9
 FULL, LORA, QLORA = "all weights", "LoRA", "QLoRA"
+WRONG_CONFIG = (ValueError, RuntimeError, ImportError, KeyError, TypeError, AttributeError, ZeroDivisionError)
 ONE, ZERO2, ZERO3 = "one process", "ZeRO-2", "ZeRO-3"
 
 
@@ -37,6 +38,7 @@ class Shape:
     hidden: int
     vocabulary: int
     tied: bool
+    trusted: bool = False  # its code came with it
 
     @property
     def embedding(self) -> int:
@@ -84,16 +86,15 @@ class Part:
 # --- what the config says -----------------------------------------------------------------------------------------
 
 
-def read_shape(config) -> Shape:
+def read_shape(config, *, trust_remote_code: bool = False) -> Shape:
     """Build the model of a config on the meta device, and count; raises ValueError for one that can't be built."""
     import torch
     from torch import nn
-    from transformers import AutoModelForCausalLM
 
     try:
         with torch.device("meta"), _not_spread():
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    except (ValueError, RuntimeError, ImportError, KeyError) as error:
+            model = _build(config, torch.float32, trust_remote_code)
+    except WRONG_CONFIG as error:
         raise ValueError(
             f"{getattr(config, 'model_type', '?')}: no model can be built from this config: {error}"
         ) from None
@@ -110,7 +111,15 @@ def read_shape(config) -> Shape:
         hidden=size,
         vocabulary=rows,
         tied=bool(text.tie_word_embeddings),
+        trusted=trust_remote_code,
     )
+
+
+def _build(config, dtype, trust_remote_code: bool):
+    from transformers import AutoModelForCausalLM
+
+    trust = {"trust_remote_code": True} if trust_remote_code else {}
+    return AutoModelForCausalLM.from_config(config, dtype=dtype, **trust)
 
 
 @contextmanager
@@ -138,24 +147,26 @@ class Activations:
 
 
 def activations(shape: Shape, step: Step, plan: Plan) -> Activations:
-    """Count what all layers keep, from a model of one layer and one of two."""
+    """Count what all layers keep, from a model of one layer and one of two; 0 where that depends on the data."""
+    if any("experts" in name for name in shape.config.get_text_config().to_dict()):
+        return Activations(0, 0, 0)  # how many tokens an expert takes is up to the router
     return _activations(shape, replace(step, trained=0, accumulation=1), plan.method != FULL, plan.launcher != ONE)
 
 
 @lru_cache(256)
 def _activations(shape: Shape, step: Step, lora: bool, spread: bool) -> Activations:
-    one, two = (_trace(shape.config, layers, step, lora, spread) for layers in (1, 2))
+    one, two = (_trace(shape, layers, step, lora, spread) for layers in (1, 2))
     return Activations(*(a + (shape.layers - 1) * (b - a) for a, b in zip(one, two, strict=True)), last=one[1])
 
 
-def _trace(config, layers: int, step: Step, lora: bool, spread: bool) -> tuple[int, int]:
+def _trace(shape: Shape, layers: int, step: Step, lora: bool, spread: bool) -> tuple[int, int]:
     """Run a model of a few layers on fake tensors; return the live bytes after the forward pass and the highest."""
     import torch
     from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
-    half = torch.bfloat16 if step.half else torch.float32
+    half, kind = torch.bfloat16 if step.half else torch.float32, shape.config.model_type
     with torch.device("meta"), _not_spread():
-        model = _shallow_model(config, layers, half if lora or spread else torch.float32, step, lora)
+        model = _shallow_model(shape, layers, half if lora or spread else torch.float32, step, lora)
     with FakeTensorMode():
         _make_fake(model, half if spread else None)
         weights = [*model.parameters(), *model.buffers()]
@@ -175,22 +186,22 @@ def _trace(config, layers: int, step: Step, lora: bool, spread: bool) -> tuple[i
                 meter.peak = meter.live
                 hidden.backward(torch.zeros_like(hidden))
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
-            raise ValueError(f"{config.model_type}: its activations depend on the data and can't be counted") from error
+            raise ValueError(f"{kind}: its activations depend on the data and can't be counted") from error
+        except WRONG_CONFIG as error:
+            raise ValueError(f"{kind}: a step of a model of this config fails: {error}") from error
     return forward, meter.peak
 
 
-def _shallow_model(config, layers: int, dtype, step: Step, lora: bool):
-    from transformers import AutoModelForCausalLM
-
+def _shallow_model(shape: Shape, layers: int, dtype, step: Step, lora: bool):
     from sft import attention
     from sft import model as models
 
-    config = copy.deepcopy(config)
+    config = copy.deepcopy(shape.config)
     text = config.get_text_config()
     text.num_hidden_layers = layers
     if getattr(text, "layer_types", None):
         text.layer_types = (list(text.layer_types) * layers)[:layers]
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model = _build(config, dtype, shape.trusted)
     if step.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if lora:

@@ -66,6 +66,10 @@ def mix(
     tokens = {file: int(starts[stop] - starts[start]) for file, (start, stop) in spans.items()}
     new = sum(tokens[file] * often for file, often in times.items() if often is not None)
     old = sum(tokens[file] for file, often in times.items() if often is None)
+    if replay_share and not old:
+        raise ValueError(
+            "--replay_path: none of its conversations is kept, so no share of the tokens could come from it"
+        )
     again = new * replay_share / (1 - replay_share) / old if old else 0.0
     parts = [
         Part(file, *spans[file], again if often is None else often, replayed=often is None)
@@ -76,10 +80,12 @@ def mix(
 
 def mixture_table(mixture: Mixture, lengths: np.ndarray) -> list[list[str]]:
     """Return what an epoch takes of each file, the header first; shares are of tokens."""
-    tokens = [part.times * float(lengths[part.start : part.stop].sum()) for part in mixture.parts]
+    means = [float(lengths[part.start : part.stop].sum()) / max(1, part.stop - part.start) for part in mixture.parts]
+    tokens = [part.num_taken * mean for part, mean in zip(mixture.parts, means, strict=True)]
     table = [["file", "conversations", "times per epoch", "taken per epoch", "tokens per epoch", "share"]]
     for part, count in zip(mixture.parts, tokens, strict=True):
         name = f"{part.file} (replay)" if part.replayed else part.file
-        row = [f"{part.stop - part.start:,}", f"{part.times:.3g}", f"{part.num_taken:,}", f"{count:,.0f}"]
+        times = f"{part.times:.3g}" if part.times < 100 else f"{part.times:,.0f}"
+        row = [f"{part.stop - part.start:,}", times, f"{part.num_taken:,}", f"{count:,.0f}"]
         table.append([name, *row, f"{count / max(1.0, sum(tokens)):.1%}"])
     return table

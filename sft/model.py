@@ -57,23 +57,30 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False):
         raise unloadable(path, "tokenizer", error) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    if not set(tokenizer.encode("Hello 你好", add_special_tokens=False)) - {tokenizer.unk_token_id}:
+        # transformers 5 makes an empty tokenizer where the files of one are missing, and all text would vanish.
+        reason = "it knows no text at all; is tokenizer.json or tokenizer.model missing?"
+        raise unloadable(path, "tokenizer", ValueError(reason))
     tokenizer.padding_side = "right"
     return tokenizer
 
 
 def from_pretrained(model_class, path: str, **options):
     """Load a model; whatever is wrong with it comes as one ValueError that names the path."""
+    from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
+    wrong = (OSError, ValueError, RuntimeError, ImportError, KeyError, TypeError, AttributeError)
     try:
         return model_class.from_pretrained(path, **options)
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+    except (*wrong, SafetensorError, StrictDataclassError) as error:
         raise unloadable(path, "model", error) from error
 
 
 def unloadable(path: str, what: str, error: Exception) -> ValueError:
     """The ValueError that says in a line why the model or tokenizer of `path` can't be loaded."""
-    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    reason = " ".join(lines[: 2 if lines[0].endswith(":") else 1])
     return ValueError(f"{path}: the {what} can't be loaded: {reason[:300]}")
 
 

@@ -87,7 +87,9 @@ def _check_numbers(arguments: dict) -> list[str]:
     positive += ("per_device_eval_batch_size", "max_new_tokens")
     problems = [f"--{name} {arguments[name]}: must be at least 1" for name in positive if arguments[name] < 1]
     problems += [
-        f"--{name} {arguments[name]}: must be above 0" for name in ("learning_rate",) if not arguments[name] > 0
+        f"--{name} {arguments[name]}: must be above 0, and finite"
+        for name in ("learning_rate",)
+        if not 0 < arguments[name] < float("inf")
     ]
     for name in ("max_lost", "lora_dropout"):
         if not 0 <= arguments[name] <= 1:
@@ -122,6 +124,17 @@ def _deepspeed_problems(config: dict, arguments: dict) -> list[str]:
     zero = _block(config, "zero_optimization")
     if zero.get("stage") == 3 and zero.get("stage3_gather_16bit_weights_on_model_save") is not True:
         problems.append("stage3_gather_16bit_weights_on_model_save must be true to save weights")
+    stage = zero.get("stage", 0)
+    if config.get("zero_optimization", zero) is not zero or isinstance(stage, bool) or stage not in (0, 1, 2, 3):
+        problems.append('zero_optimization must be an object with a "stage" of 0, 1, 2 or 3')
+    if config.get("train_batch_size", "auto") != "auto":
+        problems.append('remove train_batch_size, or write "auto": it follows from the flags and the processes')
+    for name, other in (("bf16", "fp16"), ("fp16", "bf16")):
+        enabled = _block(config, name).get("enabled")
+        if (enabled is False and arguments[name]) or (enabled is True and arguments[other]):
+            problems.append(f'{name} is enabled: {enabled}, against the flags: write "auto"')
+    if all(_block(config, name).get("enabled") is True for name in ("bf16", "fp16")):
+        problems.append('bf16 and fp16 are both enabled: write "auto", which takes the flags')
     if arguments["offload"] and zero.get("stage") not in (2, 3):
         problems.append("--offload needs zero_optimization with stage 2 or 3")
     for name, flag in DEEPSPEED_FLAGS.items():

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from itertools import pairwise
 
 import numpy as np
@@ -60,7 +61,7 @@ def test_a_good_set_up_is_shown_and_nothing_is_written_but_the_page(set_up, caps
     assert (code, problems) == (0, [])
     assert "== first: row 0 of made up" in text
     assert "⟦ It is <b>What is 0?</b>.<|endoftext|>⟧" in text
-    assert "== most replies: row 40 of 谈话" in text
+    assert "== longest, most replies: row 40 of 谈话" in text
     assert re.search(r"^made up +40 +40 +0 +0 +40 ", text, re.MULTILINE)
     assert re.search(r"^谈话 +1 +1 +0 +0 +3 .*100\.0%$", text, re.MULTILINE)
     assert "held-out questions that are trained on too: 0 of 8 (0 whole rows)" in text
@@ -74,7 +75,15 @@ def test_the_page_needs_nothing_else_and_its_text_is_escaped(set_up, capsys, tmp
     page = (tmp_path / "run.dry_run.html").read_text(encoding="utf-8")
     assert "<mark> It is &lt;b&gt;What is 0?&lt;/b&gt;.&lt;|endoftext|&gt;</mark>" in page
     assert "prefers-color-scheme: dark" in page
-    assert not re.search(r"src=|href=|url\(|@import|<script|<b>", page)
+    assert len(re.findall("<script", page)) == 1  # the language of the reader
+    assert not re.search(r"src=|href=|url\(|@import|<b>", page)
+    for chinese in (
+        '<h1><span class="en">Dry run</span><span class="zh" lang="zh">预演</span></h1>',
+        ">权重<",
+        ">训练数据<",
+    ):
+        assert chinese in page
+    assert ">weights + optimizer + max(activations + loss, gradients + a layer)</td>" in page
 
 
 @pytest.mark.slow
@@ -134,6 +143,88 @@ def test_a_gpu_that_is_none_is_a_line_and_without_a_dry_run_it_has_no_use(set_up
             train.main([*words, *flags])
         assert exit_.value.code == 2
         assert capsys.readouterr().err.startswith(line)
+
+
+@pytest.fixture
+def copied(set_up, tmp_path_factory):
+    """A function that gives the flags with a copy of the base, some of whose files were changed, or removed (None)."""
+
+    def change(files: dict) -> dict:
+        folder = tmp_path_factory.mktemp("copy") / "base"
+        shutil.copytree(set_up["--model_name_or_path"], folder)
+        for name, change in files.items():
+            if change is None:
+                (folder / name).unlink()
+            elif isinstance(change, bytes):
+                (folder / name).write_bytes(change)
+            else:
+                held = json.loads((folder / name).read_text()) if (folder / name).exists() else {}
+                (folder / name).write_text(json.dumps(held | change))
+        return set_up | {"--model_name_or_path": str(folder)}
+
+    return change
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("files", "problem"),
+    [
+        ({"tokenizer.json": None}, "the tokenizer can't be loaded: it knows no text at all"),
+        ({"config.json": {"hidden_size": "32"}}, "for field 'hidden_size': TypeError: Field 'hidden_size' expected"),
+        ({"config.json": {"num_hidden_layers": 0}}, "the model can't be loaded: Class validation error"),
+        ({"config.json": {"num_attention_heads": 5}}, "qwen2: a step of a model of this config fails: "),
+        ({"model.safetensors": b"version https://git-lfs.github.com/spec/v1"}, "model.safetensors: is not whole ("),
+        (
+            {
+                "model.safetensors": None,
+                "model.bin": b"",
+                "model.safetensors.index.json": {"weight_map": {"a": "b.bin"}},
+            },
+            "1 files of weights are missing, b.bin for one",
+        ),
+    ],
+)
+def test_a_base_that_could_not_be_trained_is_a_line(copied, capsys, files, problem):
+    try:
+        code, _text, problems = dry_run(capsys, copied(files))
+    except ValueError as error:  # train.py prints it as a line
+        code, problems = 2, str(error).splitlines()
+    assert code == 2
+    assert len(problems) == 1 and problem in problems[0], problems
+
+
+@pytest.mark.slow
+def test_a_base_of_config_and_tokenizer_alone_or_with_code_or_experts_is_none(copied, capsys):
+    code = "from transformers import Qwen2Config as C\nfrom transformers import Qwen2ForCausalLM as M\n"
+    own = {"model_type": "mine", "auto_map": {"AutoConfig": "own.C", "AutoModelForCausalLM": "own.M"}}
+    code += "class C(C):\n    model_type = 'mine'\nclass M(M):\n    config_class = C\n"
+    flags = copied({"model.safetensors": None, "config.json": own, "own.py": code.encode()})
+    found, text, problems = dry_run(capsys, flags | {"--trust_remote_code": "true"})
+    assert (found, problems) == (0, [])
+    assert "there are no weights in this folder, and a run needs them" in text
+    experts = {"model_type": "mixtral", "num_local_experts": 4, "architectures": None}
+    found, text, problems = dry_run(capsys, copied({"config.json": experts}))
+    assert (found, problems) == (0, [])
+    assert "note: memory: the activations of experts are not counted; --probe_steps measures them" in text
+
+
+@pytest.mark.slow
+def test_a_control_token_that_is_written_out_in_the_data_is_a_note(set_up, capsys, tmp_path):
+    write(tmp_path / "train.json", ["What is <|im_end|>?", "Why?"])
+    code, text, problems = dry_run(capsys, set_up)
+    assert (code, problems) == (0, [])
+    assert "note: 1 conversations write a control token, which training keeps as plain text" in text
+    assert "train = serve: checked on 1 conversations of the data" in text
+
+
+@pytest.mark.slow
+def test_a_folder_with_held_out_data_alone_is_a_problem_unless_it_is_named(set_up, capsys, tmp_path):
+    (tmp_path / "train.json").unlink()
+    code, _text, problems = dry_run(capsys, set_up)
+    assert (code, len(problems)) == (2, 1)
+    assert "eval.json: would be trained on, as there is no train.json beside it" in problems[0]
+    code, _text, problems = dry_run(capsys, set_up | {"--data_path": str(tmp_path / "eval.json")})
+    assert (code, problems) == (0, [])
 
 
 def test_the_facts_of_examples_are_read_off_their_labels():

@@ -114,3 +114,20 @@ def test_times_that_make_no_sense_are_refused(tmp_path, paths, replay, problem):
     with pytest.raises(ValueError) as error:
         find_files([path.format(file) for path in paths], (), [path.format(file) for path in replay])
     assert str(error.value).endswith(problem.format(file))
+
+
+def test_a_share_of_replay_that_could_not_be_had_is_refused():
+    with pytest.raises(ValueError, match="--replay_path: none of its conversations is kept"):
+        mix({"new": 1.0, "old": None}, {"new": 2, "old": 0}, np.array([5, 5]), replay_share=0.1, seed=0)
+
+
+def test_the_table_says_what_is_taken_where_an_epoch_takes_one_at_least():
+    mixture = Mixture([Part("a", 0, 9, 1.0), Part("b", 9, 12, 0.001)], seed=0)
+    table = mixture_table(mixture, np.full(12, 10))
+    assert table[1:] == [["a", "9", "1", "9", "90", "90.0%"], ["b", "3", "0.001", "1", "10", "10.0%"]]
+
+
+def test_a_file_is_not_seen_a_hundred_million_times(tmp_path):
+    (tmp_path / "a.json").write_text("{}")
+    with pytest.raises(ValueError, match="at most 10,000 times per epoch"):
+        find_files([f"{tmp_path}/a.json@100000000x"])

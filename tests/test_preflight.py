@@ -23,6 +23,7 @@ def test_the_trained_stretches_are_marked_with_and_without_colour(tokenizer_of):
 
 
 FLAGS = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 8, "max_grad_norm": 1.0, "offload": False}
+FLAGS |= {"bf16": False, "fp16": False}
 GOOD = {
     "bf16": {"enabled": "auto"},
     "fp16": {"enabled": "auto"},
@@ -53,6 +54,11 @@ def test_our_own_deepspeed_files_pass(name, offload):
         ({"train_micro_batch_size_per_gpu": 1}, "which takes --per_device_train_batch_size 4"),
         ({"gradient_clipping": None}, 'gradient_clipping is None: write "auto"'),
         ({"bf16": {}}, 'add "bf16": {"enabled": "auto"}, else --bf16 changes nothing'),
+        ({"train_batch_size": 7}, 'remove train_batch_size, or write "auto"'),
+        ({"zero_optimization": [2]}, 'zero_optimization must be an object with a "stage" of 0, 1, 2 or 3'),
+        ({"zero_optimization": {"stage": 7}}, 'zero_optimization must be an object with a "stage" of 0, 1, 2 or 3'),
+        ({"zero_optimization": {"stage": "2"}}, 'zero_optimization must be an object with a "stage" of 0, 1, 2 or 3'),
+        ({"bf16": {"enabled": True}, "fp16": {"enabled": True}}, "bf16 and fp16 are both enabled"),
         ({"fp16": "yes"}, 'add "fp16": {"enabled": "auto"}, else --fp16 changes nothing'),
     ],
 )
