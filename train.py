@@ -33,6 +33,7 @@ from transformers import HfArgumentParser, PrinterCallback, ProgressCallback, Tr
 
 from sft import attention, dry_run, loss, probe, quick
 from sft import checkpoint as checkpoints
+from sft.batching import NotFinite
 from sft.chat import GREEDY, Chat, Reply
 from sft.chat_format import Renderer, check_contract
 from sft.checkpoint import check_unchanged, find_checkpoint, unsealed
@@ -769,7 +770,11 @@ def reply_all(trainer: Trainer, renderer: Renderer, questions: list, max_new_tok
     sampling = replace(GREEDY, max_new_tokens=max_new_tokens)
     chat = Chat(model, renderer)
     asked = [[user(question)] for question, _answers in questions]
-    return [reply for batch in batches(asked, 8) for reply in chat.reply_batch(batch, sampling)]
+    try:
+        return [reply for batch in batches(asked, 8) for reply in chat.reply_batch(batch, sampling)]
+    except NotFinite as error:  # training itself says where such a number comes from
+        say(f"replies: none, {error}")
+        return []
 
 
 def quick_check(trainer: Trainer, renderer: Renderer, data_arguments: DataArguments) -> Callable[[], dict]:
@@ -779,9 +784,9 @@ def quick_check(trainer: Trainer, renderer: Renderer, data_arguments: DataArgume
     before = reply_all(trainer, renderer, pairs, data_arguments.max_new_tokens) if pairs else []
 
     def again() -> dict:
-        if not before:
+        after = reply_all(trainer, renderer, pairs, data_arguments.max_new_tokens) if before else []
+        if not after:
             return {}
-        after = reply_all(trainer, renderer, pairs, data_arguments.max_new_tokens)
         found = quick.compare([question for _prompt, question in pairs], after, before)
         say(f"\nquick check, before training (base) and after (tuned):\n{quick.table(found['rows'])}")
         return {"quick": found}

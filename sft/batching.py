@@ -24,6 +24,10 @@ PIECE = 512  # tokens of prompts read between two tokens of the others
 FORWARD = {"input_ids", "attention_mask", "position_ids", "logits_to_keep", "use_cache", "past_key_values"}
 
 
+class NotFinite(ValueError):
+    """The model's scores hold numbers that are not finite: nothing can be drawn from them."""
+
+
 class BusyError(Exception):
     """As many requests wait as are let in."""
 
@@ -363,7 +367,7 @@ class Decoder:
         import torch
 
         if not logits.amax().isfinite():
-            raise ValueError("the model gives numbers that are not finite")
+            raise NotFinite("the model gives numbers that are not finite")
         if rows.seen is None:
             rows.seen = torch.zeros_like(logits, dtype=torch.bool)
             for row, request in zip(rows.seen, rows.requests, strict=True):
