@@ -9,6 +9,7 @@ Each request draws its own tokens, with its own settings and seed. One long prom
 """
 
 import inspect
+import itertools
 import math
 import random
 import threading
@@ -114,6 +115,7 @@ class Rows:
     mask: object  # (rows, columns read and unread)
     cache: object = None
     seen: object = None
+    shared: int = 0  # unread columns that are the same in all rows, and are read once for all
 
     def keep(self, places: list[int]) -> None:
         """Drop all rows but these, and the columns that only the dropped ones used."""
@@ -166,6 +168,8 @@ class Decoder:
         accepted = set(inspect.signature(base.forward).parameters)
         self._accepted = accepted if "input_ids" in accepted else FORWARD
         self.joins_rows = _joins_rows(base)
+        # There padding between two tokens would count as distance.
+        self._slides = bool(getattr(base.config.get_text_config(decoder=True), "sliding_window", None))
 
     # --- for those who want a reply ---
 
@@ -314,8 +318,8 @@ class Decoder:
             while self.waiting and len(active) + len(taken) < self.max_active:
                 group = [*taken, self.waiting[0]]
                 final = max(len(request.prompt) + request.limit for request in active + group)
-                longest = max(len(request.prompt) for request in group)
-                if taken and (not self.joins_rows or len(group) * longest > PIECE):
+                longest, shared = max(len(request.prompt) for request in group), self._shared(group)
+                if taken and (not self.joins_rows or shared + len(group) * (longest - shared) > PIECE):
                     break
                 if active + taken and self.joins_rows and len(active + group) * final > MAX_CACHED:
                     break
@@ -323,19 +327,38 @@ class Decoder:
         if taken:
             self.reading = self._to_rows(taken)
 
+    def _shared(self, requests: Sequence[Request]) -> int:
+        """Count the tokens that all prompts begin with, as the header of the chat format; each keeps one of its own."""
+        if len(requests) < 2 or not self.joins_rows or self._slides:
+            return 0
+        columns = zip(*(request.prompt[:-1] for request in requests), strict=False)
+        return sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, columns))
+
     def _to_rows(self, requests: list[Request]) -> Rows:
+        """Lay prompts beside each other: what they share, then padding on the left of the rest."""
         import torch
         from transformers import DynamicCache
 
-        longest = max(len(request.prompt) for request in requests)
-        rows = [[self.pad_id] * (longest - len(request.prompt)) + request.prompt for request in requests]
-        marks = [[0] * (longest - len(request.prompt)) + [1] * len(request.prompt) for request in requests]
+        longest, shared = max(len(request.prompt) for request in requests), self._shared(requests)
+        rows, marks = [], []
+        for prompt in (request.prompt for request in requests):
+            missing = longest - len(prompt)
+            rows.append(prompt[:shared] + [self.pad_id] * missing + prompt[shared:])
+            marks.append([1] * shared + [0] * missing + [1] * (len(prompt) - shared))
         device = self.model.device
         ids, mask = torch.tensor(rows, device=device), torch.tensor(marks, device=device)
         # Without the config every layer keeps all it has read; the mask still holds a sliding window.
-        return Rows(requests, ids, mask, DynamicCache() if self.joins_rows else None)
+        return Rows(requests, ids, mask, DynamicCache() if self.joins_rows else None, shared=shared)
+
+    def _read_shared(self, rows: Rows) -> None:
+        one = Rows(rows.requests[:1], rows.ids[:1], rows.mask[:1], rows.cache)
+        self._forward(one, rows.ids[:1, : rows.shared])
+        rows.cache.batch_repeat_interleave(len(rows.requests))
+        rows.ids, rows.shared = rows.ids[:, rows.shared :], 0
 
     def _read_piece(self, rows: Rows) -> None:
+        if rows.shared:
+            self._read_shared(rows)
         size = PIECE if self.joins_rows else rows.ids.shape[1]
         logits = self._forward(rows, rows.ids[:, :size])
         rows.ids = rows.ids[:, size:]
