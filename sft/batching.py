@@ -324,8 +324,10 @@ class Decoder:
                 if active + taken and self.joins_rows and len(active + group) * final > MAX_CACHED:
                     break
                 taken.append(self.waiting.popleft())
-        if taken:
-            self.reading = self._to_rows(taken)
+        try:
+            self.reading = self._to_rows(taken) if taken else None
+        except Exception as error:  # out of memory: they are in no queue any more
+            self._fail(taken, error)
 
     def _shared(self, requests: Sequence[Request]) -> int:
         """Count the tokens that all prompts begin with, as the header of the chat format; each keeps one of its own."""

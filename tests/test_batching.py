@@ -343,3 +343,15 @@ def test_a_training_model_is_evaluated_and_trains_on(model):
     finally:
         model.eval()
     assert request.ids == alone(model, [5, 6], 3)
+
+
+def test_requests_for_which_there_is_no_memory_are_told_and_the_next_ones_answered(model, monkeypatch):
+    decoder = Decoder(model, stop_ids=[])
+    with monkeypatch.context() as patched:
+        patched.setattr(decoder, "_to_rows", lambda requests: (_ for _ in ()).throw(RuntimeError("out of memory")))
+        lost = decoder.add([1, 2, 3], greedy(2))
+        decoder.step()
+    assert lost.done and str(lost.error) == "out of memory"
+    answered = decoder.add([1, 2, 3], greedy(2))
+    decoder.run()
+    assert answered.error is None and len(answered.ids) == 2
