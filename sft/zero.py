@@ -20,6 +20,7 @@ ALLOWED = (
     ("deepspeed.runtime.zero.config", "ZeroStageEnum"),
     ("deepspeed.utils.tensor_fragment", "fragment_address"),
 )
+STAGES = ("disabled", "optimizer_states", "gradients", "weights")  # the members of ZeroStageEnum, from 0
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
 
 
@@ -27,9 +28,17 @@ class StandIn(int):
     """Takes the place of deepspeed's own records where only tensors are read, so that deepspeed is not needed."""
 
 
+def _stage(kind, name: str):
+    """Take the place of getattr, by which Python before 3.11.4 pickles a member of an enum: here, a stage of ZeRO."""
+    if kind.__name__ != "ZeroStageEnum" or name not in STAGES:
+        raise pickle.UnpicklingError(f"GLOBAL getattr of {kind.__name__}")
+    return kind(STAGES.index(name))
+
+
 def load_safely(path: Path, *, mmap: bool = False, known: Sequence = ()):
     """Load a file of tensors, plain values and `known` classes; ValueError when it holds anything else, or is cut."""
-    with torch.serialization.safe_globals(list(known)):
+    stages = [(_stage, f"{module}.getattr") for module in ("builtins", "__builtin__")] if known else []
+    with torch.serialization.safe_globals([*known, *stages]):
         try:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         except pickle.UnpicklingError as error:
