@@ -46,7 +46,7 @@ class Guard:
         self.lasting = lasting
         self.rank, self.world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.stage, self.requested, self.lock, self.continue_with = "loading", None, None, ""
-        self.folder, self.timeout, self._group = None, 0.0, None
+        self.folder, self.timeout, self._group = None, float("inf"), None
         self._launched, self._parent = "LOCAL_RANK" in os.environ, os.getppid()
         self._seen, self._files, self._active, self._made_folder = {}, threading.Lock(), False, False
 

@@ -178,3 +178,8 @@ def test_training_that_is_over_stops_for_a_signal_that_came_before():
     guard.requested = signal.SIGTERM
     with pytest.raises(Stopped):
         guard.finish_training()
+
+
+def test_nobody_is_frozen_before_the_run_has_said_how_long_that_takes():
+    """The first rank has its folder before the others have answered; a second of them must not count as too long."""
+    assert Guard().timeout == float("inf")
