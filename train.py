@@ -571,6 +571,8 @@ def make_rows(data: Data, data_arguments: DataArguments, arguments: TrainingArgu
     mixture = mix(data.times, kept, data.examples.lengths, replay_share=share, seed=seed)
     max_length = data_arguments.max_length if data_arguments.packing else None
     rows = TrainingRows(data.examples, max_length, seed=seed, mixture=mixture)
+    if not (mixture.changes and max_length):
+        return rows
     taken = arguments.max_steps * processes * arguments.train_batch_size * arguments.gradient_accumulation_steps
     epochs = taken / max(1, len(rows)) + 1 if arguments.max_steps > 0 else arguments.num_train_epochs
     return TrainingRows(data.examples, max_length, seed=seed, mixture=mixture, epochs=math.ceil(epochs))
