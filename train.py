@@ -38,7 +38,6 @@ from sft.chat import GREEDY, Chat, Reply
 from sft.chat_format import Renderer, check_contract
 from sft.checkpoint import check_unchanged, find_checkpoint, unsealed
 from sft.collate import Collator
-from sft.conversation import read_conversations
 from sft.dataset import (
     CACHE_DIR,
     Examples,
@@ -51,6 +50,7 @@ from sft.dataset import (
     prepare,
 )
 from sft.mixture import mix, mixture_table
+from sft.opendata.conversation import read_conversations
 from sft.preflight import check_arguments, deepspeed_config, paint
 from sft.report import (
     PAGE,

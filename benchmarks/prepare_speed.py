@@ -38,9 +38,9 @@ def ours(base: str, records: str, fast: bool) -> None:
 def floor(base: str, records: str, fast: bool) -> None:
     """Only encode the finished texts, a thousand at a time."""
     from sft.chat_format import Renderer
-    from sft.conversation import read_conversations
     from sft.dataset import batches
     from sft.model import load_tokenizer
+    from sft.opendata.conversation import read_conversations
 
     renderer = Renderer(load_tokenizer(base), "chatml")
     texts = [renderer.text(conversation["messages"]) for conversation, *_ in read_conversations([records])]

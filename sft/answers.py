@@ -16,7 +16,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from sft.conversation import SYSTEM_KEYS, RecordError, read_file, read_record, validate
+from sft.opendata.conversation import SYSTEM_KEYS, RecordError, read_file, read_record, validate
 
 ASKING, ANSWERING = (
     ("prompt", "instruction", "query", "question"),

@@ -19,9 +19,9 @@ from tqdm.auto import tqdm
 
 from sft import packing
 from sft.chat_format import IGNORE_INDEX, Renderer, Rows
-from sft.conversation import list_files, read_conversations, split_suffix
 from sft.mixture import Mixture
-from sft.opendata import EVAL, TRAIN
+from sft.opendata.build import EVAL, TRAIN
+from sft.opendata.conversation import list_files, read_conversations, split_suffix
 
 BATCH_SIZE = 1000  # conversations per call of the tokenizer: enough to keep its threads busy, little memory
 PROOF_SIZE = 16  # conversations of the data on which a bulk encoder must prove itself

@@ -19,7 +19,6 @@ import numpy as np
 from sft import model as models
 from sft.chat_format import Renderer, check_contract
 from sft.checkpoint import PROGRESS, check_unchanged
-from sft.conversation import read_conversations, split_suffix
 from sft.dataset import EXPLAINED, LOST, WAYS, Examples, TrainingRows, ledger_lines
 from sft.memory import (
     FULL,
@@ -44,7 +43,8 @@ from sft.memory import (
     read_shape,
 )
 from sft.mixture import Mixture, mixture_table
-from sft.opendata import EVAL
+from sft.opendata.build import EVAL
+from sft.opendata.conversation import read_conversations, split_suffix
 from sft.preflight import paint, stretches
 from sft.sampler import Updates
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from sft.conversation import list_files, read_conversations
+from sft.opendata.conversation import list_files, read_conversations
 
 SAMPLE_DIR = Path(__file__).resolve().parent.parent / "data_proj" / "sample"
 

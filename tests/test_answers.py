@@ -6,7 +6,7 @@ import pytest
 
 from sft.answers import Partial, answer_missing, check_questions, read_questions, to_prompt
 from sft.chat import Reply
-from sft.conversation import RecordError
+from sft.opendata.conversation import RecordError
 
 QUESTIONS = [f"question {number}" for number in range(3)]
 RUN = {"questions": "q", "sampling": {"temperature": 0.0}}

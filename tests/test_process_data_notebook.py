@@ -17,7 +17,7 @@ def text_of(notebook) -> str:
 
 @pytest.mark.slow
 def test_the_notebook_makes_what_the_command_line_makes(tmp_path, monkeypatch):
-    from sft.opendata import build_opendata
+    from sft.opendata.build import build_opendata
 
     monkeypatch.setenv("OUTPUT", str(tmp_path / "notebook"))
     notebook = nbformat.read(NOTEBOOK, as_version=4)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 import train
 from sft.chat import GREEDY, load_chat
-from sft.conversation import read_conversations
+from sft.opendata.conversation import read_conversations
 from tests.conftest import ROOT
 
 QUESTIONS = {"你好": "你好！", "Hello": "Hi there.", "1+1等于几？": "2", "What is 2+2?": "**4**"}

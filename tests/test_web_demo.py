@@ -19,9 +19,10 @@ import httpx
 import pytest
 
 import web_demo
-from sft import gate, opendata
+from sft import gate
 from sft.batching import Sampling
 from sft.chat import GREEDY, load_chat, newest_run
+from sft.opendata import build as opendata
 from web_demo import Handlers, Local, Turn, answered, check, to_messages, to_page
 
 ROOT = Path(web_demo.__file__).parent

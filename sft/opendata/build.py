@@ -36,7 +36,7 @@ from itertools import pairwise
 from multiprocessing import parent_process
 from typing import Any, BinaryIO, NamedTuple
 
-from sft.conversation import (
+from sft.opendata.conversation import (
     EXTENSIONS,
     NOT_DATA,
     Conversation,
@@ -990,7 +990,3 @@ def main(arguments: list[str] | None = None) -> int:
     if problem := find_problem(ledger):
         print(f"{problem}; see {os.path.join(args['output'], REJECTS)}", file=sys.stderr)
     return 1 if problem else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

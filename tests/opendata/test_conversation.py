@@ -11,8 +11,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from sft import conversation as module
-from sft.conversation import (
+from sft.opendata import conversation as module
+from sft.opendata.conversation import (
     RecordError,
     list_files,
     parse_record,
@@ -516,7 +516,7 @@ def test_a_giant_array_is_read_in_little_memory(tmp_path):
     with open(path, "w") as file:
         file.write("[" + (pair(1) + ",") * 300_000 + pair(2) + "]")
     code = (
-        "import sys; from sft.conversation import split_file;"
+        "import sys; from sft.opendata.conversation import split_file;"
         "n = sum(raw.error is None for raw in split_file(sys.argv[1]));"
         "peak = open('/proc/self/status').read().split('VmHWM:')[1].split()[0];"
         "print(n, int(peak) < 40_000)"

@@ -13,11 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from sft import opendata
-from sft.conversation import RecordError, list_files
-from sft.opendata import RULES, build_opendata, clean, find_problem, main, print_ledger
-
-ROOT = Path(__file__).resolve().parent.parent
+from sft.opendata import build as opendata
+from sft.opendata.build import RULES, build_opendata, clean, find_problem, main, print_ledger
+from sft.opendata.conversation import RecordError, list_files
+from tests.conftest import ROOT
 
 
 def record(number, **more):
@@ -633,7 +632,7 @@ def test_the_mixes_are_data_that_the_command_can_read():
 def test_memory_stays_flat(tmp_path):
     path = write(tmp_path / "a.json", map(record, range(50_000)))
     code = (
-        "import sys; from sft.opendata import main;"
+        "import sys; from sft.opendata.build import main;"
         "code = main([sys.argv[1], '--output', sys.argv[2], '--workers', '1']);"
         "peak = open('/proc/self/status').read().split('VmHWM:')[1].split()[0];"
         "print(code, int(peak) < 80_000)"
