@@ -35,7 +35,6 @@ from sft import attention, dry_run, loss, probe, quick
 from sft import checkpoint as checkpoints
 from sft.batching import NotFinite
 from sft.chat import GREEDY, Chat, Reply
-from sft.chat_format import Renderer, check_contract
 from sft.checkpoint import check_unchanged, find_checkpoint, unsealed
 from sft.collate import Collator
 from sft.dataset import (
@@ -49,6 +48,7 @@ from sft.dataset import (
     ledger_lines,
     prepare,
 )
+from sft.format.render import Renderer, check_contract
 from sft.mixture import mix, mixture_table
 from sft.opendata.conversation import read_conversations
 from sft.preflight import check_arguments, deepspeed_config, paint

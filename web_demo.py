@@ -31,7 +31,7 @@ from starlette.middleware import Middleware
 
 from sft.batching import MAX_ACTIVE, MAX_CACHED, BusyError, Sampling
 from sft.chat import Chat, Reply, load_chat, newest_run
-from sft.chat_format import FORMAT_NAMES
+from sft.format.render import FORMAT_NAMES
 from sft.gate import REQUESTS_PER_MINUTE, Gate, Limits, knows, read_logins
 from sft.model import check_model_path
 from sft.remote import JOINER, Remote, RemoteError, RemoteReply

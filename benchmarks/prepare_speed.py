@@ -23,8 +23,8 @@ SIDES = ("ours", "ours_tokenizers", "floor_fastokens", "floor_tokenizers", "trl"
 def ours(base: str, records: str, fast: bool) -> None:
     if not fast:
         sys.modules["fastokens"] = None
-    from sft.chat_format import Renderer
     from sft.dataset import TrainingRows, prepare
+    from sft.format.render import Renderer
     from sft.model import load_tokenizer
 
     renderer = Renderer(load_tokenizer(base), "chatml")
@@ -37,8 +37,8 @@ def ours(base: str, records: str, fast: bool) -> None:
 
 def floor(base: str, records: str, fast: bool) -> None:
     """Only encode the finished texts, a thousand at a time."""
-    from sft.chat_format import Renderer
     from sft.dataset import batches
+    from sft.format.render import Renderer
     from sft.model import load_tokenizer
     from sft.opendata.conversation import read_conversations
 

@@ -93,7 +93,7 @@ def build_base(vocab_size: int = 32_000, hidden_size: int = 64, num_layers: int 
 
 def _build(folder: str, vocab_size: str, hidden_size: str, num_layers: str) -> None:
     sys.path.insert(0, str(ROOT))
-    from sft.chat_format import Renderer
+    from sft.format.render import Renderer
     from sft.model import load_tokenizer
     from sft.tiny import build_tiny
 

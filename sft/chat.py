@@ -27,7 +27,7 @@ from typing import NamedTuple
 from sft.answers import Partial, answer_missing, check_output, check_questions, read_questions
 from sft.batching import Decoder, Sampling
 from sft.certainty import Piece, printable, score, to_terminal
-from sft.chat_format import FORMAT_NAMES, Renderer
+from sft.format.render import FORMAT_NAMES, Renderer
 from sft.model import (
     DTYPES,
     PATIENT_THREADS,

@@ -18,7 +18,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from sft import packing
-from sft.chat_format import IGNORE_INDEX, Renderer, Rows
+from sft.format.render import IGNORE_INDEX, Renderer, Rows
 from sft.mixture import Mixture
 from sft.opendata.build import EVAL, TRAIN
 from sft.opendata.conversation import list_files, read_conversations, split_suffix

@@ -17,9 +17,9 @@ from types import SimpleNamespace
 import numpy as np
 
 from sft import model as models
-from sft.chat_format import Renderer, check_contract
 from sft.checkpoint import PROGRESS, check_unchanged
 from sft.dataset import EXPLAINED, LOST, WAYS, Examples, TrainingRows, ledger_lines
+from sft.format.render import Renderer, check_contract
 from sft.memory import (
     FULL,
     LORA,

@@ -18,10 +18,10 @@ from pathlib import Path
 
 from sft import judge, quick
 from sft.chat import GREEDY, Chat, Reply, load_chat
-from sft.chat_format import FORMAT_NAMES
 from sft.checkpoint import hash_base
 from sft.dataset import CACHE_DIR, batches, find_files
 from sft.endpoint import Calls, Endpoint, api_key, check_url, read_calls
+from sft.format.render import FORMAT_NAMES
 from sft.model import load_tokenizer
 from sft.overlap import find_overlap, overlap_lines
 from sft.protocols import Suite, align_bench, belle, mt_bench, read_winner

@@ -21,8 +21,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from sft.chat import Chat, load_chat
-from sft.chat_format import Renderer
 from sft.checkpoint import saved_shapes, verify_saved
+from sft.format.render import Renderer
 from sft.gguf import MIN_AGREEMENT, TEXTS, compare, make_gguf
 from sft.model import check_model_path, load_config, load_tokenizer, set_generation_config
 from sft.modelfile import modelfile

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from sft.chat import Chat
-from sft.chat_format import adds_bos
+from sft.format.render import adds_bos
 from sft.tiny import BLOOM_SPLIT, QWEN_SPLIT
 
 # The least share of tokens that llama.cpp must choose as transformers does, on transformers' own greedy replies. Where

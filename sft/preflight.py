@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from sft.chat_format import FORMAT_NAMES, IGNORE_INDEX
 from sft.checkpoint import check_output_dir, incomplete
 from sft.dataset import find_files
+from sft.format.render import FORMAT_NAMES, IGNORE_INDEX
 from sft.memory import parse_gpu
 from sft.model import check_dtype, check_model_path
 

@@ -25,8 +25,8 @@ from transformers import TrainerCallback
 
 from sft import checkpoint as checkpoints
 from sft import zero
-from sft.chat_format import IGNORE_INDEX
 from sft.dataset import Examples
+from sft.format.render import IGNORE_INDEX
 from sft.sampler import EMPTY, Updates, WithEmpty
 from sft.signals import Agreed, Guard, Stopped
 

@@ -15,7 +15,7 @@ import torch
 
 from sft import chat as chat_module
 from sft.chat import GREEDY, Chat, Reply, Sampling, load_chat
-from sft.chat_format import Renderer
+from sft.format.render import Renderer
 from tests.conftest import ROOT
 
 QUESTIONS = ["你好", "Hello, who are you?", "1+1等于几？"]

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sft.chat_format import IGNORE_INDEX, Renderer
 from sft.dataset import (
     BATCH_SIZE,
     Examples,
@@ -20,6 +19,7 @@ from sft.dataset import (
     ledger_lines,
     prepare,
 )
+from sft.format.render import IGNORE_INDEX, Renderer
 
 
 @pytest.fixture(autouse=True)

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 import train
-from sft.chat_format import IGNORE_INDEX
 from sft.dataset import Examples
 from sft.dry_run import Report, describe_schedule, histogram
+from sft.format.render import IGNORE_INDEX
 
 
 def write(path, questions, source="made up", answer="It is <b>{}</b>."):

@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from sft import export, gguf
 from sft.chat import load_chat
-from sft.chat_format import Renderer
 from sft.export import export_merged, export_modelfile, export_tokenizer, main, to_gguf
+from sft.format.render import Renderer
 from sft.model import add_lora, load_model, load_tokenizer, set_generation_config
 from sft.tiny import FAMILIES
 from tests.conftest import ROOT

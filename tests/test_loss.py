@@ -8,7 +8,7 @@ import torch
 
 from sft import loss as module
 from sft.attention import isolate_documents
-from sft.chat_format import IGNORE_INDEX
+from sft.format.render import IGNORE_INDEX
 from sft.loss import LossHead, use_chunked_loss
 from sft.loss import self_test as run_self_test
 

@@ -6,7 +6,7 @@ import types
 
 import pytest
 
-from sft.chat_format import Renderer
+from sft.format.render import Renderer
 from sft.model import (
     absolute,
     check_dtype,

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from sft.chat_format import Renderer
+from sft.format.render import Renderer
 from sft.preflight import check_deepspeed_config, deepspeed_config, paint
 from tests.conftest import ROOT
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from sft.chat_format import IGNORE_INDEX
+from sft.format.render import IGNORE_INDEX
 from sft.sampler import EMPTY, Updates, WithEmpty
 
 

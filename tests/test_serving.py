@@ -15,8 +15,8 @@ import torch
 
 from sft import gguf
 from sft.chat import GREEDY, load_chat
-from sft.chat_format import Renderer
 from sft.export import to_gguf
+from sft.format.render import Renderer
 from sft.model import load_model, load_tokenizer, set_generation_config
 from tests.test_export import CONVERTERS, needs_llama_cpp
 

@@ -6,7 +6,7 @@ import random
 import numpy as np
 import pytest
 
-from sft.chat_format import CHAT_FORMATS, IGNORE_INDEX, REPLY_STARTS, Renderer, check_contract, choose_format
+from sft.format.render import CHAT_FORMATS, IGNORE_INDEX, REPLY_STARTS, Renderer, check_contract, choose_format
 from sft.opendata.conversation import RecordError
 
 FORMATS = list(CHAT_FORMATS)
