@@ -36,8 +36,8 @@ from sft import checkpoint as checkpoints
 from sft.batching import NotFinite
 from sft.chat import GREEDY, Chat, Reply
 from sft.checkpoint import check_unchanged, find_checkpoint, unsealed
-from sft.collate import Collator
-from sft.dataset import (
+from sft.dataset.collate import Collator
+from sft.dataset.dataset import (
     CACHE_DIR,
     Examples,
     TrainingRows,
@@ -48,8 +48,8 @@ from sft.dataset import (
     ledger_lines,
     prepare,
 )
+from sft.dataset.mixture import mix, mixture_table
 from sft.format.render import Renderer, check_contract
-from sft.mixture import mix, mixture_table
 from sft.opendata.conversation import read_conversations
 from sft.preflight import check_arguments, deepspeed_config, paint
 from sft.report import (

@@ -23,7 +23,7 @@ SIDES = ("ours", "ours_tokenizers", "floor_fastokens", "floor_tokenizers", "trl"
 def ours(base: str, records: str, fast: bool) -> None:
     if not fast:
         sys.modules["fastokens"] = None
-    from sft.dataset import TrainingRows, prepare
+    from sft.dataset.dataset import TrainingRows, prepare
     from sft.format.render import Renderer
     from sft.model import load_tokenizer
 
@@ -37,7 +37,7 @@ def ours(base: str, records: str, fast: bool) -> None:
 
 def floor(base: str, records: str, fast: bool) -> None:
     """Only encode the finished texts, a thousand at a time."""
-    from sft.dataset import batches
+    from sft.dataset.dataset import batches
     from sft.format.render import Renderer
     from sft.model import load_tokenizer
     from sft.opendata.conversation import read_conversations

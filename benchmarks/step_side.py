@@ -101,8 +101,8 @@ def arguments_for(settings: dict, arguments_class: type, folder: str, **more):
 
 def ours(settings: dict, model, examples: Examples, folder: str) -> Trainer:
     from sft.attention import isolate_documents
-    from sft.collate import Collator
-    from sft.dataset import TrainingRows
+    from sft.dataset.collate import Collator
+    from sft.dataset.dataset import TrainingRows
     from sft.loss import use_chunked_loss
 
     isolate_documents(model)

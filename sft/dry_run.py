@@ -18,7 +18,9 @@ import numpy as np
 
 from sft import model as models
 from sft.checkpoint import PROGRESS, check_unchanged
-from sft.dataset import EXPLAINED, LOST, WAYS, Examples, TrainingRows, ledger_lines
+from sft.dataset.dataset import EXPLAINED, LOST, WAYS, Examples, TrainingRows, ledger_lines
+from sft.dataset.mixture import Mixture, mixture_table
+from sft.dataset.sampler import Updates
 from sft.format.render import Renderer, check_contract
 from sft.memory import (
     FULL,
@@ -42,11 +44,9 @@ from sft.memory import (
     plan_table,
     read_shape,
 )
-from sft.mixture import Mixture, mixture_table
 from sft.opendata.build import EVAL
 from sft.opendata.conversation import read_conversations, split_suffix
 from sft.preflight import paint, stretches
-from sft.sampler import Updates
 
 
 @dataclass

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from sft.chat import Chat, Sampling
-from sft.dataset import batches
+from sft.dataset.dataset import batches
 from sft.endpoint import Calls, Endpoint, estimate, key_of
 from sft.overlap import overlap_lines
 from sft.protocols import Question, Suite, Verdict, ask_pair, pair_columns, pair_result, read_lines, score_columns

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from transformers import TrainerCallback
 
-from sft.dataset import TrainingRows
+from sft.dataset.dataset import TrainingRows
 from sft.dry_run import Report, Section
 from sft.memory import gib
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from statistics import fmean
 
 from sft.chat import Chat, Reply
-from sft.collate import Collator
-from sft.dataset import CACHE_DIR, find_files, prepare
+from sft.dataset.collate import Collator
+from sft.dataset.dataset import CACHE_DIR, find_files, prepare
 from sft.format.render import IGNORE_INDEX
 from sft.loss import use_chunked_loss
 from sft.report import repetition

@@ -25,9 +25,9 @@ from transformers import TrainerCallback
 
 from sft import checkpoint as checkpoints
 from sft import zero
-from sft.dataset import Examples
+from sft.dataset.dataset import Examples
+from sft.dataset.sampler import EMPTY, Updates, WithEmpty
 from sft.format.render import IGNORE_INDEX
-from sft.sampler import EMPTY, Updates, WithEmpty
 from sft.signals import Agreed, Guard, Stopped
 
 MOST_SOURCES = 9  # that a loss is shown for

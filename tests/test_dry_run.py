@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import train
-from sft.dataset import Examples
+from sft.dataset.dataset import Examples
 from sft.dry_run import Report, describe_schedule, histogram
 from sft.format.render import IGNORE_INDEX
 
@@ -245,7 +245,7 @@ def test_the_facts_of_many_examples_are_those_of_each_alone(monkeypatch):
     alone = []
     for begin, end in pairwise(starts):
         alone += Examples(ids[begin:end], in_loss[begin:end], np.array([0, end - begin])).facts([3]).tolist()
-    monkeypatch.setattr("sft.dataset.FACTS_AT_A_TIME", 7)
+    monkeypatch.setattr("sft.dataset.dataset.FACTS_AT_A_TIME", 7)
     assert examples.facts([3]).tolist() == alone
 
 

@@ -8,9 +8,9 @@ import pytest
 
 import train
 from sft import probe
-from sft.dataset import Examples, TrainingRows
+from sft.dataset.dataset import Examples, TrainingRows
+from sft.dataset.packing import Rows
 from sft.dry_run import Report, heaviest_rows
-from sft.packing import Rows
 from tests.test_dry_run import dry_run, set_up  # noqa: F401 (a fixture)
 from tests.test_launchers import sh
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from sft.dataset import ORIGIN
+from sft.dataset.dataset import ORIGIN
 from sft.trainer import MOST_SOURCES, facts_of_rows, group_sources
 from tests.test_launchers import sh
 

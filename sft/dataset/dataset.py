@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 from tqdm.auto import tqdm
 
-from sft import packing
+from sft.dataset import packing
+from sft.dataset.mixture import Mixture
 from sft.format.render import IGNORE_INDEX, Renderer, Rows
-from sft.mixture import Mixture
 from sft.opendata.build import EVAL, TRAIN
 from sft.opendata.conversation import list_files, read_conversations, split_suffix
 
@@ -231,7 +231,12 @@ def prepare(
 
 
 def _cache_key(files: Sequence[str], renderer: Renderer, settings: str) -> str:
-    code = [Path(__file__).with_name(name).read_bytes() for name in ("conversation.py", "chat_format.py", "dataset.py")]
+    package = Path(__file__).parent.parent
+    code = [
+        path.read_bytes()
+        for folder in ("opendata", "format", "dataset")
+        for path in sorted(package.glob(f"{folder}/*.py"))
+    ]
     parts = [*file_hashes(files).items(), renderer.fingerprint(), settings, metadata.version("tokenizers")]
     return hashlib.sha256(b"".join([json.dumps(parts).encode(), *code])).hexdigest()[:32]
 

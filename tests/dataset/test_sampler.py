@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from sft.dataset.sampler import EMPTY, Updates, WithEmpty
 from sft.format.render import IGNORE_INDEX
-from sft.sampler import EMPTY, Updates, WithEmpty
 
 
 def updates(rank: int = 0, *, rows: int = 5, batch_size: int = 1, accumulation: int = 2, world_size: int = 2, **more):

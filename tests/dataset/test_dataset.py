@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sft.dataset import (
+from sft.dataset.dataset import (
     BATCH_SIZE,
     Examples,
     TrainingRows,

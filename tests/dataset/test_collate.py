@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from sft.collate import Collator
+from sft.dataset.collate import Collator
 
 
 def test_rows_are_padded_on_the_right_and_masked_by_position():

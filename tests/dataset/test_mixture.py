@@ -6,8 +6,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from sft.dataset import Examples, TrainingRows, find_files
-from sft.mixture import Mixture, Part, mix, mixture_table
+from sft.dataset.dataset import Examples, TrainingRows, find_files
+from sft.dataset.mixture import Mixture, Part, mix, mixture_table
 
 
 def examples_of(lengths: list[int]) -> Examples:

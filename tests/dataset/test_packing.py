@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from sft.packing import pack
+from sft.dataset.packing import pack
 
 
 def belle_like(num: int, max_length: int = 2048) -> np.ndarray:
