@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from sft import model as models
+from sft.model import load as models
 
 os.environ.setdefault(*models.PATIENT_THREADS)
 if __name__ == "__main__":  # a shell starts what runs in the background with SIGINT ignored
@@ -31,8 +31,8 @@ import torch
 import transformers
 from transformers import HfArgumentParser, PrinterCallback, ProgressCallback, TrainerCallback, set_seed
 
-from sft import attention, dry_run, loss, probe, quick
 from sft import checkpoint as checkpoints
+from sft import dry_run, probe, quick
 from sft.batching import NotFinite
 from sft.chat import GREEDY, Chat, Reply
 from sft.checkpoint import check_unchanged, find_checkpoint, unsealed
@@ -50,6 +50,7 @@ from sft.dataset.dataset import (
 )
 from sft.dataset.mixture import mix, mixture_table
 from sft.format.render import Renderer, check_contract
+from sft.model import attention, loss
 from sft.opendata.conversation import read_conversations
 from sft.preflight import check_arguments, deepspeed_config, paint
 from sft.report import (

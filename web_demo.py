@@ -33,7 +33,7 @@ from sft.batching import MAX_ACTIVE, MAX_CACHED, BusyError, Sampling
 from sft.chat import Chat, Reply, load_chat, newest_run
 from sft.format.render import FORMAT_NAMES
 from sft.gate import REQUESTS_PER_MINUTE, Gate, Limits, knows, read_logins
-from sft.model import check_model_path
+from sft.model.load import check_model_path
 from sft.remote import JOINER, Remote, RemoteError, RemoteReply
 
 RUNS = Path(__file__).resolve().parent / "runs"

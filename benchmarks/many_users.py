@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from sft.batching import Sampling
 from sft.chat import Chat, load_chat
-from sft.tiny import build_tiny
+from sft.model.tiny import build_tiny
 
 SHORT, LONG = 24, 800  # tokens
 

@@ -118,8 +118,9 @@ def measure(name: str, rows: int, length: int, how: str, accumulation: int) -> N
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from sft import attention, loss, memory
-    from sft import model as models
+    from sft import memory
+    from sft.model.load import attention, loss
+    from sft.model.load import load as models
 
     checkpointing, half, lora, padded = (word in how.split() for word in ("checkpointing", "bf16", "LoRA", "padded"))
     config = AutoConfig.for_model(**SHAPES[name], **SMALL)

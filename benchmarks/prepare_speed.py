@@ -25,7 +25,7 @@ def ours(base: str, records: str, fast: bool) -> None:
         sys.modules["fastokens"] = None
     from sft.dataset.dataset import TrainingRows, prepare
     from sft.format.render import Renderer
-    from sft.model import load_tokenizer
+    from sft.model.load import load_tokenizer
 
     renderer = Renderer(load_tokenizer(base), "chatml")
     with tempfile.TemporaryDirectory() as folder:
@@ -39,7 +39,7 @@ def floor(base: str, records: str, fast: bool) -> None:
     """Only encode the finished texts, a thousand at a time."""
     from sft.dataset.dataset import batches
     from sft.format.render import Renderer
-    from sft.model import load_tokenizer
+    from sft.model.load import load_tokenizer
     from sft.opendata.conversation import read_conversations
 
     renderer = Renderer(load_tokenizer(base), "chatml")

@@ -94,8 +94,8 @@ def build_base(vocab_size: int = 32_000, hidden_size: int = 64, num_layers: int 
 def _build(folder: str, vocab_size: str, hidden_size: str, num_layers: str) -> None:
     sys.path.insert(0, str(ROOT))
     from sft.format.render import Renderer
-    from sft.model import load_tokenizer
-    from sft.tiny import build_tiny
+    from sft.model.load import load_tokenizer
+    from sft.model.tiny import build_tiny
 
     texts = [text for pair in make_texts(8000, seed=1) for text in pair]
     sizes = {"hidden_size": int(hidden_size), "num_layers": int(num_layers)}

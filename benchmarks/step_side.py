@@ -100,10 +100,10 @@ def arguments_for(settings: dict, arguments_class: type, folder: str, **more):
 
 
 def ours(settings: dict, model, examples: Examples, folder: str) -> Trainer:
-    from sft.attention import isolate_documents
     from sft.dataset.collate import Collator
     from sft.dataset.dataset import TrainingRows
-    from sft.loss import use_chunked_loss
+    from sft.model.attention import isolate_documents
+    from sft.model.loss import use_chunked_loss
 
     isolate_documents(model)
     use_chunked_loss(model)

@@ -28,7 +28,7 @@ from sft.answers import Partial, answer_missing, check_output, check_questions, 
 from sft.batching import Decoder, Sampling
 from sft.certainty import Piece, printable, score, to_terminal
 from sft.format.render import FORMAT_NAMES, Renderer
-from sft.model import (
+from sft.model.load import (
     DTYPES,
     PATIENT_THREADS,
     check_model_path,

@@ -16,7 +16,6 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from sft import model as models
 from sft.checkpoint import PROGRESS, check_unchanged
 from sft.dataset.dataset import EXPLAINED, LOST, WAYS, Examples, TrainingRows, ledger_lines
 from sft.dataset.mixture import Mixture, mixture_table
@@ -44,6 +43,7 @@ from sft.memory import (
     plan_table,
     read_shape,
 )
+from sft.model import load as models
 from sft.opendata.build import EVAL
 from sft.opendata.conversation import read_conversations, split_suffix
 from sft.preflight import paint, stretches

@@ -22,7 +22,7 @@ from sft.checkpoint import hash_base
 from sft.dataset.dataset import CACHE_DIR, batches, find_files
 from sft.endpoint import Calls, Endpoint, api_key, check_url, read_calls
 from sft.format.render import FORMAT_NAMES
-from sft.model import load_tokenizer
+from sft.model.load import load_tokenizer
 from sft.overlap import find_overlap, overlap_lines
 from sft.protocols import Suite, align_bench, belle, mt_bench, read_winner
 from sft.report import cell, write_json, write_text

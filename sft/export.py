@@ -24,7 +24,7 @@ from sft.chat import Chat, load_chat
 from sft.checkpoint import saved_shapes, verify_saved
 from sft.format.render import Renderer
 from sft.gguf import MIN_AGREEMENT, TEXTS, compare, make_gguf
-from sft.model import check_model_path, load_config, load_tokenizer, set_generation_config
+from sft.model.load import check_model_path, load_config, load_tokenizer, set_generation_config
 from sft.modelfile import modelfile
 
 # Largest difference of logits that rounding explains when fp32 weights are added up in another order.

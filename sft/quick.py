@@ -17,7 +17,7 @@ from sft.chat import Chat, Reply
 from sft.dataset.collate import Collator
 from sft.dataset.dataset import CACHE_DIR, find_files, prepare
 from sft.format.render import IGNORE_INDEX
-from sft.loss import use_chunked_loss
+from sft.model.loss import use_chunked_loss
 from sft.report import repetition
 
 QUESTIONS = Path(__file__).resolve().parent.parent / "suites" / "quick" / "questions.jsonl"

@@ -23,7 +23,7 @@ from transformers import TrainerCallback
 
 from sft.chat import Reply
 from sft.checkpoint import PAGE
-from sft.model import count_parameters
+from sft.model.load import count_parameters
 
 PROJECT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "deepspeed", "peft", "datasets")

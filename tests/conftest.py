@@ -18,7 +18,7 @@ torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from sft.tiny import FAMILIES, build_tiny  # noqa: E402
+from sft.model.tiny import FAMILIES, build_tiny  # noqa: E402
 from tests.endpoint_server import Server  # noqa: E402
 
 
@@ -38,7 +38,7 @@ def tiny_base(tmp_path_factory) -> Callable[[str], Path]:
 @pytest.fixture(scope="session")
 def tokenizer_of(tiny_base):
     """Return a function that gives the tokenizer of a family's tiny base."""
-    from sft.model import load_tokenizer
+    from sft.model.load import load_tokenizer
 
     loaded = {}
 

@@ -14,7 +14,7 @@ import pytest
 from sft import evaluate, protocols
 from sft.endpoint import read_calls
 from sft.format.render import Renderer
-from sft.model import load_tokenizer
+from sft.model.load import load_tokenizer
 from tests.conftest import ROOT
 from tests.test_protocols import align_files, belle_files
 

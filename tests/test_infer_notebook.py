@@ -9,7 +9,7 @@ import pytest
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
-from sft.model import add_lora, load_model, load_tokenizer
+from sft.model.load import add_lora, load_model, load_tokenizer
 from tests.conftest import ROOT
 
 QUESTIONS = ["你好", "Hello", "写一首关于春天的诗", "What is the capital of France?"]

@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoConfig, AutoTokenizer
 
 import train
-from sft.tiny import FAMILIES, sample_texts
+from sft.model.tiny import FAMILIES, sample_texts
 from tests.conftest import ROOT
 from tests.test_memory import PUBLISHED
 

@@ -151,7 +151,7 @@ def test_the_peak_of_a_device_is_known_by_its_name_or_not_at_all():
 
 
 def test_mfu_counts_six_flops_for_a_trained_parameter_and_none_for_looked_up_rows(tiny_base):
-    from sft.model import count_parameters, load_model
+    from sft.model.load import count_parameters, load_model
 
     model = load_model(str(tiny_base("qwen2")))
     _trained, total = count_parameters(model)

@@ -17,7 +17,7 @@ from sft import gguf
 from sft.chat import GREEDY, load_chat
 from sft.export import to_gguf
 from sft.format.render import Renderer
-from sft.model import load_model, load_tokenizer, set_generation_config
+from sft.model.load import load_model, load_tokenizer, set_generation_config
 from tests.test_export import CONVERTERS, needs_llama_cpp
 
 pytestmark = pytest.mark.slow

@@ -190,7 +190,7 @@ def test_lora_trains_the_rows_of_untrained_control_tokens_and_merges_to_equal_lo
 
 
 def test_the_trainer_starts_from_fp32_masters_whatever_the_file_holds(tiny_base):
-    from sft.model import load_model
+    from sft.model.load import load_model
 
     assert {p.dtype for p in load_model(str(tiny_base("bloom"))).parameters()} == {torch.float32}
 

@@ -6,11 +6,11 @@ import inspect
 import pytest
 import torch
 
-from sft import loss as module
-from sft.attention import isolate_documents
 from sft.format.render import IGNORE_INDEX
-from sft.loss import LossHead, use_chunked_loss
-from sft.loss import self_test as run_self_test
+from sft.model import loss as module
+from sft.model.attention import isolate_documents
+from sft.model.loss import LossHead, use_chunked_loss
+from sft.model.loss import self_test as run_self_test
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from sft.tiny import FAMILIES, build_tiny
+from sft.model.tiny import FAMILIES, build_tiny
 
 QUIRKS = {
     "bloom": {"class": "BloomForCausalLM", "bos": 1, "eos": 2, "pad": 3, "adds_bos": False, "more_rows": True},

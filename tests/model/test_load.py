@@ -7,7 +7,7 @@ import types
 import pytest
 
 from sft.format.render import Renderer
-from sft.model import (
+from sft.model.load import (
     absolute,
     check_dtype,
     check_model_path,

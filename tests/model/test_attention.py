@@ -6,11 +6,18 @@ import numpy as np
 import pytest
 import torch
 
-from sft import attention
-from sft.attention import Documents, attend_flex, attend_one_by_one, attend_varlen, isolate_documents, read_documents
-from sft.attention import self_test as run_self_test
-from sft.loss import use_chunked_loss
-from sft.tiny import FAMILIES
+from sft.model import attention
+from sft.model.attention import (
+    Documents,
+    attend_flex,
+    attend_one_by_one,
+    attend_varlen,
+    isolate_documents,
+    read_documents,
+)
+from sft.model.attention import self_test as run_self_test
+from sft.model.loss import use_chunked_loss
+from sft.model.tiny import FAMILIES
 
 # Falcon and bloom bring their own attention; the rest go through transformers' interface.
 PACKINGS = [[5, 3, 7], [40], [1, 1, 30, 1], [290, 3, 300, 17]]
