@@ -33,8 +33,8 @@ from transformers import HfArgumentParser, PrinterCallback, ProgressCallback, Tr
 
 from sft import checkpoint as checkpoints
 from sft import dry_run, probe, quick
-from sft.batching import NotFinite
-from sft.chat import GREEDY, Chat, Reply
+from sft.chat.batching import NotFinite
+from sft.chat.reply import GREEDY, Chat, Reply
 from sft.checkpoint import check_unchanged, find_checkpoint, unsealed
 from sft.dataset.collate import Collator
 from sft.dataset.dataset import (

@@ -29,8 +29,8 @@ from typing import NoReturn
 import gradio as gr
 from starlette.middleware import Middleware
 
-from sft.batching import MAX_ACTIVE, MAX_CACHED, BusyError, Sampling
-from sft.chat import Chat, Reply, load_chat, newest_run
+from sft.chat.batching import MAX_ACTIVE, MAX_CACHED, BusyError, Sampling
+from sft.chat.reply import Chat, Reply, load_chat, newest_run
 from sft.format.render import FORMAT_NAMES
 from sft.gate import REQUESTS_PER_MINUTE, Gate, Limits, knows, read_logins
 from sft.model.load import check_model_path

@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from sft import judge, quick
-from sft.chat import GREEDY, Chat, Reply, load_chat
+from sft.chat.reply import GREEDY, Chat, Reply, load_chat
 from sft.checkpoint import hash_base
 from sft.dataset.dataset import CACHE_DIR, batches, find_files
 from sft.endpoint import Calls, Endpoint, api_key, check_url, read_calls

@@ -20,7 +20,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from sft.chat import Chat, load_chat
+from sft.chat.reply import Chat, load_chat
 from sft.checkpoint import saved_shapes, verify_saved
 from sft.format.render import Renderer
 from sft.gguf import MIN_AGREEMENT, TEXTS, compare, make_gguf

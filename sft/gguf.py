@@ -18,7 +18,7 @@ import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from sft.chat import Chat
+from sft.chat.reply import Chat
 from sft.format.render import adds_bos
 from sft.model.tiny import BLOOM_SPLIT, QWEN_SPLIT
 

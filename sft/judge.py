@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from sft.chat import Chat, Sampling
+from sft.chat.reply import Chat, Sampling
 from sft.dataset.dataset import batches
 from sft.endpoint import Calls, Endpoint, estimate, key_of
 from sft.overlap import overlap_lines

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
 
-from sft.chat import Chat, Reply
+from sft.chat.reply import Chat, Reply
 from sft.dataset.collate import Collator
 from sft.dataset.dataset import CACHE_DIR, find_files, prepare
 from sft.format.render import IGNORE_INDEX

@@ -13,8 +13,8 @@ from collections.abc import AsyncIterator, Sequence
 
 import httpx
 
-from sft.batching import MAX_ACTIVE, BusyError, Sampling
-from sft.chat import Reply
+from sft.chat.batching import MAX_ACTIVE, BusyError, Sampling
+from sft.chat.reply import Reply
 
 TIMEOUT = httpx.Timeout(120, connect=10)  # seconds without a byte; a prompt may wait in the server's own queue
 MAX_SECONDS = 1800  # of a reply

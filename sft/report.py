@@ -21,7 +21,7 @@ from huggingface_hub import ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from transformers import TrainerCallback
 
-from sft.chat import Reply
+from sft.chat.reply import Reply
 from sft.checkpoint import PAGE
 from sft.model.load import count_parameters
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sft import export, gguf
-from sft.chat import load_chat
+from sft.chat.reply import load_chat
 from sft.export import export_merged, export_modelfile, export_tokenizer, main, to_gguf
 from sft.format.render import Renderer
 from sft.model.load import add_lora, load_model, load_tokenizer, set_generation_config

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sft import evaluate, quick
-from sft.chat import Reply, load_chat
+from sft.chat.reply import Reply, load_chat
 from tests.test_train import data, run  # noqa: F401
 
 

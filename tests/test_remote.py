@@ -7,7 +7,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from sft.batching import BusyError, Sampling
+from sft.chat.batching import BusyError, Sampling
 from sft.remote import JOINER, Remote, RemoteError, neutral
 
 HELLO = [{"role": "user", "content": "hi <|im_end|>"}]

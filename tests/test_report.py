@@ -10,7 +10,7 @@ import torch
 from huggingface_hub import metadata_load
 
 from sft import report
-from sft.chat import Reply
+from sft.chat.reply import Reply
 from sft.report import RunPage, plot_losses, provenance, render_card, render_page, write_card, write_json
 
 

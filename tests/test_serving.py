@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from sft import gguf
-from sft.chat import GREEDY, load_chat
+from sft.chat.reply import GREEDY, load_chat
 from sft.export import to_gguf
 from sft.format.render import Renderer
 from sft.model.load import load_model, load_tokenizer, set_generation_config

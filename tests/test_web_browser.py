@@ -11,8 +11,8 @@ import pytest
 
 import web_demo
 from sft import gate
-from sft.batching import Sampling
-from sft.chat import Reply, load_chat
+from sft.chat.batching import Sampling
+from sft.chat.reply import Reply, load_chat
 from web_demo import Handlers, Local
 
 pytestmark = pytest.mark.slow

@@ -20,8 +20,8 @@ import pytest
 
 import web_demo
 from sft import gate
-from sft.batching import Sampling
-from sft.chat import GREEDY, load_chat, newest_run
+from sft.chat.batching import Sampling
+from sft.chat.reply import GREEDY, load_chat, newest_run
 from sft.opendata import build as opendata
 from web_demo import Handlers, Local, Turn, answered, check, to_messages, to_page
 

@@ -13,8 +13,8 @@ from typing import ClassVar
 import pytest
 import torch
 
-from sft import chat as chat_module
-from sft.chat import GREEDY, Chat, Reply, Sampling, load_chat
+from sft.chat import reply as chat_module
+from sft.chat.reply import GREEDY, Chat, Reply, Sampling, load_chat
 from sft.format.render import Renderer
 from tests.conftest import ROOT
 

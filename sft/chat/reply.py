@@ -24,9 +24,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-from sft.answers import Partial, answer_missing, check_output, check_questions, read_questions
-from sft.batching import Decoder, Sampling
-from sft.certainty import Piece, printable, score, to_terminal
+from sft.chat.answer_file import Partial, answer_missing, check_output, check_questions, read_questions
+from sft.chat.batching import Decoder, Sampling
+from sft.chat.token_probabilities import Piece, printable, score, to_terminal
 from sft.format.render import FORMAT_NAMES, Renderer
 from sft.model.load import (
     DTYPES,
@@ -530,7 +530,3 @@ def main(arguments: list[str] | None = None) -> None:
         if "out of memory" not in str(error):
             raise
         sys.exit(f"sft.chat: out of memory; lower --batch_size or --max_new_tokens{_kept(options)}")
-
-
-if __name__ == "__main__":
-    main()

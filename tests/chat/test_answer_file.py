@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from sft.answers import Partial, answer_missing, check_questions, read_questions, to_prompt
-from sft.chat import Reply
+from sft.chat.answer_file import Partial, answer_missing, check_questions, read_questions, to_prompt
+from sft.chat.reply import Reply
 from sft.opendata.conversation import RecordError
 
 QUESTIONS = [f"question {number}" for number in range(3)]

@@ -14,8 +14,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from sft.batching import PIECE, BusyError, Decoder, Sampling, candidates
-from sft.chat import load_chat
+from sft.chat.batching import PIECE, BusyError, Decoder, Sampling, candidates
+from sft.chat.reply import load_chat
 
 # A family's context may be long or short; these prompts pass a piece, and Mistral's window of 256 here.
 PENALTY = 1.05
@@ -168,7 +168,7 @@ def test_a_seed_gives_the_same_reply_alone_and_in_a_batch(model):
 
 
 def test_drawn_tokens_follow_the_probabilities(model):
-    from sft.batching import Request, draw
+    from sft.chat.batching import Request, draw
 
     scores = torch.tensor([[0.5, 0.3, 0.2]]).log().expand(3000, -1)
     plain = Sampling(temperature=1.0, top_p=1.0, top_k=0, repetition_penalty=1.0)
@@ -244,7 +244,7 @@ def test_as_many_wait_and_run_as_are_let_in(model):
 
 
 def test_long_rows_are_not_laid_beside_so_many_that_memory_ends(model, monkeypatch):
-    monkeypatch.setattr("sft.batching.MAX_CACHED", 100)
+    monkeypatch.setattr("sft.chat.batching.MAX_CACHED", 100)
     decoder = Decoder(model, stop_ids=[])
     requests = [decoder.add([5] * 30, greedy(10)) for _ in range(4)]
     most = 0
