@@ -50,6 +50,7 @@ from sft.dataset.dataset import (
 )
 from sft.dataset.mixture import mix, mixture_table
 from sft.format.render import Renderer, check_contract
+from sft.launch.processes import LOST, STOPPED, Agreed, Guard, Stopped
 from sft.model import attention, loss
 from sft.opendata.conversation import read_conversations
 from sft.preflight import check_arguments, deepspeed_config, paint
@@ -68,7 +69,6 @@ from sft.report import (
     write_json,
     write_text,
 )
-from sft.signals import LOST, STOPPED, Agreed, Guard, Stopped
 from sft.trainer import Trainer, group_sources
 
 LORA_FLAGS = ("lora_rank", "lora_alpha", "lora_dropout")

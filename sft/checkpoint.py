@@ -26,7 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from sft import zero
-from sft.signals import LOCK, RANKS, write_whole
+from sft.launch.processes import LOCK, RANKS, write_whole
 
 MANIFEST, FINGERPRINT, PROGRESS, SAVING, MARKER = (
     "manifest.json",

@@ -28,7 +28,7 @@ from sft import zero
 from sft.dataset.dataset import Examples
 from sft.dataset.sampler import EMPTY, Updates, WithEmpty
 from sft.format.render import IGNORE_INDEX
-from sft.signals import Agreed, Guard, Stopped
+from sft.launch.processes import Agreed, Guard, Stopped
 
 MOST_SOURCES = 9  # that a loss is shown for
 MOST_PENDING = 64  # batches whose losses wait on the GPU until they are read

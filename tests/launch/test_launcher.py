@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from sft import launch
-from sft.launch import Job, first_host, plan
-from sft.signals import LOST, STOPPED
+from sft.launch import launcher as launch
+from sft.launch.launcher import Job, first_host, plan
+from sft.launch.processes import LOST, STOPPED
 from tests.conftest import ROOT
 
 SEVERAL = {"MODEL": "m", "OUTPUT": "o", "NUM_GPUS": "4"}

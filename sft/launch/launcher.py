@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
-from sft.signals import LOST, SIGNALS, STOPPED
+from sft.launch.processes import LOST, SIGNALS, STOPPED
 
 PORT = 29500  # where machines meet that can't agree on a free one
 GRACE = 60  # seconds to save a checkpoint in, after a signal
@@ -481,7 +481,3 @@ def run_remote() -> int:
         raise ValueError(f"HOSTFILE: slots={job.slots[job.node]} for {socket.gethostname()}, which has {there} GPUs")
     os.set_blocking(0, False)
     return run_node(job, given["command"], by_pipe=True)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

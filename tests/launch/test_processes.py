@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from sft.signals import LOCK, RANKS, Agreed, Guard, Stopped, _myself, _start_time, take_lock
+from sft.launch.processes import LOCK, RANKS, Agreed, Guard, Stopped, _myself, _start_time, take_lock
 from tests.conftest import ROOT
 
 pytestmark = pytest.mark.slow
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 
 def script(code: str, **environment: str) -> subprocess.Popen:
     """A Python process that imports the guard and then runs `code`."""
-    code = "import os, signal, sys, time\nfrom sft.signals import *\n" + code
+    code = "import os, signal, sys, time\nfrom sft.launch.processes import *\n" + code
     settings = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen([sys.executable, "-c", code], env=settings, text=True, **pipes)
@@ -87,7 +87,9 @@ def test_a_forked_worker_has_its_own_signals():
 
 def test_when_the_launcher_is_gone_the_process_ends():
     """A shell stands for the launcher: it starts a worker in the background, says its number, and is killed."""
-    code = 'from sft.signals import Guard\nimport time\nwith Guard(): print("ready", flush=True); time.sleep(60)'
+    code = (
+        'from sft.launch.processes import Guard\nimport time\nwith Guard(): print("ready", flush=True); time.sleep(60)'
+    )
     command = f"LOCAL_RANK=0 {sys.executable} -c '{code}' & echo $!; wait"
     launcher = subprocess.Popen(["sh", "-c", command], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     worker = int(launcher.stdout.readline())
