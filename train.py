@@ -31,11 +31,11 @@ import torch
 import transformers
 from transformers import HfArgumentParser, PrinterCallback, ProgressCallback, TrainerCallback, set_seed
 
-from sft import checkpoint as checkpoints
 from sft import dry_run, probe, quick
 from sft.chat.batching import NotFinite
 from sft.chat.reply import GREEDY, Chat, Reply
-from sft.checkpoint import check_unchanged, find_checkpoint, unsealed
+from sft.checkpoint import save as checkpoints
+from sft.checkpoint.save import check_unchanged, find_checkpoint, unsealed
 from sft.dataset.collate import Collator
 from sft.dataset.dataset import (
     CACHE_DIR,

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from sft.checkpoint import PROGRESS, check_unchanged
+from sft.checkpoint.save import PROGRESS, check_unchanged
 from sft.dataset.dataset import EXPLAINED, LOST, WAYS, Examples, TrainingRows, ledger_lines
 from sft.dataset.mixture import Mixture, mixture_table
 from sft.dataset.sampler import Updates

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from sft import judge, quick
 from sft.chat.reply import GREEDY, Chat, Reply, load_chat
-from sft.checkpoint import hash_base
+from sft.checkpoint.save import hash_base
 from sft.dataset.dataset import CACHE_DIR, batches, find_files
 from sft.endpoint import Calls, Endpoint, api_key, check_url, read_calls
 from sft.format.render import FORMAT_NAMES

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from sft.chat.reply import Chat, load_chat
-from sft.checkpoint import saved_shapes, verify_saved
+from sft.checkpoint.save import saved_shapes, verify_saved
 from sft.format.render import Renderer
 from sft.gguf import MIN_AGREEMENT, TEXTS, compare, make_gguf
 from sft.model.load import check_model_path, load_config, load_tokenizer, set_generation_config

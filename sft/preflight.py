@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sft.checkpoint import check_output_dir, incomplete
+from sft.checkpoint.save import check_output_dir, incomplete
 from sft.dataset.dataset import find_files
 from sft.format.render import FORMAT_NAMES, IGNORE_INDEX
 from sft.memory import parse_gpu

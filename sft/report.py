@@ -22,7 +22,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from transformers import TrainerCallback
 
 from sft.chat.reply import Reply
-from sft.checkpoint import PAGE
+from sft.checkpoint.save import PAGE
 from sft.model.load import count_parameters
 
 PROJECT = Path(__file__).resolve().parent.parent

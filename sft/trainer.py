@@ -23,8 +23,8 @@ from safetensors import SafetensorError
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
-from sft import checkpoint as checkpoints
-from sft import zero
+from sft.checkpoint import save as checkpoints
+from sft.checkpoint import zero
 from sft.dataset.dataset import Examples
 from sft.dataset.sampler import EMPTY, Updates, WithEmpty
 from sft.format.render import IGNORE_INDEX

@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sft.checkpoint import find_checkpoint
+from sft.checkpoint.save import find_checkpoint
 from sft.trainer import Trainer
-from tests import test_resume
-from tests.test_resume import logs_of, run
+from tests.checkpoint import test_resume
+from tests.checkpoint.test_resume import logs_of, run
 
 pytestmark = pytest.mark.slow
 

@@ -192,7 +192,7 @@ def test_the_page_is_there_from_the_start_and_follows_evaluations_and_saves(tmp_
 
 
 def test_a_run_that_left_nothing_but_its_page_can_be_started_again(tmp_path):
-    from sft.checkpoint import check_output_dir
+    from sft.checkpoint.save import check_output_dir
 
     (tmp_path / "report.html").write_text("Running")
     assert check_output_dir(str(tmp_path), resume=False) is None

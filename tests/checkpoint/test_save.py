@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sft import checkpoint as checkpoints
-from sft.checkpoint import (
+from sft.checkpoint import save as checkpoints
+from sft.checkpoint.save import (
     check_output_dir,
     clear_leftovers,
     compare,

@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from sft import zero
+from sft.checkpoint import zero
 from sft.launch.processes import LOCK, RANKS, write_whole
 
 MANIFEST, FINGERPRINT, PROGRESS, SAVING, MARKER = (
@@ -504,7 +504,3 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         print(f"sft.checkpoint: {error}", file=sys.stderr)
         sys.exit(2)
-
-
-if __name__ == "__main__":
-    main()

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 import train
-from sft.checkpoint import consolidate, find_checkpoint, hash_files, list_files, seal
+from sft.checkpoint.save import consolidate, find_checkpoint, hash_files, list_files, seal
 from sft.trainer import Trainer
 from tests.conftest import ROOT
 

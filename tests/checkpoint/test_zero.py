@@ -4,7 +4,7 @@ import pytest
 import torch
 from deepspeed.runtime.zero.config import ZeroStageEnum
 
-from sft.zero import load_safely
+from sft.checkpoint.zero import load_safely
 
 
 class Pickled:
