@@ -54,7 +54,7 @@ from sft.launch.processes import LOST, STOPPED, Agreed, Guard, Stopped
 from sft.model import attention, loss
 from sft.opendata.conversation import read_conversations
 from sft.preflight import check_arguments, deepspeed_config, paint
-from sft.report import (
+from sft.report.run_page import (
     PAGE,
     RunPage,
     mfu_of_a_token,

@@ -25,7 +25,7 @@ from sft.format.render import FORMAT_NAMES
 from sft.model.load import load_tokenizer
 from sft.overlap import find_overlap, overlap_lines
 from sft.protocols import Suite, align_bench, belle, mt_bench, read_winner
-from sft.report import cell, write_json, write_text
+from sft.report.run_page import cell, write_json, write_text
 
 RESULTS, TABLES, ANSWERS, CALLS = "results.json", "results.md", "answers.jsonl", "calls.jsonl"
 SETTINGS = "evaluation.json"

@@ -14,7 +14,7 @@ from sft.dataset.dataset import batches
 from sft.endpoint import Calls, Endpoint, estimate, key_of
 from sft.overlap import overlap_lines
 from sft.protocols import Question, Suite, Verdict, ask_pair, pair_columns, pair_result, read_lines, score_columns
-from sft.report import cell
+from sft.report.run_page import cell
 
 MAX_TOKENS = 1024  # of an answer, as in FastChat
 ANSWER_TOKENS, VERDICT_TOKENS = 300, 250  # guesses, for the estimate

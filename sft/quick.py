@@ -18,7 +18,7 @@ from sft.dataset.collate import Collator
 from sft.dataset.dataset import CACHE_DIR, find_files, prepare
 from sft.format.render import IGNORE_INDEX
 from sft.model.loss import use_chunked_loss
-from sft.report import repetition
+from sft.report.run_page import repetition
 
 QUESTIONS = Path(__file__).resolve().parent.parent / "suites" / "quick" / "questions.jsonl"
 NUM_SUMS = 12  # in each language

@@ -25,7 +25,7 @@ from sft.chat.reply import Reply
 from sft.checkpoint.save import PAGE
 from sft.model.load import count_parameters
 
-PROJECT = Path(__file__).resolve().parent.parent
+PROJECT = Path(__file__).resolve().parents[2]
 PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "deepspeed", "peft", "datasets")
 CARD, OUR_CARD = "README.md", "<!-- written by train.py -->"
 PAGE_SECONDS = 30  # between two pages that are written at log lines

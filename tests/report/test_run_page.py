@@ -9,9 +9,9 @@ import pytest
 import torch
 from huggingface_hub import metadata_load
 
-from sft import report
 from sft.chat.reply import Reply
-from sft.report import RunPage, plot_losses, provenance, render_card, render_page, write_card, write_json
+from sft.report import run_page as report
+from sft.report.run_page import RunPage, plot_losses, provenance, render_card, render_page, write_card, write_json
 
 
 def test_the_provenance_names_the_command_and_the_versions():
