@@ -31,7 +31,7 @@ import torch
 import transformers
 from transformers import HfArgumentParser, PrinterCallback, ProgressCallback, TrainerCallback, set_seed
 
-from sft import dry_run, probe, quick
+from sft import dry_run, probe
 from sft.chat.batching import NotFinite
 from sft.chat.reply import GREEDY, Chat, Reply
 from sft.checkpoint import save as checkpoints
@@ -49,6 +49,7 @@ from sft.dataset.dataset import (
     prepare,
 )
 from sft.dataset.mixture import mix, mixture_table
+from sft.evaluate import quick
 from sft.format.render import Renderer, check_contract
 from sft.launch.processes import LOST, STOPPED, Agreed, Guard, Stopped
 from sft.model import attention, loss

@@ -11,9 +11,18 @@ from pathlib import Path
 
 from sft.chat.reply import Chat, Sampling
 from sft.dataset.dataset import batches
-from sft.endpoint import Calls, Endpoint, estimate, key_of
-from sft.overlap import overlap_lines
-from sft.protocols import Question, Suite, Verdict, ask_pair, pair_columns, pair_result, read_lines, score_columns
+from sft.evaluate.endpoint import Calls, Endpoint, estimate, key_of
+from sft.evaluate.overlap import overlap_lines
+from sft.evaluate.protocols import (
+    Question,
+    Suite,
+    Verdict,
+    ask_pair,
+    pair_columns,
+    pair_result,
+    read_lines,
+    score_columns,
+)
 from sft.report.run_page import cell
 
 MAX_TOKENS = 1024  # of an answer, as in FastChat

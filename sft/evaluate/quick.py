@@ -20,7 +20,7 @@ from sft.format.render import IGNORE_INDEX
 from sft.model.loss import use_chunked_loss
 from sft.report.run_page import repetition
 
-QUESTIONS = Path(__file__).resolve().parent.parent / "suites" / "quick" / "questions.jsonl"
+QUESTIONS = Path(__file__).resolve().parents[2] / "suites" / "quick" / "questions.jsonl"
 NUM_SUMS = 12  # in each language
 RESAMPLES = 1000
 MAX_CONVERSATIONS = 500  # of the held-out ones, evenly spaced, whose loss is taken

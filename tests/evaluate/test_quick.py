@@ -7,8 +7,9 @@ import re
 import pytest
 import torch
 
-from sft import evaluate, quick
 from sft.chat.reply import Reply, load_chat
+from sft.evaluate import command as evaluate
+from sft.evaluate import quick
 from tests.test_train import data, run  # noqa: F401
 
 

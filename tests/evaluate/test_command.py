@@ -11,12 +11,13 @@ import time
 
 import pytest
 
-from sft import evaluate, protocols
-from sft.endpoint import read_calls
+from sft.evaluate import command as evaluate
+from sft.evaluate import protocols
+from sft.evaluate.endpoint import read_calls
 from sft.format.render import Renderer
 from sft.model.load import load_tokenizer
 from tests.conftest import ROOT
-from tests.test_protocols import align_files, belle_files
+from tests.evaluate.test_protocols import align_files, belle_files
 
 
 def judged(server, out, *more: str, suite: str = "mt-bench") -> dict:

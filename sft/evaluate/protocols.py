@@ -13,9 +13,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
 
-from sft.quick import bootstrap
+from sft.evaluate.quick import bootstrap
 
-MT_BENCH = Path(__file__).resolve().parent.parent / "suites" / "mt_bench"
+MT_BENCH = Path(__file__).resolve().parents[2] / "suites" / "mt_bench"
 
 
 class Verdict(NamedTuple):

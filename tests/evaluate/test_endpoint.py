@@ -7,7 +7,17 @@ import time
 import httpx
 import pytest
 
-from sft.endpoint import Calls, Endpoint, api_key, check_url, estimate, guess_tokens, key_of, read_answer, retry_after
+from sft.evaluate.endpoint import (
+    Calls,
+    Endpoint,
+    api_key,
+    check_url,
+    estimate,
+    guess_tokens,
+    key_of,
+    read_answer,
+    retry_after,
+)
 from tests.endpoint_server import completion
 
 USER = [{"role": "user", "content": "你好"}]

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from sft import protocols
+from sft.evaluate import protocols
 
 # --- reading verdicts -------------------------------------------------------------------------------------------------
 

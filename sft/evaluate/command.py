@@ -16,15 +16,15 @@ from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
-from sft import judge, quick
 from sft.chat.reply import GREEDY, Chat, Reply, load_chat
 from sft.checkpoint.save import hash_base
 from sft.dataset.dataset import CACHE_DIR, batches, find_files
-from sft.endpoint import Calls, Endpoint, api_key, check_url, read_calls
+from sft.evaluate import judge, quick
+from sft.evaluate.endpoint import Calls, Endpoint, api_key, check_url, read_calls
+from sft.evaluate.overlap import find_overlap, overlap_lines
+from sft.evaluate.protocols import Suite, align_bench, belle, mt_bench, read_winner
 from sft.format.render import FORMAT_NAMES
 from sft.model.load import load_tokenizer
-from sft.overlap import find_overlap, overlap_lines
-from sft.protocols import Suite, align_bench, belle, mt_bench, read_winner
 from sft.report.run_page import cell, write_json, write_text
 
 RESULTS, TABLES, ANSWERS, CALLS = "results.json", "results.md", "answers.jsonl", "calls.jsonl"
@@ -362,7 +362,3 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(f"sft.evaluate: {error}")
     except KeyboardInterrupt:
         sys.exit("sft.evaluate: stopped; the same command goes on, and pays nothing twice")
-
-
-if __name__ == "__main__":
-    main()

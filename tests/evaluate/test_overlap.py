@@ -3,7 +3,7 @@
 import gzip
 import json
 
-from sft.overlap import Overlap, find_overlap, tokens
+from sft.evaluate.overlap import Overlap, find_overlap, tokens
 
 LONG = (
     "Compose an engaging travel blog post about a recent trip to Hawaii, highlighting cultural experiences and sights"
