@@ -70,7 +70,7 @@ from sft.report.run_page import (
     write_json,
     write_text,
 )
-from sft.trainer import Trainer, group_sources
+from sft.train.trainer import Trainer, group_sources
 
 LORA_FLAGS = ("lora_rank", "lora_alpha", "lora_dropout")
 FIXED_PROMPTS = ("你好", "Hello", "写一首关于春天的诗", "What is the capital of France?")

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 import train
 from sft.checkpoint.save import consolidate, find_checkpoint, hash_files, list_files, seal
-from sft.trainer import Trainer
+from sft.train.trainer import Trainer
 from tests.conftest import ROOT
 
 pytestmark = pytest.mark.slow

@@ -10,7 +10,7 @@ import torch
 from sft.chat.reply import Reply, load_chat
 from sft.evaluate import command as evaluate
 from sft.evaluate import quick
-from tests.test_train import data, run  # noqa: F401
+from tests.train.test_train import data, run  # noqa: F401
 
 
 def test_the_questions_are_of_both_languages_and_the_sums_follow_from_the_seed():

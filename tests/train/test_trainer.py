@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sft.dataset.dataset import ORIGIN
-from sft.trainer import MOST_SOURCES, facts_of_rows, group_sources
+from sft.train.trainer import MOST_SOURCES, facts_of_rows, group_sources
 from tests.test_launchers import sh
 
 

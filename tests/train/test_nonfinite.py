@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sft.checkpoint.save import find_checkpoint
-from sft.trainer import Trainer
+from sft.train.trainer import Trainer
 from tests.checkpoint import test_resume
 from tests.checkpoint.test_resume import logs_of, run
 
