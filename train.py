@@ -31,7 +31,6 @@ import torch
 import transformers
 from transformers import HfArgumentParser, PrinterCallback, ProgressCallback, TrainerCallback, set_seed
 
-from sft import dry_run, probe
 from sft.chat.batching import NotFinite
 from sft.chat.reply import GREEDY, Chat, Reply
 from sft.checkpoint import save as checkpoints
@@ -54,7 +53,9 @@ from sft.format.render import Renderer, check_contract
 from sft.launch.processes import LOST, STOPPED, Agreed, Guard, Stopped
 from sft.model import attention, loss
 from sft.opendata.conversation import read_conversations
-from sft.preflight import check_arguments, deepspeed_config, paint
+from sft.preview import dry_run
+from sft.preview import measure as probe
+from sft.preview.preflight import check_arguments, deepspeed_config, paint
 from sft.report.run_page import (
     PAGE,
     RunPage,

@@ -90,7 +90,7 @@ def counted(settings: dict, device: str) -> int:
     sys.path.insert(0, str(ROOT))
     from transformers import AutoConfig
 
-    from sft import memory
+    from sft.preview import memory
 
     config = AutoConfig.for_model(settings["family"], **settings["config"])
     rows, length = settings["rows"], settings["max_length"]

@@ -87,8 +87,8 @@ def main() -> None:
 
 def print_table() -> None:
     """GiB on each GPU: one packed row of 2,048 tokens, gradient checkpointing, 8 updates accumulated, bf16."""
-    from sft import memory
-    from tests.test_memory import PUBLISHED, shape_of
+    from sft.preview import memory
+    from tests.preview.test_memory import PUBLISHED, shape_of
 
     plans = [
         memory.Plan(),
@@ -118,9 +118,9 @@ def measure(name: str, rows: int, length: int, how: str, accumulation: int) -> N
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from sft import memory
     from sft.model.load import attention, loss
     from sft.model.load import load as models
+    from sft.preview import memory
 
     checkpointing, half, lora, padded = (word in how.split() for word in ("checkpointing", "bf16", "LoRA", "padded"))
     config = AutoConfig.for_model(**SHAPES[name], **SMALL)

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoTokenizer
 import train
 from sft.model.tiny import FAMILIES, sample_texts
 from tests.conftest import ROOT
-from tests.test_memory import PUBLISHED
+from tests.preview.test_memory import PUBLISHED
 
 RECIPES = sorted(path.name for path in (ROOT / "recipes").glob("*.sh"))
 KNOBS = ("MODEL", "DATA", "OUTPUT", "EPOCHS", "LEARNING_RATE", "MAX_LENGTH", "BATCH_SIZE", "ACCUMULATION")

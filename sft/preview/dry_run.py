@@ -21,7 +21,10 @@ from sft.dataset.dataset import EXPLAINED, LOST, WAYS, Examples, TrainingRows, l
 from sft.dataset.mixture import Mixture, mixture_table
 from sft.dataset.sampler import Updates
 from sft.format.render import Renderer, check_contract
-from sft.memory import (
+from sft.model import load as models
+from sft.opendata.build import EVAL
+from sft.opendata.conversation import read_conversations, split_suffix
+from sft.preview.memory import (
     FULL,
     LORA,
     ONE,
@@ -43,10 +46,7 @@ from sft.memory import (
     plan_table,
     read_shape,
 )
-from sft.model import load as models
-from sft.opendata.build import EVAL
-from sft.opendata.conversation import read_conversations, split_suffix
-from sft.preflight import paint, stretches
+from sft.preview.preflight import paint, stretches
 
 
 @dataclass

@@ -10,8 +10,8 @@ import pytest
 
 import train
 from sft.dataset.dataset import Examples
-from sft.dry_run import Report, describe_schedule, histogram
 from sft.format.render import IGNORE_INDEX
+from sft.preview.dry_run import Report, describe_schedule, histogram
 
 
 def write(path, questions, source="made up", answer="It is <b>{}</b>."):

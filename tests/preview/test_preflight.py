@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sft.format.render import Renderer
-from sft.preflight import check_deepspeed_config, deepspeed_config, paint
+from sft.preview.preflight import check_deepspeed_config, deepspeed_config, paint
 from tests.conftest import ROOT
 
 

@@ -3,8 +3,8 @@
 import pytest
 from transformers import AutoConfig
 
-from sft import memory
-from sft.memory import FULL, GIB, LORA, ONE, QLORA, ZERO2, ZERO3, Plan, Step
+from sft.preview import memory
+from sft.preview.memory import FULL, GIB, LORA, ONE, QLORA, ZERO2, ZERO3, Plan, Step
 
 BLOOM = {"vocab_size": 250_880, "tie_word_embeddings": True}
 FALCON = {"new_decoder_architecture": False, "max_position_embeddings": 2048, "tie_word_embeddings": True}

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 import train
-from sft import probe
 from sft.dataset.dataset import Examples, TrainingRows
 from sft.dataset.packing import Rows
-from sft.dry_run import Report, heaviest_rows
-from tests.test_dry_run import dry_run, set_up  # noqa: F401 (a fixture)
+from sft.preview import measure as probe
+from sft.preview.dry_run import Report, heaviest_rows
+from tests.preview.test_dry_run import dry_run, set_up  # noqa: F401 (a fixture)
 from tests.test_launchers import sh
 
 

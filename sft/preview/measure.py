@@ -17,8 +17,8 @@ import torch
 from transformers import TrainerCallback
 
 from sft.dataset.dataset import TrainingRows
-from sft.dry_run import Report, Section
-from sft.memory import gib
+from sft.preview.dry_run import Report, Section
+from sft.preview.memory import gib
 
 WARM_UP = 2
 # mallopt's numbers (glibc's malloc.h) and what a probe sets them to while it looks at the memory: freed blocks go back

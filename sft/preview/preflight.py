@@ -10,8 +10,8 @@ import numpy as np
 from sft.checkpoint.save import check_output_dir, incomplete
 from sft.dataset.dataset import find_files
 from sft.format.render import FORMAT_NAMES, IGNORE_INDEX
-from sft.memory import parse_gpu
 from sft.model.load import check_dtype, check_model_path
+from sft.preview.memory import parse_gpu
 
 # What a DeepSpeed file and a flag of train.py both say.
 DEEPSPEED_FLAGS = {
