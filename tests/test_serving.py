@@ -13,12 +13,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sft import gguf
 from sft.chat.reply import GREEDY, load_chat
-from sft.export import to_gguf
+from sft.export import gguf
+from sft.export.command import to_gguf
 from sft.format.render import Renderer
 from sft.model.load import load_model, load_tokenizer, set_generation_config
-from tests.test_export import CONVERTERS, needs_llama_cpp
+from tests.export.test_command import CONVERTERS, needs_llama_cpp
 
 pytestmark = pytest.mark.slow
 

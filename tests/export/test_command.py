@@ -7,9 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sft import export, gguf
 from sft.chat.reply import load_chat
-from sft.export import export_merged, export_modelfile, export_tokenizer, main, to_gguf
+from sft.export import command as export
+from sft.export import gguf
+from sft.export.command import export_merged, export_modelfile, export_tokenizer, main, to_gguf
 from sft.format.render import Renderer
 from sft.model.load import add_lora, load_model, load_tokenizer, set_generation_config
 from sft.model.tiny import FAMILIES

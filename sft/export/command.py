@@ -22,10 +22,10 @@ from pathlib import Path
 
 from sft.chat.reply import Chat, load_chat
 from sft.checkpoint.save import saved_shapes, verify_saved
+from sft.export.gguf import MIN_AGREEMENT, TEXTS, compare, make_gguf
+from sft.export.modelfile import modelfile
 from sft.format.render import Renderer
-from sft.gguf import MIN_AGREEMENT, TEXTS, compare, make_gguf
 from sft.model.load import check_model_path, load_config, load_tokenizer, set_generation_config
-from sft.modelfile import modelfile
 
 # Largest difference of logits that rounding explains when fp32 weights are added up in another order.
 TOLERANCE = 1e-3
@@ -195,7 +195,3 @@ def main(arguments: list[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         sys.exit(f"sft.export: {error}")
     print(f"wrote {options.output_dir}: {found}")
-
-
-if __name__ == "__main__":
-    main()
