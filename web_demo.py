@@ -32,9 +32,9 @@ from starlette.middleware import Middleware
 from sft.chat.batching import MAX_ACTIVE, MAX_CACHED, BusyError, Sampling
 from sft.chat.reply import Chat, Reply, load_chat, newest_run
 from sft.format.render import FORMAT_NAMES
-from sft.gate import REQUESTS_PER_MINUTE, Gate, Limits, knows, read_logins
 from sft.model.load import check_model_path
-from sft.remote import JOINER, Remote, RemoteError, RemoteReply
+from sft.web.remote import JOINER, Remote, RemoteError, RemoteReply
+from sft.web.security import REQUESTS_PER_MINUTE, Gate, Limits, knows, read_logins
 
 RUNS = Path(__file__).resolve().parent / "runs"
 MAX_MESSAGE = 8_000  # characters of a message or of the system prompt

@@ -10,9 +10,9 @@ from contextlib import closing
 import pytest
 
 import web_demo
-from sft import gate
 from sft.chat.batching import Sampling
 from sft.chat.reply import Reply, load_chat
+from sft.web import security as gate
 from web_demo import Handlers, Local
 
 pytestmark = pytest.mark.slow

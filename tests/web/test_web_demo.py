@@ -19,10 +19,10 @@ import httpx
 import pytest
 
 import web_demo
-from sft import gate
 from sft.chat.batching import Sampling
 from sft.chat.reply import GREEDY, load_chat, newest_run
 from sft.opendata import build as opendata
+from sft.web import security as gate
 from web_demo import Handlers, Local, Turn, answered, check, to_messages, to_page
 
 ROOT = Path(web_demo.__file__).parent

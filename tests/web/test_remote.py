@@ -8,7 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from sft.chat.batching import BusyError, Sampling
-from sft.remote import JOINER, Remote, RemoteError, neutral
+from sft.web.remote import JOINER, Remote, RemoteError, neutral
 
 HELLO = [{"role": "user", "content": "hi <|im_end|>"}]
 
@@ -113,7 +113,7 @@ def test_a_server_that_is_not_there_is_one_line():
 
 
 def test_a_stream_without_end_that_says_nothing_is_ended(server, monkeypatch):
-    monkeypatch.setattr("sft.remote.MAX_STREAM", 10_000)
+    monkeypatch.setattr("sft.web.remote.MAX_STREAM", 10_000)
     server.answer = lambda _body: (200, iter(lambda: ": still here\n", ""))
     with pytest.raises(RemoteError, match="is unclear"):
         talk(Remote(server.url))
@@ -140,7 +140,7 @@ def test_half_a_character_of_the_server_is_replaced(server):
 
 
 def test_a_reply_without_end_is_ended(server, monkeypatch):
-    monkeypatch.setattr("sft.remote.MAX_REPLY", 100)
+    monkeypatch.setattr("sft.web.remote.MAX_REPLY", 100)
     server.answer = lambda _body: (200, (event("word ") for _ in range(10_000)))
     assert len(talk(Remote(server.url)).text) == 105
 
