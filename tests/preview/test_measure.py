@@ -11,8 +11,8 @@ from sft.dataset.dataset import Examples, TrainingRows
 from sft.dataset.packing import Rows
 from sft.preview import measure as probe
 from sft.preview.dry_run import Report, heaviest_rows
+from tests.e2e.test_launchers import sh
 from tests.preview.test_dry_run import dry_run, set_up  # noqa: F401 (a fixture)
-from tests.test_launchers import sh
 
 
 def test_the_heaviest_rows_come_twice_then_the_runs_own():

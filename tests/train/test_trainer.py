@@ -9,7 +9,7 @@ import torch
 
 from sft.dataset.dataset import ORIGIN
 from sft.train.trainer import MOST_SOURCES, facts_of_rows, group_sources
-from tests.test_launchers import sh
+from tests.e2e.test_launchers import sh
 
 
 def examples(*numbers: int):
