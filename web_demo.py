@@ -239,7 +239,7 @@ def to_record(messages: list[dict]) -> dict:
 
 
 class LocalReply:
-    """A reply that sft.batching is making."""
+    """A reply that sft.chat.batching is making."""
 
     def __init__(self, chat: Chat, request):
         self.chat, self.request, self.cancel = chat, request, request.cancel

@@ -1,4 +1,4 @@
-"""Is the arithmetic of sft.memory what a step really takes? Peak resident memory of real steps beside it, on a CPU.
+"""Is the arithmetic of sft.preview.memory what a step takes? Peak resident memory of real steps beside it, on a CPU.
 
     python benchmarks/memory_check.py [qwen2 "one kv head" ...]
     python benchmarks/memory_check.py --table          # the README's table, from public configs; nothing is measured
@@ -118,8 +118,8 @@ def measure(name: str, rows: int, length: int, how: str, accumulation: int) -> N
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from sft.model.load import attention, loss
-    from sft.model.load import load as models
+    from sft.model import attention, loss
+    from sft.model import load as models
     from sft.preview import memory
 
     checkpointing, half, lora, padded = (word in how.split() for word in ("checkpointing", "bf16", "LoRA", "padded"))

@@ -121,7 +121,7 @@ def test_the_readmes_tree_is_the_tree(name):
         listed.add((folder + name_).rstrip("/"))
         if not found.group(1):
             folder = name_ if name_.endswith("/") else ""
-    there = {path.split("/")[0] for path in tracked()}
+    there = {path.split("/")[0] for path in tracked()} | {f"sft/{folder}" for folder in FOLDERS}
     there -= {".gitignore", ".gitattributes", ".ci"}
     missing = {path for path in there if path not in listed and path.rstrip("/") not in listed}
     assert missing == set()

@@ -99,7 +99,7 @@ class Chat:
                 yield key, self.to_reply(request.ids)
 
     def reply_with_pieces(self, messages: Sequence[dict], sampling: Sampling = BLOSSOM) -> tuple[Reply, list[Piece]]:
-        """Reply, and say how sure the model was of each token; see `sft.certainty`."""
+        """Reply, and say how sure the model was of each token; see `sft.chat.token_probabilities`."""
         decoder, prompt = self._decoder(), self.prompt_ids(messages)
         request = decoder.add(prompt, sampling)
         decoder.run()
@@ -269,7 +269,7 @@ def reply_to_file(
     """Answer every conversation of a JSON file (any raw form; a trailing reply in it is ignored); return how many.
 
     Writes JSON Lines of {"messages": [..., reply], "ended", "num_tokens"} in the order of the questions. The answers so
-    far stay in OUTPUT.partial, from which the same call goes on; see `sft.answers`.
+    far stay in OUTPUT.partial, from which the same call goes on; see `sft.chat.answer_file`.
     """
     from tqdm import tqdm
 

@@ -1,0 +1,1 @@
+"""The quick check, judged suites and exams."""

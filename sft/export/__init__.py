@@ -1,0 +1,1 @@
+"""Merged weights, GGUF and Modelfile of a checkpoint."""

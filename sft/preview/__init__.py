@@ -1,0 +1,1 @@
+"""A run shown before it starts: dry run, memory, measured steps."""

@@ -193,8 +193,8 @@ def _trace(shape: Shape, layers: int, step: Step, lora: bool, spread: bool) -> t
 
 
 def _shallow_model(shape: Shape, layers: int, dtype, step: Step, lora: bool):
-    from sft.model.load import attention
-    from sft.model.load import load as models
+    from sft.model import attention
+    from sft.model import load as models
 
     config = copy.deepcopy(shape.config)
     text = config.get_text_config()
@@ -234,7 +234,7 @@ def _as_on(step: Step) -> Iterator[None]:
     import torch
     from torch.nn.functional import scaled_dot_product_attention
 
-    from sft.model.load import attention
+    from sft.model import attention
 
     def fused(query, key, value, documents, *, scale, dropout=0.0, alibi=None):
         states = [state.to(value.dtype).transpose(0, 1)[None] for state in (query, key, value)]
@@ -366,7 +366,7 @@ def _states_of_one(shape: Shape, step: Step, plan: Plan, trained: int) -> tuple[
 
 
 def loss_part(shape: Shape, step: Step, plan: Plan) -> Part:
-    """What the loss in chunks needs (sft.loss): a chunk of logits, the head's gradient, the states' gradient."""
+    """What the loss in chunks needs (sft.model.loss): a chunk of logits, the head's gradient, the states' gradient."""
     from sft.model.loss import CHUNK_BYTES, CHUNK_ROWS
 
     compute, kept = 2 if step.half else 4, 2 if step.half and (plan.launcher != ONE or plan.method != FULL) else 4

@@ -1,6 +1,6 @@
 """transformers' Trainer with what a long run needs: sealed checkpoints, an exact way back, a stop that loses nothing.
 
-Stops at a loss or gradient that is not finite before it reaches the weights, and takes its rows from `sft.sampler`.
+Stops at a loss or gradient that is not finite before it reaches the weights; takes its rows from `sft.dataset.sampler`.
 """
 
 import json

@@ -1,0 +1,1 @@
+"""The chat page: request filter and models behind a server."""
