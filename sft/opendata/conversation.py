@@ -16,7 +16,7 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, BinaryIO, NamedTuple, NotRequired, TypedDict
+from typing import Any, BinaryIO, Literal, NamedTuple, NotRequired, TypedDict
 
 # The largest record in characters (up to 64 MiB in UTF-8), and how much of a broken stretch is kept as its raw text.
 MAX_RECORD = 16 << 20
@@ -53,18 +53,63 @@ PAIRS = (
 NO_INPUT = {"", "<noinput>", "<no input>", "noinput", "no input", "n/a", "none", "null", "nan", "无", "无输入"}
 
 
+class Function(TypedDict):
+    """The function of a call; `arguments` is an object, never JSON text."""
+
+    name: str
+    arguments: dict[str, Any]
+
+
+class ToolCall(TypedDict):
+    """One call in an assistant message."""
+
+    id: NotRequired[str]
+    type: Literal["function"]
+    function: Function
+
+
+class FunctionDefinition(TypedDict):
+    """A function that the model may call; `parameters` is a JSON schema."""
+
+    name: str
+    description: NotRequired[str]
+    parameters: NotRequired[dict[str, Any]]
+
+
+class Tool(TypedDict):
+    """A tool definition of a conversation."""
+
+    type: Literal["function"]
+    function: FunctionDefinition
+
+
 class Message(TypedDict):
+    """A message. Role is system, user, assistant or tool; keys that don't apply to the role are absent.
+
+    assistant: `content` may be "" beside `tool_calls`; `train` is absent (trained) or False.
+    tool: `content` is the result of the call `tool_call_id`, or of the next call without a result if that is absent.
+    """
+
     role: str
     content: str
+    reasoning_content: NotRequired[str]
+    tool_calls: NotRequired[list[ToolCall]]
+    tool_call_id: NotRequired[str]
+    name: NotRequired[str]
     train: NotRequired[bool]
 
 
 class Conversation(TypedDict):
-    """The canonical record: maybe a system message, then user and assistant take turns; the last word is a reply."""
+    """The canonical record: maybe a system message, then user and assistant take turns; the last turn is a reply.
+
+    The results of a reply's calls, one tool message each, come between it and the next reply. `tools` are the
+    definitions offered, absent where there are none.
+    """
 
     id: str
     source: str
     messages: list[Message]
+    tools: NotRequired[list[Tool]]
 
 
 class RecordError(ValueError):
