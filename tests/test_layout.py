@@ -11,6 +11,7 @@ from tests.conftest import ROOT
 
 # In the order of the flow; a folder imports only from itself and from those before it.
 ORDER = [
+    "files",
     "opendata",
     "format",
     "dataset",
