@@ -18,8 +18,8 @@ torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from sft.model.tiny import FAMILIES, build_tiny  # noqa: E402
 from tests.endpoint_server import Server  # noqa: E402
+from tests.families import FAMILIES, build_tiny  # noqa: E402
 
 
 @pytest.fixture(scope="session")

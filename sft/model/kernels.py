@@ -1,0 +1,172 @@
+"""Attention inside each document of a packed row: one sdpa call each, variable-length kernels, or flex attention."""
+
+import functools
+import inspect
+import math
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+BLOCK_TOKENS = 128  # on a side of the blocks that flex attention computes or skips
+HALF_DTYPES = (torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Where the documents of a batch lie, its rows laid end to end; read once per batch, passed from layer to layer.
+
+    Two rows of positions [0 1 2 0 1] and [0 1 0 1 0]: lengths [3, 2, 2, 2, 1], edges [0 3 5 7 9 10].
+    """
+
+    edges: torch.Tensor  # (documents + 1,) int32, on the device of the batch
+    lengths: list[int]
+    window: int | None = None  # tokens that a token sees, itself among them
+    made: dict = field(default_factory=dict)  # masks that the first layer made for the others
+    ndim: ClassVar[int] = 1  # falcon asks its mask
+
+
+def read_documents(position_ids: torch.Tensor, num_rows: int) -> Documents:
+    """Find the documents of `position_ids` (rows or 1, length): each row and each jump begins one."""
+    positions = position_ids.expand(num_rows, -1)
+    begins = torch.ones_like(positions, dtype=torch.bool)
+    begins[:, 1:] = positions.diff() != 1
+    edges = torch.nn.functional.pad(begins.flatten().nonzero().flatten(), (0, 1), value=positions.numel())
+    return Documents(edges.to(torch.int32), edges.diff().tolist())
+
+
+@torch.compiler.disable
+def attend(query, key, value, documents: Documents, *, scale, dropout: float = 0.0, alibi=None) -> torch.Tensor:
+    """Causal attention inside each document; query (tokens, heads, head size), key and value of as many heads or fewer.
+
+    `alibi` (heads, positions) is added to the scores by the key's position in its document.
+    """
+    query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast, rotary embeddings leave them in fp32
+    if value.device.type != "cuda" or dropout:
+        return attend_one_by_one(query, key, value, documents, scale=scale, dropout=dropout, alibi=alibi)
+    if alibi is not None:
+        return attend_flex(query, key, value, documents, scale=scale, alibi=alibi)
+    if value.dtype in HALF_DTYPES:
+        return attend_varlen(query, key, value, documents, scale=scale)
+    return attend_one_by_one(query, key, value, documents, scale=scale)
+
+
+def attend_one_by_one(query, key, value, documents: Documents, *, scale, dropout: float = 0.0, alibi=None):
+    """One sdpa call per document: the fastest exact way on a CPU, and the one that runs everywhere."""
+    outputs = []
+    for states in zip(*(states.split(documents.lengths) for states in (query, key, value)), strict=True):
+        mask = _one_mask(documents, len(states[0]), alibi, query)
+        output = scaled_dot_product_attention(
+            *(state.transpose(0, 1)[None] for state in states),
+            attn_mask=mask,
+            dropout_p=dropout,
+            is_causal=mask is None,
+            scale=scale,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+        outputs.append(output[0].transpose(0, 1))
+    return torch.cat(outputs)
+
+
+def _one_mask(documents: Documents, length: int, alibi, like: torch.Tensor) -> torch.Tensor | None:
+    """The additive mask (1, heads or 1, length, length) of a document, or None where plain causal attention does."""
+    window = documents.window or length
+    if alibi is None and window >= length:
+        return None
+    if (length, window) not in documents.made:
+        mask = torch.zeros(1, 1, 1, device=like.device)
+        if alibi is not None:
+            # Relative to the query: the same softmax, and near keys keep their precision in bf16.
+            mask = (alibi[:, None, :length] - alibi[:, :length, None]).float()
+        seen = torch.ones(length, length, dtype=torch.bool, device=like.device).tril().triu(1 - window)
+        documents.made[length, window] = mask.masked_fill(~seen, -math.inf)[None].to(like.dtype)
+    return documents.made[length, window]
+
+
+def attend_varlen(query, key, value, documents: Documents, *, scale):
+    """FlashAttention's variable-length kernel: of flash-attn where it is installed, else torch's own build of it."""
+    kernel, is_torch = _varlen_kernel()
+    window = (-1 if documents.window is None else documents.window - 1, 0)
+    options = {"scale" if is_torch else "softmax_scale": scale, "window_size": window}
+    if not is_torch:
+        options["causal"] = True
+    elif query.shape[1] != key.shape[1]:
+        if "enable_gqa" in inspect.signature(kernel).parameters:
+            options["enable_gqa"] = True
+        else:  # torch 2.11
+            groups = query.shape[1] // key.shape[1]
+            key, value = (states.repeat_interleave(groups, dim=1) for states in (key, value))
+    edges, longest = documents.edges, max(documents.lengths)
+    output = kernel(query, key, value, edges, edges, longest, longest, **options)
+    return output[0] if isinstance(output, tuple) else output
+
+
+@functools.cache
+def _varlen_kernel():
+    for package in ("flash_attn_interface", "flash_attn"):
+        try:
+            return __import__(package).flash_attn_varlen_func, False
+        except (ImportError, AttributeError):
+            continue
+    from torch.nn.attention.varlen import varlen_attn
+
+    return varlen_attn, True
+
+
+def attend_flex(query, key, value, documents: Documents, *, scale, alibi):
+    """flex_attention with the bias and the documents computed on the fly: no (length x length) tensor."""
+    assert documents.window is None, "no family has both ALiBi and a sliding window"
+    if "flex" not in documents.made:
+        documents.made["flex"] = _block_mask(documents)
+    block_mask, position = documents.made["flex"]
+    alibi = alibi.float()
+
+    def add_alibi(score, batch, head, query_index, key_index):
+        return score + (alibi[head, position[key_index]] - alibi[head, position[query_index]])
+
+    output = _flex_kernel(query.device.type)(
+        *(states.transpose(0, 1)[None] for states in (query, key, value)),
+        score_mod=add_alibi,
+        block_mask=block_mask,
+        scale=scale,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return output[0].transpose(0, 1)
+
+
+@functools.cache
+def _flex_kernel(device: str):
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention) if device == "cuda" else flex_attention
+
+
+def _block_mask(documents: Documents):
+    """Return (the block mask of the documents, each token's position), from block edges alone, no token pair looked at.
+
+    Documents lie in order, so a block of keys matters to a later block of queries if its last document is not over
+    before that begins, and needs no look at its tokens if the first document of the one is the last of the other.
+    """
+    from torch.nn.attention.flex_attention import BlockMask
+
+    edges = documents.edges.long()
+    total = sum(documents.lengths)
+    token = torch.arange(total, device=edges.device)
+    document = torch.bucketize(token, edges[1:], right=True)
+    first, last = document[::BLOCK_TOKENS], document[(token[::BLOCK_TOKENS] + BLOCK_TOKENS - 1).clamp(max=total - 1)]
+    earlier = torch.ones(len(first), len(first), dtype=torch.bool, device=edges.device).tril(-1)
+    whole = earlier & (first[None, :] == last[:, None])
+    some = ((last[None, :] >= first[:, None]) & earlier | torch.eye(len(first), device=edges.device).bool()) & ~whole
+
+    def same_document(batch, head, query_index, key_index):
+        return (document[query_index] == document[key_index]) & (query_index >= key_index)
+
+    blocks = []
+    for mask in (some, whole):
+        blocks.append(mask.sum(-1, dtype=torch.int32)[None, None])
+        blocks.append(mask.int().argsort(dim=-1, descending=True, stable=True).int()[None, None])
+    mask = BlockMask.from_kv_blocks(
+        *blocks, BLOCK_SIZE=BLOCK_TOKENS, mask_mod=same_document, seq_lengths=(total, total)
+    )
+    return mask, token - edges[document]
