@@ -10,7 +10,6 @@ the same bytes.
 
 import argparse
 import contextlib
-import fcntl
 import functools
 import hashlib
 import heapq
@@ -34,8 +33,10 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from itertools import pairwise
 from multiprocessing import parent_process
+from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from sft.files import lock_stream, move_files, open_whole, sync_folder
 from sft.opendata.conversation import (
     EXTENSIONS,
     NOT_DATA,
@@ -603,8 +604,6 @@ class _Writer:
         self.num_bytes += len(data)
 
     def close(self) -> dict[str, Any]:
-        self.file.flush()
-        os.fsync(self.file.fileno())
         self.file.close()
         return {"records": self.num_records, "bytes": self.num_bytes, "sha256": self.sha256.hexdigest()}
 
@@ -726,10 +725,7 @@ def _staging(output: str) -> Iterator[str]:
     except OSError as error:
         raise ValueError(f"{output}: can't be written to ({error.strerror}); choose another --output") from error
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ValueError(f"{output}: another run is writing there; wait, or choose another --output") from error
+        lock_stream(lock, f"{output}: another run is writing there; wait, or choose another --output")
         try:
             yield folder
         finally:
@@ -747,25 +743,15 @@ def _move_into_place(folder: str, targets: dict[str, str], ledger: str) -> None:
 
     The ledger may go to another disk, so it is written there first: if that disk is full, nothing has been replaced.
     """
-    parent, name = os.path.split(os.path.abspath(targets[LEDGER]))
-    draft = os.path.join(parent, f".{name}.tmp")
     try:
-        os.makedirs(parent, exist_ok=True)
-        with open(draft, "w", encoding="utf-8") as file:
-            file.write(ledger)
-            file.flush()
-            os.fsync(file.fileno())
-        for kept in (TRAIN, EVAL, REJECTS):
-            os.replace(os.path.join(folder, kept), targets[kept])
-        os.replace(draft, targets[LEDGER])
+        os.makedirs(os.path.dirname(os.path.abspath(targets[LEDGER])), exist_ok=True)
+        with open_whole(targets[LEDGER]) as stream:
+            stream.write(ledger)
+            stream.flush()
+            move_files(Path(folder), Path(targets[TRAIN]).parent, (TRAIN, EVAL, REJECTS))
     except OSError as error:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(draft)
         raise OSError(error.errno, error.strerror, error.filename or targets[LEDGER]) from error
-    for path in {os.path.dirname(folder), parent}:
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+    sync_folder(Path(targets[LEDGER]).parent)
 
 
 def _run(

@@ -648,7 +648,7 @@ def test_the_ledger_is_written_on_its_disk_before_any_file_is_replaced(tmp_path,
     report, replace, drafted = tmp_path / "elsewhere" / "ledger.json", os.replace, []
 
     def watch(source, target):
-        drafted.append((report.parent / ".ledger.json.tmp").exists())
+        drafted.append(bool(list(report.parent.glob(".ledger.json.*.partial"))))
         replace(source, target)
 
     monkeypatch.setattr(opendata.os, "replace", watch)
