@@ -83,10 +83,9 @@ def write_text(path: str | Path, text: str) -> None:
         stream.write(text)
 
 
-def write_json(path: str | Path, value: object, **options) -> None:
-    """Replace a file by `value` as JSON; `options` are those of `json.dump`."""
-    with open_whole(path) as stream:
-        json.dump(value, stream, **options)
+def write_json(path: str | Path, value: object, *, ensure_ascii: bool = False) -> None:
+    """Replace a file by `value` as JSON; with `ensure_ascii`, halves of surrogate pairs can be read back."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=ensure_ascii) + "\n")
 
 
 @contextlib.contextmanager

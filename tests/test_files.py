@@ -22,11 +22,11 @@ def finished_process() -> dict:
 
 def test_a_file_is_replaced_only_by_a_whole_one(tmp_path):
     path = tmp_path / "a.json"
-    files.write_json(path, {"n": 1}, indent=1)
+    files.write_json(path, {"新": 1})
     with pytest.raises(ZeroDivisionError), files.open_whole(path) as stream:
         stream.write("half")
         1 / 0  # noqa: B018
-    assert path.read_text() == '{\n "n": 1\n}'
+    assert path.read_text() == '{\n  "新": 1\n}\n'
     assert os.listdir(tmp_path) == ["a.json"]
     files.write_text(path, "surrogate \ud800")
     assert path.read_text() == "surrogate ?"

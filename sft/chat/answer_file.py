@@ -9,13 +9,12 @@ A run that was killed goes on with the same command: only a last line that was c
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+from sft.files import LineLog, open_whole
 from sft.opendata.conversation import SYSTEM_KEYS, RecordError, read_file, read_record, validate
 
 ASKING, ANSWERING = (
@@ -83,72 +82,46 @@ class Partial:
 
     def __init__(self, path: str | Path, belongs_to: dict):
         self.path, self.places = Path(path), {}  # position -> where its line starts
-        self._file = open(self.path, "ab")  # noqa: SIM115  close() is ours
+        busy = f"{path}: another process is writing it; wait, or name another output"
+        self._log = LineLog(path, busy=busy)
         try:
-            self._lock()
             self._read(belongs_to)
         except BaseException:
-            self._file.close()
+            self._log.close()
             raise
-
-    def _lock(self) -> None:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{self.path}: another process is writing it; wait, or name another output") from None
-        except OSError:  # some network file systems have no locks
-            pass
 
     def _read(self, belongs_to: dict) -> None:
         header = _line({"answers_of": belongs_to})
-        end = 0
-        with open(self.path, "rb") as stream:
-            first = stream.readline()
-            if not header.startswith(first):
-                raise ValueError(_refusal(self.path, first, belongs_to))
-            if whole := first == header:
-                end = len(first)
-                for line in stream:
-                    if not line.endswith(b"\n"):
-                        break
-                    self._note(line, end)
-                    end += len(line)
-        os.ftruncate(self._file.fileno(), end)  # what was cut off
-        self._end = end
-        if not whole:
-            self._append(header)
+        first = self._log.read_first()
+        if not header.startswith(first):
+            raise ValueError(_refusal(self.path, first, belongs_to))
+        for offset, line in self._log.read():
+            if offset:
+                self._note(line, offset)
+        if first != header:
+            self._log.append(header, sync=False)
 
     def _note(self, line: bytes, place: int) -> None:
         with contextlib.suppress(ValueError, KeyError, TypeError):  # a damaged line is answered again
             self.places[json.loads(line)["position"]] = place
 
-    def _append(self, line: bytes) -> None:
-        self._file.write(line)
-        self._file.flush()
-        self._end += len(line)
-
     def keep(self, position: int, answer: dict) -> None:
-        """Write an answer down; it is there from now on, whatever becomes of this process."""
-        line, self.places[position] = _line({"position": position, **answer}), self._end
-        self._append(line)
+        """Append an answer; it survives the end of this process, however that comes."""
+        self.places[position] = self._log.append(_line({"position": position, **answer}), sync=False)
 
     def finish(self, output: str | Path, *, overwrite: bool) -> None:
-        """Write the answers in the order of the questions, move them to `output` and remove this file."""
-        whole = self.path.with_name(self.path.name + ".sorted")
-        with open(self.path, "rb") as lines, open(whole, "wb") as stream:
+        """Write the answers to `output` in the order of the questions, and remove this file."""
+        with open(self.path, "rb") as lines, open_whole(output, "wb") as stream:
             for position in sorted(self.places):
                 lines.seek(self.places[position])
                 answer = json.loads(lines.readline())
                 del answer["position"]
                 stream.write(_line(answer))
-            stream.flush()
-            os.fsync(stream.fileno())
-        check_output(output, overwrite=overwrite)
-        os.replace(whole, output)
+            check_output(output, overwrite=overwrite)
         self.path.unlink()
 
     def close(self) -> None:
-        self._file.close()
+        self._log.close()
 
 
 def check_output(output: str | Path, *, overwrite: bool) -> None:

@@ -1,13 +1,12 @@
 """Canonical or raw files -> tokenised examples, cached by content; and the account of every conversation."""
 
-import fcntl
+import contextlib
 import hashlib
 import itertools
 import json
 import mmap
 import os
 import re
-import shutil
 from array import array
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -19,6 +18,7 @@ from tqdm.auto import tqdm
 
 from sft.dataset import packing
 from sft.dataset.mixture import Mixture
+from sft.files import hold_lock, remove_abandoned, stage_folder, write_text
 from sft.format.render import IGNORE_INDEX, Renderer, Rows
 from sft.opendata.build import EVAL, TRAIN
 from sft.opendata.conversation import list_files, read_conversations, split_suffix
@@ -208,21 +208,15 @@ def prepare(
     """Read, render and label every conversation of `files`, once for the same content; return examples and ledger.
 
     The key covers the bytes of the files, the tokenizer, the chat format, `max_length` and this code, so nothing stale
-    can be read. One process builds, others on the machine wait for it. The ledger counts for each file `in` = `kept` +
-    each way to be lost, and among the kept those that lost turns or were cut; `first` names the first place of each.
-    `sources` counts the same by the conversations' source; `source_names` are those that the examples' origins number.
+    can be read. One process builds, others that see the folder, on any machine, wait for it. The ledger counts for each
+    file `in` = `kept` + each way to be lost, and among the kept those that lost turns or were cut; `first` names the
+    first place of each. `sources` counts the same by the conversations' source; `source_names` are those that the
+    examples' origins number.
     """
     key = _cache_key(files, renderer, f"{max_length} {encoding}")
     folder = Path(cache_dir).expanduser() / key
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(folder.with_suffix(".lock"), "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say("waiting for another process that tokenises the same data")
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        if not folder.exists():
-            _build(files, renderer, folder, max_length=max_length, encoding=encoding, say=say)
+    if not folder.exists():
+        _build_once(files, renderer, folder, max_length=max_length, encoding=encoding, say=say)
     ledger = json.loads((folder / "ledger.json").read_text(encoding="utf-8"))
     starts, origins = np.load(folder / "starts.npy"), np.load(folder / "origins.npy")
     kinds = (("input_ids", "<i4"), ("in_loss", "?"))
@@ -241,12 +235,35 @@ def _cache_key(files: Sequence[str], renderer: Renderer, settings: str) -> str:
     return hashlib.sha256(b"".join([json.dumps(parts).encode(), *code])).hexdigest()[:32]
 
 
+def _build_once(files: Sequence[str], renderer: Renderer, folder: Path, *, say: Callable, **settings) -> None:
+    """Build the cache, or wait for the process that does; ValueError with its reason when that one failed."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    failure, waited_for = folder.with_suffix(".failed"), []
+
+    def wait_for(holder: dict) -> None:
+        waited_for.append(holder)
+        say(f"waiting for process {holder.get('pid')} on {holder.get('host')}, which tokenises the same data")
+
+    with hold_lock(folder.with_suffix(".lock"), on_wait=wait_for):
+        if folder.name in os.listdir(folder.parent):  # a listing is new, where a network file system caches names
+            return
+        if waited_for and failure.is_file():
+            raise ValueError(failure.read_text(encoding="utf-8"))
+        failure.unlink(missing_ok=True)
+        remove_abandoned(folder)
+        try:
+            _build(files, renderer, folder, say=say, **settings)
+        except (ValueError, OSError) as error:
+            if folder.exists():  # frozen for so long that another process took over, and was faster
+                return
+            with contextlib.suppress(OSError):
+                write_text(failure, str(error))
+            raise
+
+
 def _build(files: Sequence[str], renderer: Renderer, folder: Path, *, max_length: int, encoding: str, say) -> None:
-    """Tokenise into a folder beside, and move it into place; once more without the fast encoder if that was wrong."""
-    staged = folder.with_name(f".{folder.name}.{os.getpid()}")
-    shutil.rmtree(staged, ignore_errors=True)
-    staged.mkdir()
-    try:
+    """Tokenise into a folder beside, and rename it; once more without the fast encoder if that was wrong."""
+    with stage_folder(folder) as staged:
         first = next(batches((item[-1] for item in _readable(files, _new_ledger(files, 0), encoding)), PROOF_SIZE), [])
         if files:
             encoder = renderer.use_bulk_encoder(first, sum(map(os.path.getsize, files)))
@@ -257,9 +274,6 @@ def _build(files: Sequence[str], renderer: Renderer, folder: Path, *, max_length
             say(f"{renderer.encoder} gives other ids at {error}; starting again without it")
             renderer.use_slow_encoder()
             _write(files, renderer, staged, max_length=max_length, encoding=encoding)
-        os.rename(staged, folder)
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
 
 
 class DifferentIds(Exception):

@@ -23,9 +23,10 @@ from sft.evaluate import judge, quick
 from sft.evaluate.endpoint import Calls, Endpoint, api_key, check_url, read_calls
 from sft.evaluate.overlap import find_overlap, overlap_lines
 from sft.evaluate.protocols import Suite, align_bench, belle, mt_bench, read_winner
+from sft.files import write_json, write_text
 from sft.format.render import FORMAT_NAMES
 from sft.model.load import load_tokenizer
-from sft.report.run_page import cell, write_json, write_text
+from sft.report.run_page import cell
 
 RESULTS, TABLES, ANSWERS, CALLS = "results.json", "results.md", "answers.jsonl", "calls.jsonl"
 SETTINGS = "evaluation.json"

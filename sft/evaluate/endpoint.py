@@ -6,7 +6,6 @@ last line that a kill has cut is left out, so whatever stopped the work, the sam
 
 import datetime
 import email.utils
-import fcntl
 import hashlib
 import json
 import os
@@ -21,6 +20,8 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import httpx
+
+from sft.files import LineLog
 
 MAX_BYTES = 16 << 20  # of a response
 MAX_WAIT, LONGEST_RETRY_AFTER = 60.0, 900.0  # seconds
@@ -41,31 +42,17 @@ class Calls:
     """What was asked and answered, by hash, in a file that survives a kill at any byte."""
 
     def __init__(self, path: Path):
-        self.path, self._lock = Path(path), threading.Lock()
+        self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._stream = open(self.path, "ab+")  # noqa: SIM115 - held as long as the evaluation
-        try:
-            fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{path}: another evaluation is writing into it; wait for it, or stop it") from None
+        self._log = LineLog(path, busy=f"{path}: another evaluation is writing into it; wait for it, or stop it")
         self.found = read_calls(self.path)
-        self._stream.seek(0, os.SEEK_END)
-        if size := self._stream.tell():
-            self._stream.seek(size - 1)
-            if self._stream.read(1) != b"\n":
-                self._stream.write(b"\n")
-                self._stream.flush()
 
     def close(self) -> None:
-        self._stream.close()
+        self._log.close()
 
     def keep(self, key: str, asked: dict, answer: dict) -> None:
-        line = json.dumps({"key": key, "asked": asked, "answer": answer}) + "\n"
-        with self._lock:
-            self._stream.write(line.encode())
-            self._stream.flush()
-            os.fsync(self._stream.fileno())
-            self.found[key] = answer
+        self._log.append(json.dumps({"key": key, "asked": asked, "answer": answer}).encode() + b"\n")
+        self.found[key] = answer
 
 
 def read_calls(path: Path) -> dict[str, dict]:
@@ -77,7 +64,7 @@ def read_calls(path: Path) -> dict[str, dict]:
         for line in stream:
             try:
                 call = json.loads(line)
-                if isinstance(call["answer"]["text"], str):
+                if line.endswith(b"\n") and isinstance(call["answer"]["text"], str):
                     found[call["key"]] = call["answer"]
             except (ValueError, KeyError, TypeError):
                 continue

@@ -14,7 +14,6 @@ import argparse
 import contextlib
 import json
 import os
-import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -24,6 +23,7 @@ from sft.chat.reply import Chat, load_chat
 from sft.checkpoint.save import saved_shapes, verify_saved
 from sft.export.gguf import MIN_AGREEMENT, TEXTS, compare, make_gguf
 from sft.export.modelfile import modelfile
+from sft.files import stage_folder
 from sft.format.render import Renderer
 from sft.model.load import check_model_path, load_config, load_tokenizer, set_generation_config
 
@@ -41,19 +41,8 @@ def new_folder(output_dir: str) -> Iterator[Path]:
     if os.path.lexists(target):
         raise ValueError(f"--output_dir {output_dir}: exists; name a new folder")
     target.parent.mkdir(parents=True, exist_ok=True)
-    staged = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
-    try:
+    with stage_folder(target) as staged:
         yield staged
-        staged.chmod(0o777 & ~_umask())
-        staged.rename(target)  # which fails where something has come to stand meanwhile, but for an empty folder
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def export_merged(model_path: str, output_dir: str, *, dtype: str = "float32", max_shard_size: str = "50GB") -> Path:

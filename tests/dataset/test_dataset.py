@@ -3,11 +3,15 @@
 import json
 import os
 import re
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from sft.dataset import dataset
 from sft.dataset.dataset import (
     BATCH_SIZE,
     Examples,
@@ -20,6 +24,7 @@ from sft.dataset.dataset import (
     prepare,
 )
 from sft.format.render import IGNORE_INDEX, Renderer
+from tests.conftest import ROOT
 
 
 @pytest.fixture(autouse=True)
@@ -178,6 +183,77 @@ def test_the_same_content_is_tokenised_once(tmp_path, renderer, cache):
     assert len(said) == 1
     assert ledger == again
     assert first[0]["input_ids"].tolist() == second[0]["input_ids"].tolist()
+
+
+@pytest.fixture
+def preparer(cache):
+    """A process that holds the lock of the one data set in preparation; ends when its input is closed."""
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom sft.files import hold_lock\n"
+        "with hold_lock(Path(sys.argv[1]), on_wait=print):\n    print('held', flush=True)\n    sys.stdin.read()\n"
+    )
+
+    def start(lock: Path) -> subprocess.Popen:
+        command, pipes = [sys.executable, "-c", code, str(lock)], {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        process = subprocess.Popen(command, cwd=ROOT, text=True, **pipes)
+        assert process.stdout.readline() == "held\n"
+        return process
+
+    return start
+
+
+def test_what_another_process_prepares_is_waited_for_and_not_made_again(tmp_path, renderer, cache, preparer):
+    file = write_lines(tmp_path / "a.json", [record("q", "a")])
+    prepare([file], renderer, max_length=64)
+    (folder,) = (path for path in cache.iterdir() if path.is_dir())
+    folder.rename(tmp_path / "made")
+    (cache / f".{folder.name}.dead.partial").mkdir()
+    other, said = preparer(folder.with_suffix(".lock")), []
+
+    def finish(text):
+        said.append(text)
+        (tmp_path / "made").rename(folder)
+        other.stdin.close()
+
+    examples, _ledger = prepare([file], renderer, max_length=64, say=finish)
+    assert len(examples) == 1
+    assert said == [f"waiting for process {other.pid} on {socket.gethostname()}, which tokenises the same data"]
+    other.wait()
+
+
+def test_the_reason_why_another_process_failed_is_raised_by_all_that_waited(tmp_path, renderer, cache, preparer):
+    file = write_lines(tmp_path / "a.json", [record("q", "a")])
+    prepare([file], renderer, max_length=64)
+    (folder,) = (path for path in cache.iterdir() if path.is_dir())
+    folder.rename(tmp_path / "away")
+    other = preparer(folder.with_suffix(".lock"))
+
+    def fail(_text):
+        folder.with_suffix(".failed").write_text("a.json line 7: broken")
+        other.stdin.close()
+
+    with pytest.raises(ValueError, match=r"a\.json line 7: broken"):
+        prepare([file], renderer, max_length=64, say=fail)
+    other.wait()
+    examples, _ledger = prepare([file], renderer, max_length=64)
+    assert len(examples) == 1, "the next run tries again"
+    assert [path for path in cache.iterdir() if not path.is_dir()] == []
+
+
+def test_a_failure_is_written_down_and_what_a_killed_process_left_is_removed(tmp_path, renderer, cache, monkeypatch):
+    file = write_lines(tmp_path / "a.json", [record("q", "a")])
+
+    def break_off(*_arguments, **_settings):
+        raise ValueError("a.json line 7: broken")
+
+    with monkeypatch.context() as patched, pytest.raises(ValueError, match="line 7"):
+        patched.setattr(dataset, "_write", break_off)
+        prepare([file], renderer, max_length=64)
+    (failure,) = cache.iterdir()
+    assert failure.read_text() == "a.json line 7: broken"
+    (cache / f".{failure.stem}.dead.partial").mkdir()
+    prepare([file], renderer, max_length=64)
+    assert [path.name for path in cache.iterdir()] == [failure.stem]
 
 
 def test_a_change_of_the_same_size_and_time_is_seen(tmp_path, renderer):
