@@ -29,8 +29,9 @@ from typing import NoReturn
 import gradio as gr
 from starlette.middleware import Middleware
 
-from sft.chat.batching import MAX_ACTIVE, MAX_CACHED, BusyError, Sampling
+from sft.chat.batching import MAX_ACTIVE, MAX_CACHED_TOKENS, BusyError
 from sft.chat.reply import Chat, Reply, load_chat, newest_run
+from sft.chat.sampling import Sampling
 from sft.format.render import FORMAT_NAMES
 from sft.model.load import check_model_path
 from sft.web.remote import JOINER, Remote, RemoteError, RemoteReply
@@ -39,7 +40,7 @@ from sft.web.security import REQUESTS_PER_MINUTE, Gate, Limits, knows, read_logi
 RUNS = Path(__file__).resolve().parent / "runs"
 MAX_MESSAGE = 8_000  # characters of a message or of the system prompt
 MAX_CONVERSATION = 32_000  # characters that a model is given, counted before anything is tokenised
-MAX_CONTEXT = MAX_CACHED // 4  # tokens that a model reads: no conversation may fill the batch that all share
+MAX_CONTEXT = MAX_CACHED_TOKENS // 4  # tokens that a model reads: no conversation may fill the batch that all share
 MAX_TURNS = 50
 MAX_WAITING = 20  # replies in the queue
 MAX_JOBS = 512  # of gradio's at a time: those whose reply is made or waits, and what the others' buttons do meanwhile
@@ -254,7 +255,7 @@ class LocalReply:
 
     @property
     def place(self) -> int:
-        return self.chat.decoder.place(self.request)
+        return self.chat.decoder.queue_position(self.request)
 
     def reply(self) -> Reply:
         done = self.request.done

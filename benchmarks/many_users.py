@@ -16,8 +16,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from sft.chat.batching import Sampling
 from sft.chat.reply import Chat, load_chat
+from sft.chat.sampling import Sampling
 from sft.model.tiny import build_tiny
 
 SHORT, LONG = 24, 800  # tokens

@@ -5,18 +5,10 @@ from sft.reexport import load_on_use
 __getattr__ = load_on_use(
     __name__,
     {
-        "reply": (
-            "BLOSSOM",
-            "GREEDY",
-            "Chat",
-            "Reply",
-            "Sampling",
-            "converse",
-            "find_model",
-            "load_base",
-            "load_chat",
-            "reply_to_file",
-        ),
+        "reply": ("Chat", "Reply", "find_model", "load_base", "load_chat"),
+        "sampling": ("BLOSSOM", "GREEDY", "Sampling"),
+        "answer_file": ("reply_to_file",),
+        "terminal": ("converse",),
         "token_probabilities": ("to_html", "to_terminal"),
     },
 )

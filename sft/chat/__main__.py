@@ -1,6 +1,6 @@
 """The command `python -m sft.chat`."""
 
-from sft.chat.reply import main
+from sft.chat.terminal import main
 
 if __name__ == "__main__":
     main()

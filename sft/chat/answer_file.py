@@ -1,26 +1,28 @@
-"""Answers a file of questions: all are checked before the first is answered, and each answer is kept as it comes.
+"""Answer a file of questions: check them all first, then append each answer to a file as it comes.
 
-    OUTPUT.partial    {"answers_of": {"questions": "5d…", "model": "a0…", "sampling": …}}     what they belong to
+    OUTPUT.partial    {"answers_of": {"questions": "5d…", "model": "a0…", "sampling": …}}     the run they belong to
                       {"position": 1, "messages": […], "ended": true, …}                      in the order they come
                       {"position": 0, "messages": […], …
     OUTPUT            the same lines in the order of the questions, once all are there
 
-A run that was killed goes on with the same command: only a last line that was cut off is answered again.
+Rerun the same command to resume: only a last line that was cut off is answered again.
 """
 
 import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
+from dataclasses import asdict
 from pathlib import Path
 
+from sft.chat.reply import Chat
+from sft.chat.sampling import BLOSSOM, Sampling
 from sft.files import LineLog, open_whole
 from sft.opendata.conversation import SYSTEM_KEYS, RecordError, read_file, read_record, validate
 
-ASKING, ANSWERING = (
-    ("prompt", "instruction", "query", "question"),
-    ("input", "output", "completion", "response", "answer"),
-)
+QUESTION_KEYS = ("prompt", "instruction", "query", "question")
+ANSWER_KEYS = ("input", "output", "completion", "response", "answer")
 
 
 def read_questions(source: str, system: str | None = None) -> Iterator[tuple[int | str, list[dict]]]:
@@ -42,8 +44,8 @@ def read_questions(source: str, system: str | None = None) -> Iterator[tuple[int
 
 def to_prompt(record: object, *, source: str = "record", line: int | str = 1) -> list[dict]:
     """Read a question: a record of any raw form, without its last reply, or an object with a lone prompt."""
-    if isinstance(record, dict) and not any(record.get(key) for key in ANSWERING):
-        lone = [record[key] for key in ASKING if isinstance(record.get(key), str)]
+    if isinstance(record, dict) and not any(record.get(key) for key in ANSWER_KEYS):
+        lone = [record[key] for key in QUESTION_KEYS if isinstance(record.get(key), str)]
         if len(lone) == 1:
             record = {key: record[key] for key in SYSTEM_KEYS if key in record}
             record["messages"] = [{"role": "user", "content": lone[0]}]
@@ -59,7 +61,7 @@ def to_prompt(record: object, *, source: str = "record", line: int | str = 1) ->
 def check_questions(source: str, system: str | None, check: Callable[[list[dict]], object]) -> tuple[int, str]:
     """Read a file once and `check` each conversation; return how many there are and a hash of them all.
 
-    Raises ValueError with file and line for what can't be answered, so that nobody learns of it after a night.
+    Raises ValueError with file and line for a conversation that can't be answered, before any is answered.
     """
     count, digest = 0, hashlib.sha256()
     for line, messages in read_questions(source, system):
@@ -75,13 +77,14 @@ def check_questions(source: str, system: str | None, check: Callable[[list[dict]
 
 
 class Partial:
-    """The answers that are there so far, in a file that one process at a time may write.
+    """The answers so far, in a file that one process at a time may write.
 
     Raises ValueError when the file holds answers of another run, or another process writes it.
     """
 
     def __init__(self, path: str | Path, belongs_to: dict):
-        self.path, self.places = Path(path), {}  # position -> where its line starts
+        self.path = Path(path)
+        self.offsets: dict[int, int] = {}  # of each position's line, in bytes
         busy = f"{path}: another process is writing it; wait, or name another output"
         self._log = LineLog(path, busy=busy)
         try:
@@ -97,23 +100,23 @@ class Partial:
             raise ValueError(_refusal(self.path, first, belongs_to))
         for offset, line in self._log.read():
             if offset:
-                self._note(line, offset)
+                self._index(line, offset)
         if first != header:
             self._log.append(header, sync=False)
 
-    def _note(self, line: bytes, place: int) -> None:
+    def _index(self, line: bytes, offset: int) -> None:
         with contextlib.suppress(ValueError, KeyError, TypeError):  # a damaged line is answered again
-            self.places[json.loads(line)["position"]] = place
+            self.offsets[json.loads(line)["position"]] = offset
 
     def keep(self, position: int, answer: dict) -> None:
-        """Append an answer; it survives the end of this process, however that comes."""
-        self.places[position] = self._log.append(_line({"position": position, **answer}), sync=False)
+        """Append an answer; it stays when this process is killed."""
+        self.offsets[position] = self._log.append(_line({"position": position, **answer}), sync=False)
 
     def finish(self, output: str | Path, *, overwrite: bool) -> None:
         """Write the answers to `output` in the order of the questions, and remove this file."""
         with open(self.path, "rb") as lines, open_whole(output, "wb") as stream:
-            for position in sorted(self.places):
-                lines.seek(self.places[position])
+            for position in sorted(self.offsets):
+                lines.seek(self.offsets[position])
                 answer = json.loads(lines.readline())
                 del answer["position"]
                 stream.write(_line(answer))
@@ -153,12 +156,12 @@ def answer_missing(
     questions: Iterable[tuple[object, list[dict]]],
     reply_each: Callable[[Iterable[tuple[int, list[dict]]]], Iterator[tuple[int, object]]],
 ) -> Iterator[object]:
-    """Have every question answered that is not in `partial`, in whatever order replies come; yield each reply."""
+    """Answer every question that is not in `partial`, in the order in which the replies end; yield each reply."""
     asked: dict[int, list[dict]] = {}
 
     def missing() -> Iterator[tuple[int, list[dict]]]:
         for position, (_line_number, messages) in enumerate(questions):
-            if position not in partial.places:
+            if position not in partial.offsets:
                 asked[position] = messages
                 yield position, messages
 
@@ -166,3 +169,52 @@ def answer_missing(
         answer = [*asked.pop(position), {"role": "assistant", "content": reply.text}]
         partial.keep(position, {"messages": answer, "ended": reply.ended, "num_tokens": reply.num_tokens})
         yield reply
+
+
+def hash_weights(model) -> str:
+    """Return a hash of some numbers of every weight; another checkpoint, dtype or adapter has another hash."""
+    digest = hashlib.sha256()
+    for name, weight in model.named_parameters():
+        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+        if not weight.is_meta:
+            some = weight.detach().reshape(-1)[:: max(1, weight.numel() // 256)]
+            digest.update(some.float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def reply_to_file(
+    chat: Chat,
+    source: str,
+    output: str,
+    *,
+    sampling: Sampling = BLOSSOM,
+    batch_size: int = 8,
+    seed: int = 42,
+    system: str | None = None,
+    overwrite: bool = False,
+) -> int:
+    """Answer every conversation of a JSON file (any raw form; a trailing reply in it is ignored); return how many.
+
+    Writes JSON Lines of {"messages": [..., reply], "ended", "num_tokens"} in the order of the questions. The answers so
+    far stay in OUTPUT.partial; the same call resumes from it.
+    """
+    from tqdm import tqdm
+
+    check_output(output, overwrite=overwrite)
+    if Path(output).exists() and Path(output).samefile(source):
+        raise ValueError(f"--output {output}: is the file of questions")
+    count, questions = check_questions(source, system, chat.prompt_ids)
+    belongs_to = {"questions": questions, "model": hash_weights(chat.model), "sampling": asdict(sampling), "seed": seed}
+    belongs_to["chat format"] = chat.renderer.fingerprint()[:16]
+    with closing(Partial(f"{output}.partial", belongs_to)) as partial:
+        check_output(output, overwrite=overwrite)  # another process may have just written it
+        missing = answer_missing(
+            partial,
+            read_questions(source, system),
+            lambda asked: chat.reply_each(asked, sampling, at_once=batch_size, seed=seed),
+        )
+        with tqdm(total=count, initial=len(partial.offsets), unit="reply", dynamic_ncols=True) as bar:
+            for _ in missing:
+                bar.update()
+        partial.finish(output, overwrite=overwrite)
+    return count

@@ -16,7 +16,8 @@ from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
-from sft.chat.reply import GREEDY, Chat, Reply, load_chat
+from sft.chat.reply import Chat, Reply, load_chat
+from sft.chat.sampling import GREEDY
 from sft.checkpoint.save import hash_base
 from sft.dataset.dataset import CACHE_DIR, batches, find_files
 from sft.evaluate import judge, quick

@@ -9,7 +9,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from sft.chat.reply import Chat, Sampling
+from sft.chat.reply import Chat
+from sft.chat.sampling import Sampling
 from sft.dataset.dataset import batches
 from sft.evaluate.endpoint import Calls, Endpoint, estimate, key_of
 from sft.evaluate.overlap import overlap_lines

@@ -6,7 +6,7 @@ A SYSTEM line in the Modelfile is put in front when a request has none. The repl
 
 import json
 
-from sft.chat.reply import BLOSSOM
+from sft.chat.sampling import BLOSSOM
 from sft.format.render import CHAT_FORMATS, ChatFormat, Renderer, bind_format
 
 # What str.strip takes away, by bytes in UTF-8: Go's templates have no trim, but they slice strings by bytes.

@@ -13,8 +13,9 @@ from collections.abc import AsyncIterator, Sequence
 
 import httpx
 
-from sft.chat.batching import MAX_ACTIVE, BusyError, Sampling
+from sft.chat.batching import MAX_ACTIVE, BusyError
 from sft.chat.reply import Reply
+from sft.chat.sampling import Sampling
 
 TIMEOUT = httpx.Timeout(120, connect=10)  # seconds without a byte; a prompt may wait in the server's own queue
 MAX_SECONDS = 1800  # of a reply

@@ -3,9 +3,19 @@
 import json
 
 import pytest
+import torch
 
-from sft.chat.answer_file import Partial, answer_missing, check_questions, read_questions, to_prompt
-from sft.chat.reply import Reply
+from sft.chat.answer_file import (
+    Partial,
+    answer_missing,
+    check_questions,
+    hash_weights,
+    read_questions,
+    reply_to_file,
+    to_prompt,
+)
+from sft.chat.reply import Chat, Reply, load_chat
+from sft.chat.sampling import GREEDY, Sampling
 from sft.opendata.conversation import RecordError
 
 QUESTIONS = [f"question {number}" for number in range(3)]
@@ -90,7 +100,7 @@ def test_a_file_cut_off_at_any_byte_goes_on_with_every_answer_that_is_whole(sour
         path.write_bytes(whole[:size])
         partial = Partial(path, RUN)
         kept = max(whole[:size].count(b"\n") - 1, 0)
-        assert sorted(partial.places) == list(range(3))[3 - kept :]
+        assert sorted(partial.offsets) == list(range(3))[3 - kept :]
         assert len(list(answer_missing(partial, read_questions(source), reply_backwards))) == 3 - kept
         partial.close()
         assert path.read_bytes() == whole
@@ -140,3 +150,43 @@ def test_an_output_that_appeared_meanwhile_is_not_replaced(source, tmp_path):
     with pytest.raises(ValueError, match="exists; add --overwrite"):
         partial.finish(tmp_path / "out", overwrite=False)
     assert (tmp_path / "out").read_text() == "mine" and (tmp_path / "out.partial").exists()
+
+
+SHORT = Sampling(temperature=0.0, repetition_penalty=1.0, max_new_tokens=12)
+
+
+@pytest.fixture(scope="module")
+def tiny_chat(tiny_base) -> Chat:
+    return load_chat(str(tiny_base("qwen2")))
+
+
+def test_another_checkpoint_is_known_by_its_weights(tiny_base):
+    chat = load_chat(str(tiny_base("qwen2")))
+    before = hash_weights(chat.model)
+    assert before == hash_weights(load_chat(str(tiny_base("qwen2"))).model)
+    with torch.no_grad():
+        chat.model.lm_head.weight *= 1.001
+    assert hash_weights(chat.model) != before
+
+
+def test_a_stopped_file_is_not_gone_on_with_by_another_model_or_sampling(tiny_chat, tiny_base, tmp_path):
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"prompt": question}) + "\n" for question in QUESTIONS))
+    source, output = str(tmp_path / "in.jsonl"), str(tmp_path / "out.jsonl")
+
+    def broken(questions, *_arguments, **_options):
+        raise KeyboardInterrupt
+
+    stopped = Chat(tiny_chat.model, tiny_chat.renderer)
+    stopped.reply_each = broken
+    with pytest.raises(KeyboardInterrupt):
+        reply_to_file(stopped, source, output, sampling=SHORT)
+    with pytest.raises(ValueError, match="of a run with another sampling; go on with that run's own command"):
+        reply_to_file(tiny_chat, source, output, sampling=GREEDY)
+    retrained = load_chat(str(tiny_base("qwen2")))
+    with torch.no_grad():
+        retrained.model.lm_head.weight *= 1.001
+    with pytest.raises(ValueError, match="of a run with another model; go on with that run's own command"):
+        reply_to_file(retrained, source, output, sampling=SHORT)
+    assert reply_to_file(tiny_chat, source, output, sampling=SHORT) == 3
+    with pytest.raises(ValueError, match="is the file of questions"):
+        reply_to_file(tiny_chat, output, output, sampling=SHORT, overwrite=True)

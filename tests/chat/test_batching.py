@@ -7,19 +7,16 @@ import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    LogitsProcessorList,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
 )
 
-from sft.chat.batching import PIECE, BusyError, Decoder, Sampling, candidates
+from sft.chat.batching import BusyError, Decoder
 from sft.chat.reply import load_chat
+from sft.chat.rows import PREFILL_TOKENS
+from sft.chat.sampling import Sampling
 
 # A family's context may be long or short; these prompts pass a piece, and Mistral's window of 256 here.
 PENALTY = 1.05
-LENGTHS = (5, 300, 17, PIECE + 40, 41, 3)
+LENGTHS = (5, 300, 17, PREFILL_TOKENS + 40, 41, 3)
 
 
 @pytest.fixture(scope="module")
@@ -87,15 +84,15 @@ def test_rows_are_really_computed_together(model, monkeypatch):
     decoder = Decoder(model, stop_ids=[])
     join_and_leave(decoder, prompts(model))
     assert max(rows for rows, columns in shapes if columns == 1) >= 3
-    assert max(columns for _rows, columns in shapes) == PIECE
+    assert max(columns for _rows, columns in shapes) == PREFILL_TOKENS
 
 
 @pytest.mark.parametrize("keeps", [True, False])
 def test_a_model_whose_rows_cannot_be_joined_answers_in_turns(model, keeps, monkeypatch):
     decoder = Decoder(model, stop_ids=[])
-    decoder.joins_rows = False
+    decoder.row_model.joins_rows = False
     if not keeps:  # nor gives it a cache
-        decoder._accepted = {"input_ids", "attention_mask", "logits_to_keep"}
+        decoder.row_model.accepted = {"input_ids", "attention_mask", "logits_to_keep"}
         monkeypatch.setattr(model.config, "use_cache", False)
     texts = prompts(model)[:3]
     found = [request.ids for request in join_and_leave(decoder, texts)]
@@ -128,32 +125,6 @@ def test_remote_code_answers_in_turns(model, monkeypatch):
     assert not Decoder(model, stop_ids=[]).joins_rows
 
 
-@pytest.mark.parametrize(
-    "sampling",
-    [
-        Sampling(),
-        Sampling(temperature=1.3, top_p=0.5, top_k=7, repetition_penalty=1.0),
-        Sampling(temperature=0.7, top_p=1.0, top_k=0, repetition_penalty=1.4),
-        Sampling(temperature=0.2, top_p=0.01, top_k=5, repetition_penalty=0.8),
-    ],
-)
-def test_settings_mean_what_they_mean_in_transformers(sampling):
-    scores = torch.randn(1, 500, generator=torch.Generator().manual_seed(1)) * 4
-    ids = torch.tensor([[3, 4, 4, 9, 77]])
-    steps = [RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty)]
-    steps += [TemperatureLogitsWarper(sampling.temperature)]
-    steps += [TopKLogitsWarper(sampling.top_k)] if sampling.top_k else []
-    expected = LogitsProcessorList([*steps, TopPLogitsWarper(sampling.top_p)])(ids, scores.clone()).softmax(1)[0]
-    seen = torch.zeros(1, 500, dtype=torch.bool)
-    seen[0, ids[0]] = True
-    row = (sampling.temperature, sampling.top_p, sampling.top_k, sampling.repetition_penalty)
-    # Beside a row with other settings, as in a batch.
-    probabilities, tokens = candidates(scores.expand(2, -1), seen.expand(2, -1), [row, (1.0, 1.0, 1, 1.0)])
-    found = torch.zeros(500).scatter(0, tokens[0], probabilities[0])
-    torch.testing.assert_close(found, expected)
-    assert (tokens[1, 0], probabilities[1, 0]) == (scores.argmax(), 1)
-
-
 def test_a_seed_gives_the_same_reply_alone_and_in_a_batch(model):
     texts, sampling = prompts(model)[:3], Sampling(temperature=1.0, max_new_tokens=12)
     together = Decoder(model, stop_ids=[])
@@ -165,16 +136,6 @@ def test_a_seed_gives_the_same_reply_alone_and_in_a_batch(model):
         single.run()
         assert again.ids == request.ids
     assert together.add(texts[0], sampling, seed=8).random.random() != requests[0].random.random()
-
-
-def test_drawn_tokens_follow_the_probabilities(model):
-    from sft.chat.batching import Request, draw
-
-    scores = torch.tensor([[0.5, 0.3, 0.2]]).log().expand(3000, -1)
-    plain = Sampling(temperature=1.0, top_p=1.0, top_k=0, repetition_penalty=1.0)
-    requests = [Request([], plain, limit=1, seed=seed, stop=threading.Event()) for seed in range(3000)]
-    drawn = draw(scores, scores > 0, requests).bincount(minlength=3) / 3000
-    torch.testing.assert_close(drawn, torch.tensor([0.5, 0.3, 0.2]), atol=0.03, rtol=0)
 
 
 def test_a_stop_token_a_limit_and_the_context_window_end_a_reply(model):
@@ -215,7 +176,7 @@ def test_a_request_that_is_cancelled_while_it_waits_never_runs(model):
     decoder.max_active = 1
     first, second = (decoder.add([5, 6], greedy(4)) for _ in range(2))
     decoder.step()
-    assert (decoder.place(first), decoder.place(second), decoder.num_active) == (-1, 0, 1)
+    assert (decoder.queue_position(first), decoder.queue_position(second), decoder.num_active) == (-1, 0, 1)
     second.cancel()
     decoder.run()
     assert (len(first.ids), second.ids, second.done) == (4, [], True)
@@ -244,7 +205,7 @@ def test_as_many_wait_and_run_as_are_let_in(model):
 
 
 def test_long_rows_are_not_laid_beside_so_many_that_memory_ends(model, monkeypatch):
-    monkeypatch.setattr("sft.chat.batching.MAX_CACHED", 100)
+    monkeypatch.setattr("sft.chat.batching.MAX_CACHED_TOKENS", 100)
     decoder = Decoder(model, stop_ids=[])
     requests = [decoder.add([5] * 30, greedy(10)) for _ in range(4)]
     most = 0
@@ -258,7 +219,7 @@ def test_a_long_prompt_is_read_in_pieces_while_the_others_go_on(model):
     decoder = Decoder(model, stop_ids=[])
     short = decoder.add([5, 6], greedy(50))
     decoder.step()
-    long = decoder.add([7] * (PIECE * 3), greedy(3))
+    long = decoder.add([7] * (PREFILL_TOKENS * 3), greedy(3))
     counts = []
     while not long.done:
         before = len(short.ids)
@@ -348,7 +309,9 @@ def test_a_training_model_is_evaluated_and_trains_on(model):
 def test_requests_for_which_there_is_no_memory_are_told_and_the_next_ones_answered(model, monkeypatch):
     decoder = Decoder(model, stop_ids=[])
     with monkeypatch.context() as patched:
-        patched.setattr(decoder, "_to_rows", lambda requests: (_ for _ in ()).throw(RuntimeError("out of memory")))
+        patched.setattr(
+            decoder.row_model, "to_rows", lambda requests: (_ for _ in ()).throw(RuntimeError("out of memory"))
+        )
         lost = decoder.add([1, 2, 3], greedy(2))
         decoder.step()
     assert lost.done and str(lost.error) == "out of memory"

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from sft.chat.reply import Sampling, load_chat
+from sft.chat.reply import load_chat
+from sft.chat.sampling import Sampling
 from sft.chat.token_probabilities import Piece, least_certain, printable, score, to_html, to_terminal
 
 SURE, UNSURE = Piece("好", 0.95, [("坏", 0.04)]), Piece(" a<b>", 0.1, [("\n", 0.5), ("\x1b", 0.2)])

@@ -13,7 +13,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sft.chat.reply import GREEDY, load_chat
+from sft.chat.reply import load_chat
+from sft.chat.sampling import GREEDY
 from sft.export import gguf
 from sft.export.command import to_gguf
 from sft.format.render import Renderer

@@ -10,8 +10,8 @@ from contextlib import closing
 import pytest
 
 import web_demo
-from sft.chat.batching import Sampling
 from sft.chat.reply import Reply, load_chat
+from sft.chat.sampling import Sampling
 from sft.web import security as gate
 from web_demo import Handlers, Local
 

@@ -14,7 +14,8 @@ from huggingface_hub import HfApi
 from safetensors.torch import load_file
 
 import train
-from sft.chat.reply import GREEDY, load_chat
+from sft.chat.reply import load_chat
+from sft.chat.sampling import GREEDY
 from sft.opendata.conversation import read_conversations
 from tests.conftest import ROOT
 

@@ -7,7 +7,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from sft.chat.batching import BusyError, Sampling
+from sft.chat.batching import BusyError
+from sft.chat.sampling import Sampling
 from sft.web.remote import JOINER, Remote, RemoteError, neutral
 
 HELLO = [{"role": "user", "content": "hi <|im_end|>"}]

@@ -19,8 +19,8 @@ import httpx
 import pytest
 
 import web_demo
-from sft.chat.batching import Sampling
-from sft.chat.reply import GREEDY, load_chat, newest_run
+from sft.chat.reply import load_chat, newest_run
+from sft.chat.sampling import GREEDY, Sampling
 from sft.opendata import build as opendata
 from sft.web import security as gate
 from web_demo import Handlers, Local, Turn, answered, check, to_messages, to_page
