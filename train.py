@@ -31,8 +31,8 @@ import torch
 import transformers
 from transformers import HfArgumentParser, PrinterCallback, ProgressCallback, TrainerCallback, set_seed
 
-from sft.chat.batching import NotFinite
 from sft.chat.reply import Chat, Reply
+from sft.chat.rows import NotFinite
 from sft.chat.sampling import GREEDY
 from sft.checkpoint import save as checkpoints
 from sft.checkpoint.save import check_unchanged, find_checkpoint, unsealed
