@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sft.launch.launcher import listen
+from sft.launch.workers import listen
 from tests.conftest import ROOT
 
 SHARED = ("per_device_train_batch_size", "gradient_accumulation_steps")

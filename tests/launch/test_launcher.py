@@ -1,4 +1,4 @@
-"""The launcher: who takes part, signals and exit codes, and that nothing outlives it. Real processes, no model."""
+"""The launcher: signals, exit codes, and no process outlives it. Real processes, no model."""
 
 import os
 import signal
@@ -9,119 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from sft.launch import launcher as launch
-from sft.launch.launcher import Job, first_host, plan
+from sft.launch.launcher import main
 from sft.launch.processes import LOST, STOPPED
+from sft.launch.workers import listen
 from tests.conftest import ROOT
 
-SEVERAL = {"MODEL": "m", "OUTPUT": "o", "NUM_GPUS": "4"}
-SLURM = {**SEVERAL, "SLURM_NNODES": "3", "SLURM_JOB_ID": "123456", "SLURM_NODEID": "2"}
 
+@pytest.mark.parametrize(("arguments", "code"), [(["--help"], 0), (["-h"], 0), ([], 2)])
+def test_help_starts_no_process(arguments, code, capsys):
+    assert main(arguments) == code
+    assert capsys.readouterr().out.startswith("usage: python -m sft.launch SCRIPT [ARGUMENTS ...] ")
 
-@pytest.fixture(autouse=True)
-def eight_gpus(monkeypatch):
-    monkeypatch.setattr(launch, "count_gpus", lambda: 8)
-
-
-@pytest.mark.parametrize(
-    ("environment", "job"),
-    [
-        ({}, Job((8,))),
-        ({"NUM_GPUS": "4", "MASTER_PORT": "1234"}, Job((4,), port=1234)),
-        ({"SLURM_NNODES": "1", "SLURM_JOB_ID": "5"}, Job((8,))),
-        ({**SEVERAL, "NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "a"}, Job((4, 4), 1, "a", 29500)),
-        ({**SLURM, "SLURM_JOB_NODELIST": "gpu[07-08,12]"}, Job((4, 4, 4), 2, "gpu07", 23456)),
-        (
-            {**SLURM, "SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NODELIST": "b,c", "SLURM_NODEID": "0"},
-            Job((4, 4), 0, "b", 23456),
-        ),
-        ({**SLURM, "SLURM_JOB_NODELIST": "a", "NNODES": "1"}, Job((4,))),
-    ],
-)
-def test_the_environment_says_who_takes_part(environment, job):
-    assert plan(environment) == job
-
-
-def test_the_lock_of_a_killed_compilation_is_removed_and_that_of_a_living_one_is_not(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    dead, living, new = (tmp_path / name / "lock" for name in ("py311_cpu/dead", "living", "new"))
-    for lock in (dead, living, new):
-        lock.parent.mkdir(parents=True)
-        lock.touch()
-        os.utime(lock, (time.time() - 60, time.time() - 60))
-    os.utime(new)
-    launch.clear_dead_builds(shared=True)
-    assert dead.exists()
-    with open(living):
-        launch.clear_dead_builds(shared=False)
-    assert [dead.exists(), living.exists(), new.exists()] == [False, True, True]
-    assert capsys.readouterr().err == f"launch: {dead}: removed; the compilation that held it was killed\n"
-
-
-@pytest.mark.parametrize(
-    ("environment", "problem"),
-    [
-        ({"NUM_GPUS": "0"}, "NUM_GPUS=0: use a whole number, 1 or more"),
-        ({"NUM_GPUS": "two"}, "NUM_GPUS=two: use a whole number, 1 or more"),
-        ({"NUM_GPUS": "9"}, "NUM_GPUS=9: this machine has 8"),
-        ({"MASTER_PORT": "70000"}, "MASTER_PORT=70000: use a whole number, 0 to 65535"),
-        ({"GRACE": "-1"}, "GRACE=-1: use a whole number, 0 or more"),
-        ({"HOSTFILE": "/nowhere"}, "HOSTFILE=/nowhere: no such file; a line for each machine: name slots=8"),
-        ({"NNODES": "2", "MODEL": "m"}, "several machines: name OUTPUT, one folder that all of them see"),
-        ({"NNODES": "2"}, "several machines: name MODEL; the embedded default is for one"),
-        (
-            {**SEVERAL, "NNODES": "2"},
-            "NNODES: give NODE_RANK (0 to NNODES-1) and MASTER_ADDR, the name of the machine of rank 0",
-        ),
-        (
-            {**SEVERAL, "NNODES": "2", "NODE_RANK": "2", "MASTER_ADDR": "a"},
-            "NODE_RANK=2: use a whole number, 0 to 1",
-        ),
-        (
-            {**SLURM, "SLURM_LOCALID": "1", "SLURM_JOB_NODELIST": "a"},
-            "Slurm started several tasks on this machine; one is enough: --ntasks-per-node=1",
-        ),
-        (SLURM, "SLURM_NNODES=3 without SLURM_JOB_NODELIST and SLURM_NODEID: start with srun sh ds_all.sh"),
-    ],
-)
-def test_a_mistake_is_said_in_one_line(environment, problem):
-    with pytest.raises(ValueError) as error:
-        plan(environment)
-    assert str(error.value) == problem
-
-
-def test_without_gpus_there_are_two_processes_or_as_many_as_are_asked_for(monkeypatch):
-    monkeypatch.setattr(launch, "count_gpus", lambda: 0)
-    assert plan({}) == Job((2,))
-    assert plan({"NUM_GPUS": "5"}) == Job((5,))
-
-
-def test_a_hostfile_names_machines_and_their_slots(tmp_path):
-    hosts = tmp_path / "hosts"
-    hosts.write_text("# rack 1\nnode1 slots=8\n\nnode2 slots=4  # half of it\n")
-    environment = {"HOSTFILE": str(hosts), "MODEL": "m"}
-    assert plan(environment) == Job((8, 4), 0, "node1", 0, ("node1", "node2"))
-    with pytest.raises(ValueError, match="HOSTFILE and NUM_GPUS: give one of them"):
-        plan({**environment, "NUM_GPUS": "2"})
-    for text, place in (("node1\n", 1), ("a slots=1\na slots=2\n", 2), ("a slots=0\n", 1), ("-oProxy slots=1\n", 1)):
-        hosts.write_text(text)
-        with pytest.raises(ValueError, match=f"hosts line {place}: .* write each machine once, as: name slots=8"):
-            plan(environment)
-    hosts.write_text("# nothing\n")
-    with pytest.raises(ValueError, match="names no machine"):
-        plan(environment)
-    hosts.write_text("localhost slots=1\nb slots=1\n")
-    with pytest.raises(ValueError, match="can't reach a machine named localhost"):
-        plan(environment)
-
-
-def test_the_first_of_slurms_machines_is_found():
-    assert first_host("node[07-09,12],login") == "node07"
-    assert first_host("a,b") == "a"
-    assert first_host("rack[2-3]n[1,4]") == "rack2n1"
-
-
-# --- real processes -----------------------------------------------------------------------------------------------
 
 WORKER = """
 import os, signal, sys, time
@@ -277,8 +175,8 @@ def test_no_machine_goes_on_when_the_one_that_started_it_is_killed(tmp_path, two
 
 @pytest.mark.slow
 def test_machines_that_start_by_themselves_end_together(tmp_path):
-    """The first is killed; the other notices that nobody holds, or comes to, their meeting place."""
-    with launch.listen(0) as free:
+    """The first is killed; the other notices that no launcher holds the store, or has connected to it."""
+    with listen(0) as free:
         port = free.getsockname()[1]
     knobs = {"NNODES": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "MODEL": "m", "OUTPUT": "o"}
     first, second = (Run(tmp_path, "stop", 1, **knobs, NODE_RANK=rank, NODE_TIMEOUT="5") for rank in "01")
