@@ -19,7 +19,9 @@ from pathlib import Path
 from sft.chat.reply import Chat
 from sft.chat.sampling import BLOSSOM, Sampling
 from sft.files import LineLog, open_whole
-from sft.opendata.conversation import SYSTEM_KEYS, RecordError, read_file, read_record, validate
+from sft.opendata.conversation import read_record, validate
+from sft.opendata.fields import SYSTEM_KEYS, RecordError
+from sft.opendata.records import read_file
 
 QUESTION_KEYS = ("prompt", "instruction", "query", "question")
 ANSWER_KEYS = ("input", "output", "completion", "response", "answer")

@@ -21,7 +21,8 @@ from sft.dataset.mixture import Mixture
 from sft.files import hold_lock, remove_abandoned, stage_folder, write_text
 from sft.format.render import IGNORE_INDEX, Renderer, Rows
 from sft.opendata.build import EVAL, TRAIN
-from sft.opendata.conversation import list_files, read_conversations, split_suffix
+from sft.opendata.conversation import read_conversations
+from sft.opendata.files import list_files, split_suffix
 
 BATCH_SIZE = 1000  # conversations per call of the tokenizer: enough to keep its threads busy, little memory
 PROOF_SIZE = 16  # conversations of the data on which a bulk encoder must prove itself

@@ -9,7 +9,8 @@ import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 
-from sft.opendata.conversation import list_files, read_conversations
+from sft.opendata.conversation import read_conversations
+from sft.opendata.files import list_files
 
 WORDS, CHARACTERS = 13, 20  # of a question in a row
 ANCHOR = 5  # tokens by which a run is looked up; shorter questions are not looked for

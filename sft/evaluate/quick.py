@@ -18,6 +18,7 @@ from sft.dataset.collate import Collator
 from sft.dataset.dataset import CACHE_DIR, find_files, prepare
 from sft.format.render import IGNORE_INDEX
 from sft.model.loss import use_chunked_loss
+from sft.opendata.cleaning import HAN, count_han
 from sft.report.run_page import repetition
 
 QUESTIONS = Path(__file__).resolve().parents[2] / "suites" / "quick" / "questions.jsonl"
@@ -26,7 +27,6 @@ RESAMPLES = 1000
 MAX_CONVERSATIONS = 500  # of the held-out ones, evenly spaced, whose loss is taken
 SHARES = ("stop_rate", "language", "format", "arithmetic")  # of questions; the other measures are means
 SIDES = ("base", "tuned", "difference")
-_HAN = r"[\u3400-\u9fff]"
 
 
 def questions(seed: int = 0) -> list[dict]:
@@ -70,13 +70,13 @@ def _sums(language: str, seed: int) -> list[dict]:
 
 def language_of(text: str) -> str | None:
     """Return zh or en, whichever has more: Chinese characters or Latin words; None for neither."""
-    han, words = len(re.findall(_HAN, text)), len(re.findall(r"[A-Za-z]{2,}", text))
+    han, words = count_han(text), len(re.findall(r"[A-Za-z]{2,}", text))
     return None if han == words == 0 else "zh" if han > words else "en"
 
 
 def units(text: str) -> int:
     """Count a text's length as a person does: Chinese characters, and words or numbers of other scripts."""
-    return len(re.findall(rf"{_HAN}|[^\W_\u3400-\u9fff]+(?:['’-][^\W_\u3400-\u9fff]+)*", text))
+    return len(re.findall(rf"[{HAN}]|[^\W_{HAN}]+(?:['’-][^\W_{HAN}]+)*", text))
 
 
 def last_number(text: str) -> float | None:

@@ -32,7 +32,7 @@ from typing import NamedTuple
 import numpy as np
 from tokenizers import Tokenizer
 
-from sft.opendata.conversation import RecordError
+from sft.opendata.fields import RecordError
 
 IGNORE_INDEX = -100
 LARGE = 2 << 20  # bytes of data for which it pays to make another encoder

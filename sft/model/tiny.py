@@ -16,7 +16,8 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from sft.opendata.conversation import list_files, read_conversations
+from sft.opendata.conversation import read_conversations
+from sft.opendata.files import list_files
 
 ROOT = Path(__file__).resolve().parents[2]
 SAMPLE_DIR = ROOT / "data_proj" / "sample"

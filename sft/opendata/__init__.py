@@ -4,5 +4,10 @@ from sft.reexport import load_on_use
 
 __getattr__ = load_on_use(
     __name__,
-    {"build": ("MIXES", "build_opendata", "print_ledger"), "conversation": ("list_files", "read_conversations")},
+    {
+        "build": ("build_opendata",),
+        "files": ("MIXES", "list_files"),
+        "conversation": ("read_conversations",),
+        "__main__": ("print_ledger",),
+    },
 )

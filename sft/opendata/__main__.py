@@ -1,8 +1,110 @@
-"""The command `python -m sft.opendata`."""
+"""Raw files -> cleaned, de-duplicated and split canonical files, and a ledger of it all.
 
+    python -m sft.opendata INPUT... --output data_proj/opendata
+
+An INPUT is a file, a folder, a glob or a data set's name on the hub, with an optional sample size: `belle.json@20000`,
+`BelleGroup/train_1M_CN@10%`. It writes train.json and eval.json (JSON Lines), rejects.jsonl and ledger.json; for each
+file, in = train + eval + duplicates + near_duplicates + not_sampled + dropped + rejected. The same input and flags give
+the same bytes.
+"""
+
+import argparse
+import os
 import sys
+import textwrap
+import unicodedata
+from typing import Any
 
-from sft.opendata.build import main
+from sft.opendata.build import COUNTED, REJECTS, build_opendata, find_problem
+from sft.opendata.cleaning import CHANGES, DROPS, RULES
+from sft.opendata.files import MIXES
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; return 2 for mistakes in it, 1 for data that can't be trusted, 130 when interrupted."""
+    args = vars(_parser().parse_args(arguments))
+    without = [rule for rule in RULES if not args.pop(rule)]
+    inputs = args.pop("inputs") + [text for name in args.pop("mix") for text in MIXES.get(name, (f"--mix {name}",))]
+    try:
+        ledger = build_opendata(inputs, without=without, **args)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"{error.filename or args['output']}: {error.strerror}; nothing was changed", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; nothing was changed", file=sys.stderr)
+        return 130
+    print_ledger(ledger)
+    if problem := find_problem(ledger):
+        print(f"{problem}; see {os.path.join(args['output'], REJECTS)}", file=sys.stderr)
+    return 1 if problem else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m sft.opendata", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "inputs", nargs="*", metavar="INPUT", help="file, folder, glob or hub data set, maybe @N or @N%%"
+    )
+    parser.add_argument("--mix", action="append", default=[], help=f"a known mix of data sets: {', '.join(MIXES)}")
+    parser.add_argument("--output", required=True, help="folder for train.json, eval.json, rejects.jsonl, ledger.json")
+    parser.add_argument("--overwrite", action="store_true", help="replace these four files if they are there")
+    parser.add_argument("--report", help="where the ledger goes instead")
+    parser.add_argument("--encoding", default="utf-8", help="of files that are not UTF-8, such as gb18030")
+    parser.add_argument(
+        "--reasoning", default="drop", help="what to do with reasoning_content: drop, or keep as <think>"
+    )
+    parser.add_argument("--seed", type=int, default=42, help="of the samples")
+    parser.add_argument("--eval_share", type=float, default=0.02, help="held out, by a hash of the first question")
+    parser.add_argument(
+        "--near_duplicates", type=float, help="also drop what is this similar, such as 0.8 (needs rensa)"
+    )
+    parser.add_argument(
+        "--max_rejected", type=float, default=0.01, help="exit with 1 above this share of malformed records"
+    )
+    parser.add_argument("--workers", type=int, help="processes; all cores unless told")
+    rules = parser.add_argument_group("cleaning rules", "All are on; --no_RULE leaves one out, as in --no_strip_edges.")
+    for name, rule in (CHANGES | DROPS).items():
+        rules.add_argument(f"--{name}", action="store_true", default=True, help=rule.__doc__.splitlines()[0])
+        rules.add_argument(f"--no_{name}", dest=name, action="store_false", help=argparse.SUPPRESS)
+    return parser
+
+
+# --- The ledger as a table
+
+
+def print_ledger(ledger: dict[str, Any]) -> None:
+    """Print a row for each file and the total, and what was lost or changed by which rule; at most 120 columns."""
+    head = ["file", "in", "train", "eval", "dupl.", "near", "unsampled", "dropped", "rejected", "p50", "p90", "p99"]
+    rows = [head] + [_row(name, row) for name, row in (*ledger["files"].items(), ("total", ledger["total"]))]
+    widths = [max(map(_width, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        name, *numbers = row
+        cells = [name + " " * (widths[0] - _width(name))]
+        print("  ".join(cells + [number.rjust(width) for number, width in zip(numbers, widths[1:], strict=True)]))
+    print("p50, p90, p99: characters in a kept conversation")
+    for title in ("dropped", "rejected", "changed", "notes"):
+        counts = sorted(ledger["total"][title].items(), key=lambda item: (-item[1], item[0]))
+        if counts:
+            text = ", ".join(f"{name} {count:,}" for name, count in counts)
+            print(textwrap.fill(f"{title}: {text}", 120, subsequent_indent="  "))
+
+
+def _row(name: str, row: dict[str, Any]) -> list[str]:
+    lost = [sum(row[title].values()) for title in ("dropped", "rejected")]
+    numbers = [*(row[column] for column in ("in", *COUNTED)), *lost, *row["characters"].values()]
+    while _width(name) > 30:
+        name = "…" + name[2:]
+    return [name, *(f"{number:,}" for number in numbers)]
+
+
+def _width(text: str) -> int:
+    """Columns in a terminal: Chinese characters take two."""
+    return sum(2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in text)
+
 
 if __name__ == "__main__":
     sys.exit(main())

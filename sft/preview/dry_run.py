@@ -23,7 +23,8 @@ from sft.dataset.sampler import Updates
 from sft.format.render import Renderer, check_contract
 from sft.model import load as models
 from sft.opendata.build import EVAL
-from sft.opendata.conversation import read_conversations, split_suffix
+from sft.opendata.conversation import read_conversations
+from sft.opendata.files import split_suffix
 from sft.preview.memory import (
     FULL,
     LORA,

@@ -24,6 +24,7 @@ from transformers import TrainerCallback
 from sft.chat.reply import Reply
 from sft.checkpoint.save import PAGE
 from sft.model.load import count_parameters
+from sft.opendata.cleaning import HAN, has_han
 
 PROJECT = Path(__file__).resolve().parents[2]
 PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "deepspeed", "peft", "datasets")
@@ -124,7 +125,7 @@ def points_of(log_history: list[dict], key: str) -> list[tuple[int, float]]:
 
 def repetition(text: str) -> float:
     """Share of a reply's 4-grams that stood in it before (seq-rep-4, Welleck et al. 2020); Chinese by character."""
-    words = re.findall(r"[\u3400-\u9fff]|[^\W\u3400-\u9fff]+|[^\w\s]", text)
+    words = re.findall(rf"[{HAN}]|[^\W{HAN}]+|[^\w\s]", text)
     grams = list(zip(*(words[start:] for start in range(4)), strict=False))
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
@@ -394,7 +395,7 @@ def render_card(run: dict, *, folder: str) -> str:
 def languages(texts: Iterable[str]) -> list[str] | None:
     """Return zh and en as far as texts have Chinese characters, or Latin words alone; None for no text."""
     texts = list(texts)
-    chinese = any(re.search(r"[\u4e00-\u9fff]", text) for text in texts)
+    chinese = any(map(has_han, texts))
     english = any(re.search(r"[A-Za-z]{2}", text) and text.isascii() for text in texts)
     return [*(["zh"] if chinese else []), *(["en"] if english else [])] or None
 

@@ -16,7 +16,7 @@ from sft.chat.answer_file import (
 )
 from sft.chat.reply import Chat, Reply, load_chat
 from sft.chat.sampling import GREEDY, Sampling
-from sft.opendata.conversation import RecordError
+from sft.opendata.fields import RecordError
 
 QUESTIONS = [f"question {number}" for number in range(3)]
 RUN = {"questions": "q", "sampling": {"temperature": 0.0}}

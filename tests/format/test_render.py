@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from sft.format.render import CHAT_FORMATS, IGNORE_INDEX, REPLY_STARTS, Renderer, check_contract, choose_format
-from sft.opendata.conversation import RecordError
+from sft.opendata.fields import RecordError
 
 FORMATS = list(CHAT_FORMATS)
 TURNS = [

@@ -21,7 +21,7 @@ import pytest
 import web_demo
 from sft.chat.reply import load_chat, newest_run
 from sft.chat.sampling import GREEDY, Sampling
-from sft.opendata import build as opendata
+from sft.opendata.__main__ import main as build_opendata
 from sft.web import security as gate
 from web_demo import Handlers, Local, Turn, answered, check, to_messages, to_page
 
@@ -269,7 +269,7 @@ def test_likes_are_training_data_and_dislikes_are_kept_apart(chat, tmp_path):
     ]
     [line] = (tmp_path / "likes.disliked.jsonl").read_text().splitlines()
     assert json.loads(line)["messages"][-1] == {"role": "assistant", "content": "二", "train": False}
-    opendata.main([str(tmp_path / "likes.jsonl"), "--output", str(tmp_path / "data"), "--eval_share", "0"])
+    build_opendata([str(tmp_path / "likes.jsonl"), "--output", str(tmp_path / "data"), "--eval_share", "0"])
     kept = [json.loads(line) for line in (tmp_path / "data" / "train.json").read_text().splitlines()]
     assert [message["content"] for record in kept for message in record["messages"]] == ["系统", "一", "二", "三", "四"]
     _ids, labels = chat.renderer.render(kept[0]["messages"])[:2]
