@@ -69,11 +69,17 @@ def _write(chat: Chat, folder: Path, dtype: str, max_shard_size: str) -> None:
     import torch
 
     set_generation_config(chat.model, chat.renderer.tokenizer, chat.renderer.stop_ids)
-    chat.model.to(getattr(torch, dtype))
+    _cast_weights(chat.model, getattr(torch, dtype))
     chat.model.save_pretrained(folder, max_shard_size=max_shard_size)
     chat.renderer.tokenizer.save_pretrained(folder)
     verify_saved(folder, saved_shapes(chat.model))
-    chat.model.to(torch.float32)
+    _cast_weights(chat.model, torch.float32)
+
+
+def _cast_weights(model, dtype) -> None:
+    """Cast what is saved; rotary frequencies are buffers that a loaded model computes anew, in fp32."""
+    for weight in model.parameters():
+        weight.data = weight.data.to(dtype)
 
 
 def _logits(chat: Chat):

@@ -72,6 +72,17 @@ def test_an_adapter_is_merged_into_shards_with_the_same_logits(adapter, tiny_bas
     assert json.loads((merged / "config.json").read_text())["dtype"] == "float32"
 
 
+def test_a_model_that_attends_by_position_is_written_in_bf16(trained, tmp_path):
+    """Rounding the rotary frequencies too moved its logits by more than the check allows."""
+    folder = tmp_path / "sharp"
+    shutil.copytree(trained("qwen2"), folder)
+    weights = load_file(folder / "model.safetensors")
+    save_file({name: 25 * weight for name, weight in weights.items()}, folder / "model.safetensors", {"format": "pt"})
+    export_merged(str(folder), str(tmp_path / "half"), dtype="bfloat16")
+    half = load_file(tmp_path / "half" / "model.safetensors")
+    assert {weight.dtype for weight in half.values()} == {torch.bfloat16}
+
+
 def test_a_full_model_is_written_anew_in_another_precision(trained, tmp_path):
     written = export_merged(trained("qwen2"), str(tmp_path / "half"), dtype="bfloat16")
     assert json.loads((written / "config.json").read_text())["dtype"] == "bfloat16"
