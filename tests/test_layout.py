@@ -109,22 +109,22 @@ def test_each_published_text_of_a_format_has_one_home():
 
 
 @pytest.mark.parametrize("name", ["README.md", "README.zh.md"])
-def test_the_readmes_tree_is_the_tree(name):
+def test_the_readme_has_a_line_for_each_folder(name):
+    """folder = command = README line = docs page = tests folder"""
     text = (ROOT / name).read_text(encoding="utf-8")
-    block = re.search(r"```\n(data_proj/.*?|README\.md.*?)```", text, re.DOTALL).group(1)
-    listed, folder = set(), ""
-    for line in block.splitlines():
-        found = re.match(r"( *)(\S+)", line)
-        if not found or len(found.group(1)) > 2:
-            continue
-        name_ = found.group(2)
-        folder = "" if not found.group(1) else folder
-        listed.add((folder + name_).rstrip("/"))
-        if not found.group(1):
-            folder = name_ if name_.endswith("/") else ""
-    there = {path.split("/")[0] for path in tracked()} | {f"sft/{folder}" for folder in FOLDERS}
-    there -= {".gitignore", ".gitattributes", ".ci"}
-    missing = {path for path in there if path not in listed and path.rstrip("/") not in listed}
-    assert missing == set()
-    generated = {"data_proj/opendata", "runs"}
-    assert {path for path in listed if not (ROOT / path).exists()} <= generated
+    rows = re.findall(r"^\| `([\w/]+)/` \| .+ \| `([^`]+)` \| \[[^]]+\]\((docs/[^)#]+)\S*\) \|$", text, re.MULTILINE)
+    listed = {folder for folder, _command, _page in rows}
+    assert {folder for folder in listed if folder.startswith("sft/")} == {f"sft/{folder}" for folder in FOLDERS}
+    top = {path.split("/")[0] for path in tracked() if "/" in path and not path.startswith(".")}
+    assert {folder for folder in top - listed if f"`{folder}/" not in text} == set()
+    for folder, command, page in rows:
+        assert (ROOT / folder).is_dir() and (ROOT / page).is_file()
+        if module := re.match(r"python -m (sft\.\w+)", command):
+            assert (ROOT / module[1].replace(".", "/") / "__main__.py").is_file()
+        if folder.startswith("sft/"):
+            assert (ROOT / "tests" / folder.removeprefix("sft/")).is_dir()
+
+
+@pytest.mark.parametrize("name", ["README.md", "README.zh.md"])
+def test_the_readme_is_short(name):
+    assert len((ROOT / name).read_text(encoding="utf-8").splitlines()) <= 200

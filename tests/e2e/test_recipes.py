@@ -22,7 +22,7 @@ EIGHT = {"NUM_GPUS": "8", "--gpu": "80GBx8"}
 ONE = {"NUM_GPUS": "1"}
 SMALL = {**ONE, "LEARNING_RATE": "2e-5"}
 BIG = {**EIGHT, "ZERO": "3", "OFFLOAD": "1"}
-# The README's table, and Blossom's other bases: recipe, model, family of the tokenizer, knobs, what the dry run says.
+# docs/recipes.md and Blossom's other bases: recipe, model, family of the tokenizer, knobs, what the dry run says.
 CASES = [
     ("bloom.sh", "bloom-560m", "bloom", {**SMALL, "--gpu": "24GB"}, "8 rows (1 x 8 x 1 processes)"),
     ("bloom.sh", "bloom-1b7", "bloom", {**SMALL, "--gpu": "48GB"}, "learning rate 2e-05"),
@@ -116,9 +116,9 @@ def test_every_recipe_and_every_model_has_its_case():
     assert {case[1] for case in CASES} == set(PUBLISHED)
 
 
-@pytest.mark.parametrize("readme", ["README.md", "README.zh.md"])
-def test_the_readmes_table_holds_the_cases(readme):
-    text = (ROOT / readme).read_text(encoding="utf-8")
+@pytest.mark.parametrize("page", ["docs/recipes.md", "docs/zh/recipes.md"])
+def test_the_table_of_the_docs_holds_the_cases(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
     rows = re.findall(r"^\| (\S+) \| `(.*)sh recipes/(\S+\.sh)` \| (\S+) \|", text, re.MULTILINE)
     listed = [
         (recipe, model, dict(knob.split("=") for knob in knobs.split()), gpu) for model, knobs, recipe, gpu in rows
