@@ -50,7 +50,8 @@ from sft.dataset.dataset import (
 )
 from sft.dataset.mixture import mix, mixture_table
 from sft.evaluate import quick
-from sft.format.render import Renderer, check_contract
+from sft.format.contract import check_contract
+from sft.format.render import Renderer
 from sft.launch.processes import LOST, STOPPED, Agreed, Guard, Stopped
 from sft.model import attention, loss
 from sft.opendata.conversation import read_conversations

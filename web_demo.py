@@ -32,7 +32,7 @@ from starlette.middleware import Middleware
 from sft.chat.batching import MAX_ACTIVE, MAX_CACHED_TOKENS, BusyError
 from sft.chat.reply import Chat, Reply, load_chat, newest_run
 from sft.chat.sampling import Sampling
-from sft.format.render import FORMAT_NAMES
+from sft.format.table import FORMAT_NAMES
 from sft.model.load import check_model_path
 from sft.web.remote import JOINER, Remote, RemoteError, RemoteReply
 from sft.web.security import REQUESTS_PER_MINUTE, Gate, Limits, knows, read_logins

@@ -19,7 +19,8 @@ from typing import NamedTuple
 from sft.chat.batching import Decoder
 from sft.chat.sampling import BLOSSOM, Sampling
 from sft.chat.token_probabilities import Piece, score
-from sft.format.render import FORMAT_NAMES, Renderer
+from sft.format.render import Renderer
+from sft.format.table import FORMAT_NAMES
 from sft.model.load import (
     DTYPES,
     PATIENT_THREADS,

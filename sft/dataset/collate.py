@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from sft.format.render import IGNORE_INDEX
+from sft.format.tokens import IGNORE_INDEX
 
 
 class Collator:

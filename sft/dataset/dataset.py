@@ -19,7 +19,8 @@ from tqdm.auto import tqdm
 from sft.dataset import packing
 from sft.dataset.mixture import Mixture
 from sft.files import hold_lock, remove_abandoned, stage_folder, write_text
-from sft.format.render import IGNORE_INDEX, Renderer, Rows
+from sft.format.render import Renderer
+from sft.format.tokens import IGNORE_INDEX, Rows
 from sft.opendata.build import EVAL, TRAIN
 from sft.opendata.conversation import read_conversations
 from sft.opendata.files import list_files, split_suffix

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from sft.format.render import IGNORE_INDEX
+from sft.format.tokens import IGNORE_INDEX
 
 EMPTY = -1  # the number of a row with nothing to learn
 

@@ -25,7 +25,7 @@ from sft.evaluate.endpoint import Calls, Endpoint, api_key, check_url, read_call
 from sft.evaluate.overlap import find_overlap, overlap_lines
 from sft.evaluate.protocols import Suite, align_bench, belle, mt_bench, read_winner
 from sft.files import write_json, write_text
-from sft.format.render import FORMAT_NAMES
+from sft.format.table import FORMAT_NAMES
 from sft.model.load import load_tokenizer
 from sft.report.run_page import cell
 

@@ -16,7 +16,7 @@ from statistics import fmean
 from sft.chat.reply import Chat, Reply
 from sft.dataset.collate import Collator
 from sft.dataset.dataset import CACHE_DIR, find_files, prepare
-from sft.format.render import IGNORE_INDEX
+from sft.format.tokens import IGNORE_INDEX
 from sft.model.loss import use_chunked_loss
 from sft.opendata.cleaning import HAN, count_han
 from sft.report.run_page import repetition

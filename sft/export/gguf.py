@@ -19,7 +19,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from sft.chat.reply import Chat
-from sft.format.render import adds_bos
+from sft.format.table import adds_bos
 from sft.model.tiny import QWEN_SPLIT
 
 # The split pattern of the published bloom tokenizer.json.

@@ -7,7 +7,8 @@ A SYSTEM line in the Modelfile is put in front when a request has none. The repl
 import json
 
 from sft.chat.sampling import BLOSSOM
-from sft.format.render import CHAT_FORMATS, ChatFormat, Renderer, bind_format
+from sft.format.render import Renderer
+from sft.format.table import CHAT_FORMATS, ChatFormat, bind_format
 
 # What str.strip takes away, by bytes in UTF-8: Go's templates have no trim, but they slice strings by bytes.
 SPACES = {1: "\t\n\v\f\r\x1c\x1d\x1e\x1f ", 2: "\x85\xa0", 3: "\u1680\u2028\u2029\u202f\u205f\u3000"}

@@ -2,4 +2,4 @@
 
 from sft.reexport import load_on_use
 
-__getattr__ = load_on_use(__name__, {"render": ("CHAT_FORMATS", "FORMAT_NAMES", "Renderer")})
+__getattr__ = load_on_use(__name__, {"render": ("Renderer",), "table": ("CHAT_FORMATS", "FORMAT_NAMES")})

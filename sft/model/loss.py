@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils import ModelOutput
 
-from sft.format.render import IGNORE_INDEX
+from sft.format.tokens import IGNORE_INDEX
 
 # Bytes of logits alive at a time, and rows of them: on a GPU large products pay, on a CPU large buffers don't.
 CHUNK_BYTES = {"cuda": 2**29, "cpu": 2**27}

@@ -20,7 +20,8 @@ from sft.checkpoint.save import PROGRESS, check_unchanged
 from sft.dataset.dataset import EXPLAINED, LOST, WAYS, Examples, TrainingRows, ledger_lines
 from sft.dataset.mixture import Mixture, mixture_table
 from sft.dataset.sampler import Updates
-from sft.format.render import Renderer, check_contract
+from sft.format.contract import check_contract
+from sft.format.render import Renderer
 from sft.model import load as models
 from sft.opendata.build import EVAL
 from sft.opendata.conversation import read_conversations

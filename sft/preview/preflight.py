@@ -9,7 +9,8 @@ import numpy as np
 
 from sft.checkpoint.save import check_output_dir, incomplete
 from sft.dataset.dataset import find_files
-from sft.format.render import FORMAT_NAMES, IGNORE_INDEX
+from sft.format.table import FORMAT_NAMES
+from sft.format.tokens import IGNORE_INDEX
 from sft.model.load import check_dtype, check_model_path
 from sft.preview.memory import parse_gpu
 

@@ -27,7 +27,7 @@ from sft.checkpoint import save as checkpoints
 from sft.checkpoint import zero
 from sft.dataset.dataset import Examples
 from sft.dataset.sampler import EMPTY, Updates, WithEmpty
-from sft.format.render import IGNORE_INDEX
+from sft.format.tokens import IGNORE_INDEX
 from sft.launch.processes import Agreed, Guard, Stopped
 
 MOST_SOURCES = 9  # that a loss is shown for

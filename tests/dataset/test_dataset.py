@@ -23,7 +23,8 @@ from sft.dataset.dataset import (
     ledger_lines,
     prepare,
 )
-from sft.format.render import IGNORE_INDEX, Renderer
+from sft.format.render import Renderer
+from sft.format.tokens import IGNORE_INDEX
 from tests.conftest import ROOT
 
 
@@ -279,7 +280,7 @@ def test_a_bulk_encoder_that_is_found_wrong_is_left_out_and_said(tmp_path, rende
     expected = renderer.render([{"role": "user", "content": "q199"}, {"role": "assistant", "content": "a199"}])
 
     def pretend(sample=(), num_bytes=0):
-        renderer.encoder, renderer._encode_flat = (
+        renderer.encoder, renderer._encode = (
             "a liar",
             lambda texts: (
                 np.ones(len(texts), dtype=np.int32),

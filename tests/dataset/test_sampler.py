@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from sft.dataset.sampler import EMPTY, Updates, WithEmpty
-from sft.format.render import IGNORE_INDEX
+from sft.format.tokens import IGNORE_INDEX
 
 
 def updates(rank: int = 0, *, rows: int = 5, batch_size: int = 1, accumulation: int = 2, world_size: int = 2, **more):

@@ -8,7 +8,8 @@ import subprocess
 import pytest
 
 from sft.export.modelfile import modelfile, quoted
-from sft.format.render import CHAT_FORMATS, Renderer, adds_bos
+from sft.format.render import Renderer
+from sft.format.table import CHAT_FORMATS, adds_bos
 
 needs_go = pytest.mark.skipif(not shutil.which("tmpl"), reason="needs Go's templates: apt-get install tmpl")
 

@@ -6,7 +6,10 @@ import random
 import numpy as np
 import pytest
 
-from sft.format.render import CHAT_FORMATS, IGNORE_INDEX, REPLY_STARTS, Renderer, check_contract, choose_format
+from sft.format.contract import REPLY_STARTS, check_contract
+from sft.format.render import Renderer
+from sft.format.table import CHAT_FORMATS, choose_format
+from sft.format.tokens import IGNORE_INDEX
 from sft.opendata.fields import RecordError
 
 FORMATS = list(CHAT_FORMATS)

@@ -6,7 +6,7 @@ import inspect
 import pytest
 import torch
 
-from sft.format.render import IGNORE_INDEX
+from sft.format.tokens import IGNORE_INDEX
 from sft.model import loss as module
 from sft.model.attention import isolate_documents
 from sft.model.loss import LossHead, use_chunked_loss

@@ -10,7 +10,7 @@ import pytest
 
 import train
 from sft.dataset.dataset import Examples
-from sft.format.render import IGNORE_INDEX
+from sft.format.tokens import IGNORE_INDEX
 from sft.preview.dry_run import Report, describe_schedule, histogram
 
 

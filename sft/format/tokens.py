@@ -1,0 +1,166 @@
+"""Rows of token ids and labels, how an overlong one is cut, and a tokenizer in which text writes no control token."""
+
+import json
+import re
+import secrets
+import unicodedata
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from tokenizers import Tokenizer
+
+IGNORE_INDEX = -100
+ZERO_WIDTH_JOINER = "\u200d"
+EMOJI_JOINERS = (ZERO_WIDTH_JOINER, "\ufe0f")  # inside one visible emoji; the second marks its coloured form
+
+
+class Rendered(NamedTuple):
+    """One row of tokens: `input_ids` and `labels` (length,) int32, labels unshifted.
+
+    `outcome` is "whole", "turns_dropped" (whole trailing turns left out), "cut" (the first answer cut, without a stop
+    token), or, with no tokens at all, "prompt_too_long" or "no_trained_token".
+    """
+
+    input_ids: np.ndarray
+    labels: np.ndarray
+    outcome: str
+
+
+class Rows(NamedTuple):
+    """A batch of conversations as flat arrays: `input_ids` and `labels` (tokens,) int32, `lengths` (rows,) int64.
+
+    `outcomes` has one entry per conversation, as in `Rendered`; one that was lost has no row.
+    """
+
+    input_ids: np.ndarray
+    labels: np.ndarray
+    lengths: np.ndarray
+    outcomes: list[str]
+
+
+def empty_row(reason: str) -> Rendered:
+    """Return the row of a conversation that is lost for `reason`."""
+    empty = np.zeros(0, dtype=np.int32)
+    return Rendered(empty, empty, reason)
+
+
+def join_rows(rendered: Sequence[Rendered]) -> Rows:
+    """Join the rows of a batch, one per conversation, into flat arrays."""
+    kept = [row for row in rendered if len(row.input_ids)]
+    empty = np.zeros(0, dtype=np.int32)
+    ids = np.concatenate([empty, *(row.input_ids for row in kept)])
+    labels = np.concatenate([empty, *(row.labels for row in kept)])
+    lengths = np.asarray([len(row.input_ids) for row in kept], dtype=np.int64)
+    return Rows(ids, labels, lengths, [row.outcome for row in rendered])
+
+
+# --- truncation ---------------------------------------------------------------------------------------------------
+
+
+def shorten(
+    ids: np.ndarray,
+    labels: np.ndarray,
+    turn_ends: np.ndarray,
+    max_length: int | None,
+    text_around: Callable[[int], tuple[str, str] | None],
+) -> Rendered:
+    """Keep of a row what fits in `max_length` tokens: whole turns, or else the beginning of the first reply.
+
+    `turn_ends` are the lengths of the row at which a reply is complete, in ascending order. A cut reply ends at the end
+    of a character, and without a stop token, as it must not teach the model to stop. `text_around(length)` returns the
+    text before and after a length of the row, or None inside a character.
+    """
+    length, outcome = len(ids), "whole"
+    if max_length is not None and length > max_length:
+        fitting = turn_ends[turn_ends <= max_length]
+        if len(fitting):
+            length = int(fitting[-1])
+            outcome = "whole" if length == turn_ends[-1] else "turns_dropped"
+        else:
+            length, outcome = max_length, "cut"
+            while length and not _can_end_at(text_around(length)):
+                length -= 1
+    if (labels[:length] == IGNORE_INDEX).all():
+        is_trained = bool((labels != IGNORE_INDEX).any())
+        return empty_row("prompt_too_long" if is_trained and outcome == "cut" else "no_trained_token")
+    return Rendered(ids[:length].copy(), labels[:length].copy(), outcome)
+
+
+def _can_end_at(around: tuple[str, str] | None) -> bool:
+    """Say whether a row may end between two texts: not inside a character, nor before what joins or marks one."""
+    if around is None:
+        return False
+    before, after = around
+    is_mark = unicodedata.combining(after[:1] or "x") != 0
+    return not (is_mark or after[:1] in EMOJI_JOINERS or before[-1:] == ZERO_WIDTH_JOINER)
+
+
+def text_around_by_offsets(text: str, offsets: np.ndarray) -> Callable[[int], tuple[str, str] | None]:
+    """Return the `text_around` of a row whose tokens have character offsets (tokens, 2) in `text`."""
+
+    def text_around(length: int) -> tuple[str, str] | None:
+        start = int(offsets[length, 0])
+        if start < offsets[length - 1, 1]:
+            return None
+        return text[max(0, start - 1) : start], text[start : start + 1]
+
+    return text_around
+
+
+def text_around_by_decoding(
+    backend: Tokenizer, ids: np.ndarray, reply_start: int
+) -> Callable[[int], tuple[str, str] | None]:
+    """Return the `text_around` of a row whose tokens are bytes, for lengths after `reply_start`."""
+
+    def text_around(length: int) -> tuple[str, str] | None:
+        begin = max(min(reply_start, length), length - 16)
+        before = backend.decode(ids[begin:length].tolist(), skip_special_tokens=False)
+        text = backend.decode(ids[begin : length + 16].tolist(), skip_special_tokens=False)
+        return (before, text[len(before) :]) if text.startswith(before) else None
+
+    return text_around
+
+
+# --- control tokens -----------------------------------------------------------------------------------------------
+
+
+def any_of(texts: Iterable[str]) -> re.Pattern:
+    """Return a pattern that matches any of the texts, the longest first; without texts it matches nothing."""
+    return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or r"(?!)")
+
+
+def unforgeable_backend(tokenizer) -> tuple[Tokenizer, dict[str, str]]:
+    """Copy the Rust tokenizer with every control token renamed to a random private-use string, ids unchanged.
+
+    Returns the copy and the new names. `split_special_tokens` is not enough: it leaves added tokens such as `<think>`
+    live (transformers 5.23). Added words and runs of whitespace keep their names; they are ordinary text.
+    """
+    spec = json.loads(tokenizer.backend_tokenizer.to_str())
+    nonce = secrets.token_hex(8)
+    names = {}
+    for token in spec["added_tokens"]:
+        if token["special"] or not re.fullmatch(r"[\w\s]*", token["content"]):
+            names[token["content"]] = f"\ue000{nonce}{token['id']}\ue001"
+            token["content"] = names[token["content"]]
+    spec["model"] = _rename_in_model(spec["model"], names)
+    spec.update(post_processor=None, truncation=None, padding=None)
+    backend = Tokenizer.from_str(json.dumps(spec))
+    for token, name in names.items():
+        if backend.token_to_id(name) != tokenizer.convert_tokens_to_ids(token):
+            raise ValueError(f"the tokenizer gives its token {token!r} an id that it can't be loaded with")
+    return backend, names
+
+
+def _rename_in_model(model: dict, names: dict[str, str]) -> dict:
+    vocab = model["vocab"]
+    if isinstance(vocab, dict):
+        model["vocab"] = {names.get(token, token): index for token, index in vocab.items()}
+    else:
+        model["vocab"] = [[names.get(token, token), score] for token, score in vocab]
+    if model.get("unk_token") in names:
+        model["unk_token"] = names[model["unk_token"]]
+    pairs = (merge if isinstance(merge, list) else merge.split(" ") for merge in model.get("merges") or [])
+    if "merges" in model:
+        model["merges"] = [pair for pair in pairs if not names.keys() & {*pair, "".join(pair)}]
+    return model
