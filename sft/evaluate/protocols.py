@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from sft.evaluate.quick import bootstrap
 
-MT_BENCH = Path(__file__).resolve().parents[2] / "suites" / "mt_bench"
+MT_BENCH = Path(__file__).with_name("suites") / "mt_bench"
 
 
 class Verdict(NamedTuple):

@@ -21,7 +21,7 @@ from sft.model.loss import use_chunked_loss
 from sft.opendata.cleaning import HAN, count_han
 from sft.report.run_page import repetition
 
-QUESTIONS = Path(__file__).resolve().parents[2] / "suites" / "quick" / "questions.jsonl"
+QUESTIONS = Path(__file__).with_name("suites") / "quick" / "questions.jsonl"
 NUM_SUMS = 12  # in each language
 RESAMPLES = 1000
 MAX_CONVERSATIONS = 500  # of the held-out ones, evenly spaced, whose loss is taken

@@ -20,7 +20,7 @@ from sft.opendata.conversation import read_conversations
 from sft.opendata.files import list_files
 
 ROOT = Path(__file__).resolve().parents[2]
-SAMPLE_DIR = ROOT / "data_proj" / "sample"
+SAMPLE_DIR = Path(__file__).with_name("sample")  # a link to data_proj/sample; files in a wheel
 
 # A fact of the published tokenizer.json files.
 QWEN_SPLIT = (
