@@ -287,20 +287,9 @@ def size_of(folder: Path) -> int:
 # --- what a run depends on ----------------------------------------------------------------------------------------
 
 
-# Flags that change what is computed; all others (logging, saving, evaluation, paths) may differ freely.
-EXACT = (
-    *("seed", "data_seed", "train_sampling_strategy", "dataloader_drop_last", "max_length", "packing", "encoding"),
-    *("per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps"),
-    *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim", "optim_args"),
-    *("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "label_smoothing_factor"),
-    *("neftune_noise_alpha", "bf16", "fp16", "tf32", "dtype", "attn_implementation", "use_liger_kernel"),
-    *("lora", "lora_rank", "lora_alpha", "lora_dropout", "load_in_4bit", "replay_share"),
-)
-
-
-def fingerprint(settings: dict, *, versions: dict, **exact) -> dict:
-    """Return what a run depends on: flags in EXACT and `exact`, and what is only told when it changes."""
-    flags = {name: getattr(settings[name], "value", settings[name]) for name in EXACT if name in settings}
+def fingerprint(flags: dict, *, versions: dict, **exact) -> dict:
+    """Return what a run depends on: `flags` and `exact`, and the versions, which are only told when they change."""
+    flags = {name: getattr(value, "value", value) for name, value in flags.items()}
     if flags.get("max_steps", 0) > 0:
         flags["num_train_epochs"] = None  # not looked at then
     return json.loads(json.dumps({"exact": {**flags, **exact}, "told": versions}))

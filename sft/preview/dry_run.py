@@ -8,17 +8,18 @@ import itertools
 import json
 import math
 import os
+import shlex
 import shutil
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 
 from sft.checkpoint.save import PROGRESS, check_unchanged
 from sft.dataset.dataset import EXPLAINED, LOST, WAYS, Examples, TrainingRows, ledger_lines
-from sft.dataset.mixture import Mixture, mixture_table
+from sft.dataset.mixture import mixture_table
 from sft.dataset.sampler import Updates
 from sft.format.contract import check_contract
 from sft.format.render import Renderer
@@ -44,11 +45,13 @@ from sft.preview.memory import (
     fits_best,
     full_logits,
     gib,
-    parse_gpu,
     plan_table,
     read_shape,
 )
-from sft.preview.preflight import paint, stretches
+from sft.report.run_page import without_secrets
+from sft.report.text import align, paint, say, split_by_loss
+from sft.train.arguments import fail, parse_gpu
+from sft.train.setup import Data, Run, count_processes, find_named_checkpoint, fingerprint_of
 
 
 @dataclass
@@ -64,11 +67,13 @@ class Section:
 class Report:
     """What a dry run found. `problems`: the run would fail, or go wrong without a word. `notes`: worth a look."""
 
-    command: str
+    command: str = field(default_factory=lambda: shlex.join(without_secrets(sys.argv)))
     sections: list[Section] = field(default_factory=list)
     samples: list[tuple[str, np.ndarray, np.ndarray]] = field(default_factory=list)  # title, input_ids, labels
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    steps: int = 0  # of the run
+    step_bytes: int = 0  # counted for one step on each GPU
 
     def check(self, function, *arguments, **options):
         """Call a check of a real run; what it would stop for becomes a problem."""
@@ -100,6 +105,37 @@ CHECKED = 100  # conversations of the data on which train = serve is checked
 FAR = 4.0  # times beyond what is published, after scaling
 LEAKED = 0.05  # share of the held-out questions that may stand in the training data
 SHOWN_IN_A_TERMINAL = 400  # tokens of a row
+
+
+def show_run(report: Report, run: Run, data: Data) -> None:
+    """Describe and check a run, print the report, and write it as a page; exit 2 when it has a problem."""
+    settings = run.settings
+    check_weights(report, run.model_path)
+    check_held_out(report, run.files.times, settings.data.data_path)
+    files, encoding = list(run.files.times), settings.data.encoding
+    describe_tokenizer(report, run.renderer, files, encoding, lora=settings.model.lora)
+    if data.rows is not None:
+        trained = describe_all_data(report, data, run.renderer.stop_ids)["trained"]
+        report.steps, report.step_bytes = describe_run(report, run, data.rows, trained)
+        if settings.training.resume_from_checkpoint:
+            describe_resume(report, run, num_rows=len(data.rows))
+    show_report(report, run)
+
+
+def show_report(report: Report, run: Run, *, since: int = 0) -> None:
+    """Print the report, or its sections `since` one; write it as a page; exit 2 when it has a problem."""
+    page, tokenizer = Path(f"{run.output_dir.rstrip('/')}.dry_run.html"), run.renderer.tokenizer
+    if int(os.environ.get("RANK", 0)) == 0:
+        write_page(report, tokenizer, page)
+    say(as_text(report, tokenizer, since=since))
+    say(f"as a page: {page}")
+    if report.problems:
+        fail([f"problem: {problem}" for problem in report.problems])
+    measured = run.settings.training.probe_steps
+    if since:
+        say("no problem found; nothing was kept of these steps")
+    elif not measured:
+        say("no problem found; nothing was trained, and the weights were not read")
 
 
 def describe_tokenizer(report: Report, renderer: Renderer, files: Sequence[str], encoding: str, *, lora: bool) -> None:
@@ -139,11 +175,6 @@ def _is_served(renderer: Renderer, messages: list[dict]) -> bool:
     return asked and roles[-1] == "assistant" and renderer.render_or_reason(messages).outcome in WAYS
 
 
-def check_rows(config, tokenizer, path: str, **ids) -> None:
-    """The check of a run (sft.model.check_rows), which asks of the model its config alone."""
-    models.check_rows(SimpleNamespace(config=config), tokenizer, path, **ids)
-
-
 def check_weights(report: Report, path: str) -> None:
     """Look for the weights of a local folder, by name and safetensors header: a run needs them, and a dry run not."""
     from safetensors import SafetensorError, safe_open
@@ -179,8 +210,9 @@ def check_held_out(report: Report, files: Sequence[str], data_path: Sequence[str
             report.problems.append(f"{file}: {line}")
 
 
-def describe_all_data(report: Report, data, mixture: Mixture, stop_ids: Sequence[int]) -> np.ndarray:
-    """Add what is trained on and what is held out (`data` of train.py), with rows; return the facts of the examples."""
+def describe_all_data(report: Report, data: Data, stop_ids: Sequence[int]) -> np.ndarray:
+    """Add the data to train on and the held-out data, with rows; return the statistics of the examples."""
+    mixture = data.rows.mixture
     examples, held_out, ledger = data.examples, data.held_out, data.ledgers["train"]
     facts, eval_facts = examples.facts(stop_ids), held_out.facts(stop_ids)
     describe_data(report, "training data", examples, ledger, facts)
@@ -205,27 +237,17 @@ def heaviest_rows(rows: TrainingRows, trained: np.ndarray) -> tuple[np.ndarray, 
     return order, tokens[order], trained[order]
 
 
-def count_processes(settings: dict) -> int:
-    """Return those that share an update: the launcher's, else one, or one for each GPU under DeepSpeed."""
-    found = int(os.environ.get("NUM_PROCESSES") or os.environ.get("WORLD_SIZE") or 0)
-    return found or (_gpu_of(settings["gpu"])[0][1] if settings["deepspeed"] else 1)
+def describe_run(report: Report, run: Run, rows: TrainingRows, trained: np.ndarray) -> tuple[int, int]:
+    """Add steps, memory and disk of a run. `trained` are the trained tokens of each example.
 
-
-def describe_run(
-    report: Report,
-    config,
-    rows: TrainingRows,
-    trained: np.ndarray,
-    settings: dict,
-) -> tuple[int, int]:
-    """Add steps, memory and disk of a run with these `settings` (the flags of train.py by name).
-
-    `trained` are the trained tokens of each example. Returns the number of steps, and the bytes that one takes.
+    Returns the number of steps, and the bytes that one takes.
     """
+    settings = run.settings.by_name()
+    config = models.load_config(run.model_path, trust_remote_code=settings["trust_remote_code"])
     on_gpu = bool(settings["gpu"]) or count_gpus() > 0
     gpu, where = _gpu_of(settings["gpu"])
     zero = (settings["deepspeed"] or {}).get("zero_optimization", {}).get("stage", 0)
-    batch, processes = settings["per_device_train_batch_size"], count_processes(settings)
+    batch, processes = settings["per_device_train_batch_size"], count_processes(run.settings.training)
     _order, row_tokens, row_trained = heaviest_rows(rows, trained)
     steps = describe_schedule(
         report,
@@ -382,14 +404,11 @@ def updates_of(num_rows: int, rows: tuple[int, int, int], *, seed: int = 0, drop
     return Updates(num_rows, **shares, rank=0, seed=seed, drop_last=drop_last)
 
 
-def describe_resume(
-    report: Report, found: tuple[str | None, list[str], str | None], new: dict, *, num_rows: int, settings: dict
-) -> None:
-    """Add which checkpoint would be continued and what is left; what has changed since, and may not, are problems.
-
-    `found`: the checkpoint, lines to say, what is wrong with it; `new`: the fingerprint of the run as it would be.
-    """
-    checkpoint, lines, wrong = found
+def describe_resume(report: Report, run: Run, *, num_rows: int) -> None:
+    """Add which checkpoint would be resumed and what is left; flags and data that changed and may not are problems."""
+    training, settings = run.settings.training, run.settings.by_name()
+    new = fingerprint_of(run)
+    checkpoint, lines, wrong = find_named_checkpoint(training.resume_from_checkpoint, run.output_dir)
     report.sections.append(Section("resume", [], lines))
     if wrong:
         report.problems.append(wrong)
@@ -542,7 +561,7 @@ def as_text(report: Report, tokenizer, *, since: int = 0) -> str:
     for title, ids, labels in report.samples if not since else ():
         lines += [f"== {title}", *_paint_ends(tokenizer, ids, labels), ""]
     for section in report.sections[since:]:
-        lines += [f"== {section.title}", *_aligned(section.table), *section.lines, ""]
+        lines += [f"== {section.title}", *align(section.table), *section.lines, ""]
     lines += [f"note: {note}" for note in report.notes if not since]
     return "\n".join(lines)
 
@@ -555,23 +574,12 @@ def _paint_ends(tokenizer, ids: np.ndarray, labels: np.ndarray) -> list[str]:
     return [paint(tokenizer, ids[:half], labels[:half]), left_out, paint(tokenizer, ids[-half:], labels[-half:])]
 
 
-def _aligned(table: list[list[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    return [
-        "  ".join(
-            cell.rjust(width) if place else cell.ljust(width)
-            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in table
-    ]
-
-
 def write_page(report: Report, tokenizer, path: Path) -> None:
     """Write the report as one HTML file that needs nothing else."""
     import jinja2
 
     template = Path(__file__).with_name("dry_run.html").read_text(encoding="utf-8")
     page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(template)
-    samples = [(title, stretches(tokenizer, ids, labels)) for title, ids, labels in report.samples]
+    samples = [(title, split_by_loss(tokenizer, ids, labels)) for title, ids, labels in report.samples]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page.render(report=report, samples=samples), encoding="utf-8")

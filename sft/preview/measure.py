@@ -4,27 +4,68 @@ The first two take the rows that need most memory: AdamW's state is there from t
 shows now. The others take the rows that the run would begin with, and are timed.
 """
 
+import copy
 import ctypes
+import math
 import resource
 import statistics
 import time
+from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import TrainerCallback
+from transformers import PrinterCallback, TrainerCallback, set_seed
 
 from sft.dataset.dataset import TrainingRows
-from sft.preview.dry_run import Report, Section
+from sft.launch.processes import Guard
+from sft.preview.dry_run import Report, Section, heaviest_rows, show_report, updates_of
 from sft.preview.memory import gib
+from sft.train.setup import Data, Run
 
-WARM_UP = 2
+NUM_WARM_UP_STEPS = 2
 # mallopt's numbers (glibc's malloc.h) and what a probe sets them to while it looks at the memory: freed blocks go back
 # at once, so that what is resident is what is allocated. That costs time, so that timed steps take glibc's largest.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 EXACT, FAST = 2**16, 2**25
+
+
+def measure_steps(report: Report, run: Run, data: Data, guard: Guard, build_trainer: Callable) -> None:
+    """Make the steps of --probe_steps, keep nothing of them, and add memory and time to the report."""
+    trained = data.examples.facts(run.renderer.stop_ids)["trained"]
+    heaviest, *_ = heaviest_rows(data.rows, trained)
+    measured, rows = _measured_run(run, str(guard.folder)), _measured_rows(run, data.rows, heaviest)
+    set_seed(run.seed)
+    watch = Stopwatch()
+    trainer = build_trainer(measured, data._replace(rows=rows, held_out=()), guard=guard, fingerprint={})
+    trainer.pop_callback(PrinterCallback)
+    trainer.add_callback(watch)
+    trainer.train()
+    peaks = guard.gather(watch.peak)
+    describe(report, watch.timed(), peaks, steps=report.steps, counted=report.step_bytes)
+    show_report(report, run, since=-1)
+
+
+def _measured_run(run: Run, output_dir: str) -> Run:
+    """Return the run cut down to the measured steps, without anything that is written, logged or evaluated."""
+    training = copy.copy(run.settings.training)
+    training.output_dir, training.max_steps = output_dir, training.probe_steps
+    training.train_sampling_strategy = "sequential"
+    for name in ("save_strategy", "eval_strategy", "logging_strategy"):
+        setattr(training, name, type(getattr(training, name))("no"))
+    training.report_to, training.push_to_hub, training.load_best_model_at_end = [], False, False
+    return replace(run, settings=replace(run.settings, training=training), output_dir=output_dir)
+
+
+def _measured_rows(run: Run, rows: TrainingRows, heaviest: np.ndarray) -> "FirstRows":
+    training = run.settings.training
+    shares = (training.train_batch_size, training.gradient_accumulation_steps, training.world_size)
+    seed = run.seed if training.data_seed is None else training.data_seed
+    own = updates_of(len(rows), shares, seed=seed).order(0)
+    return FirstRows(rows, heaviest, own, steps=training.probe_steps, per_update=math.prod(shares))
 
 
 class FirstRows(TrainingRows):
@@ -32,9 +73,11 @@ class FirstRows(TrainingRows):
 
     def __init__(self, rows: TrainingRows, heaviest: np.ndarray, own: np.ndarray, *, steps: int, per_update: int):
         self.__dict__ |= vars(rows)
-        own = own[: min((steps - WARM_UP) * per_update, len(own) // per_update * per_update)]
+        own = own[: min((steps - NUM_WARM_UP_STEPS) * per_update, len(own) // per_update * per_update)]
         # Fewer rows than an update takes: each is an epoch of its own.
-        order = np.concatenate([*[heaviest[:per_update]] * WARM_UP, own]) if len(own) else heaviest[:per_update]
+        order = (
+            np.concatenate([*[heaviest[:per_update]] * NUM_WARM_UP_STEPS, own]) if len(own) else heaviest[:per_update]
+        )
         self.rows = [rows.rows[number] for number in order.tolist()]
 
     def pack_for(self, epoch: int) -> None:
@@ -65,15 +108,15 @@ class Stopwatch(TrainerCallback):
         if self.on_gpu:
             torch.cuda.synchronize()
             self.peak = torch.cuda.max_memory_allocated()
-        elif len(self.ends) < WARM_UP:
+        elif len(self.ends) < NUM_WARM_UP_STEPS:
             self.peak = _resident("VmHWM") - self.before
-        if len(self.ends) == WARM_UP - 1 and not self.on_gpu:
+        if len(self.ends) == NUM_WARM_UP_STEPS - 1 and not self.on_gpu:
             _set_malloc(FAST)
         self.ends.append((time.monotonic(), state.num_input_tokens_seen))
 
     def timed(self) -> list[tuple[float, int]]:
         """Return (seconds, tokens without padding) of each step after the first ones, of all processes together."""
-        ends = self.ends[WARM_UP - 1 :]
+        ends = self.ends[NUM_WARM_UP_STEPS - 1 :]
         return [(now - then, seen - before) for (then, before), (now, seen) in pairwise(ends)]
 
 
@@ -96,7 +139,8 @@ def describe(report: Report, timed: list[tuple[float, int]], peaks: list[int], *
     speed = statistics.median(tokens / seconds for seconds, tokens in timed)
     peak, kind = max(peaks), "allocated on the GPU" if torch.cuda.is_available() else "resident"
     lines = [
-        f"{WARM_UP} steps of the rows that take most memory, not timed; then {len(timed)} of those the run begins with",
+        f"{NUM_WARM_UP_STEPS} steps of the rows that take most memory, not timed; "
+        f"then {len(timed)} of those the run begins with",
         f"speed: {speed:,.0f} tokens/s without padding, {seconds:.3g} s a step (median)",
         f"the run: {steps:,} steps take about {duration(steps * seconds)}, without start, evaluations, replies, saves",
         f"peak memory ({kind}, process with most): {gib(peak)}, counted {gib(counted)} ({counted / peak:.2f} of it)",

@@ -6,14 +6,14 @@ alive: any family that transformers knows is counted the same way, and all its l
 """
 
 import copy
-import re
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
-GIB = 2**30
+from sft.train.arguments import GIB
+
 RESERVE = 2 * GIB  # CUDA's context, cuBLAS and NCCL workspaces, gaps between blocks
 MACHINES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 # nf4 in blocks of 64 with a scale each, the scales in 8 bits in blocks of 256 (QLoRA, arXiv 2305.14314, section 3).
@@ -399,19 +399,6 @@ def _short(number: float) -> str:
 
 
 # --- the machine --------------------------------------------------------------------------------------------------
-
-
-def parse_gpu(text: str) -> tuple[int, int]:
-    """Return (bytes of a GPU, number of GPUs) of "80GB×8", "80GBx8", "24GB" or "24576MB".
-
-    Raises ValueError for anything else.
-    """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(G|M)i?B?\s*(?:[x×*X]\s*(\d+))?", text.strip(), re.IGNORECASE)
-    size = float(found[1]) * (GIB if found[2].upper() == "G" else 2**20) if found else 0
-    count = int(found[3] or 1) if found else 0
-    if not size or not count:
-        raise ValueError(f"--gpu {text}: write the memory of a GPU and their number, as in 80GBx8")
-    return int(size), count
 
 
 def fits(parts: Sequence[Part], gpu_bytes: int) -> bool:

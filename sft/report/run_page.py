@@ -56,13 +56,19 @@ LICENCES = {
 
 def provenance() -> dict:
     """Return the command, the versions and the git commit (None outside a checkout)."""
+    command = without_secrets([sys.executable, *sys.argv])
+    return {"command": command, "versions": package_versions(), "git_commit": _git_commit()}
+
+
+def package_versions() -> dict[str, str | None]:
+    """Return the version of Python and of each of PACKAGES, None where it is not installed."""
     versions = {"python": sys.version.split()[0]}
     for name in PACKAGES:
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             versions[name] = None
-    return {"command": without_secrets([sys.executable, *sys.argv]), "versions": versions, "git_commit": _git_commit()}
+    return versions
 
 
 def without_secrets(command: list[str]) -> list[str]:

@@ -21,7 +21,7 @@ from accelerate.data_loader import prepare_data_loader
 from huggingface_hub import HfApi
 from safetensors import SafetensorError
 from torch.utils.data import DataLoader
-from transformers import TrainerCallback
+from transformers import ProgressCallback, TrainerCallback
 
 from sft.checkpoint import save as checkpoints
 from sft.checkpoint import zero
@@ -29,6 +29,9 @@ from sft.dataset.dataset import Examples
 from sft.dataset.sampler import EMPTY, Updates, WithEmpty
 from sft.format.tokens import IGNORE_INDEX
 from sft.launch.processes import Agreed, Guard, Stopped
+from sft.model import attention, loss
+from sft.model import load as models
+from sft.report.text import say
 
 MOST_SOURCES = 9  # that a loss is shown for
 MOST_PENDING = 64  # batches whose losses wait on the GPU until they are read
@@ -124,6 +127,8 @@ class Trainer(transformers.Trainer):
             on_epoch=self.train_dataset.pack_for,
         )
         self.add_callback(Restore(self))
+        if self.pop_callback(ProgressCallback):
+            self.add_callback(ProgressWithSpeed)
         self._watch_gradient()
 
     # --- rows: where to begin, and how many updates are left ---
@@ -578,3 +583,48 @@ class Restore(TrainerCallback):
                 self.trainer.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=False
             ):
                 group["lr"] = base * of(scheduler.last_epoch)
+
+
+def prepare_model(model, *, packing: bool, liger: bool = False) -> list[str]:
+    """Keep packed documents apart, compute the loss in chunks, use Liger's kernels if asked; return what was done."""
+    notes = [models.use_liger_kernels(model)] if liger else []
+    return notes + ([attention.isolate_documents(model)] if packing else []) + [loss.use_chunked_loss(model)]
+
+
+class SelfTest(TrainerCallback):
+    """Prove on the real model, in its compute type, that packed rows and the loss in chunks are what they stand for."""
+
+    def __init__(self, trainer: Trainer, notes: list[str], *, packing: bool):
+        self.trainer, self.notes, self.packing = trainer, notes, packing
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        for note in self.notes:
+            say(note)
+        if self.trainer.broken:  # the first step says so, and names its rows
+            return
+        low = args.bf16 or args.fp16
+        exact = not low and all(parameter.dtype == torch.float32 for parameter in model.parameters())
+        dtype = torch.bfloat16 if args.bf16 else torch.float16
+        with torch.autocast(args.device.type, dtype=dtype, enabled=low):
+            loss.self_test(model, exact=exact)
+            if self.packing:
+                apart, _reach = attention.self_test(model, exact=exact)
+                say(f"self-test: logits of a packed row are within {apart:.0e} of its documents alone")
+
+
+class ProgressWithSpeed(ProgressCallback):
+    """The progress bar, with the loss and the tokens per second beside it."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        super().on_log(args, state, control, logs=logs, **kwargs)
+        if self.training_bar is not None and "loss" in (logs or {}):
+            speed = logs.get("train_tokens_per_second", 0)
+            self.training_bar.set_postfix_str(f"loss {logs['loss']:.3f}, {speed:,.0f} tokens/s")
+
+
+def last_evaluation(trainer: Trainer) -> dict[str, float]:
+    """Return the metrics on the held-out rows after the last step, evaluating only if that was not just done."""
+    if trainer.eval_dataset is None or trainer.args.eval_strategy == "no":
+        return {}
+    last = next((entry for entry in reversed(trainer.state.log_history) if "eval_loss" in entry), {})
+    return last if last.get("step") == trainer.state.global_step else trainer.evaluate()

@@ -158,26 +158,6 @@ def test_only_what_is_alive_is_counted():
     assert (meter.live, meter.peak) == (0, 500)
 
 
-@pytest.mark.parametrize(
-    ("text", "found"),
-    [
-        ("80GB×8", (80 * GIB, 8)),
-        ("80GBx8", (80 * GIB, 8)),
-        ("24GB", (24 * GIB, 1)),
-        ("24 GiB x 2", (24 * GIB, 2)),
-        ("512MB", (2**29, 1)),
-    ],
-)
-def test_a_gpu_is_read_as_people_write_it(text, found):
-    assert memory.parse_gpu(text) == found
-
-
-@pytest.mark.parametrize("text", ["", "A100", "80", "0GB", "80GBx0", "80GB8"])
-def test_what_is_no_gpu_is_refused_in_a_line(text):
-    with pytest.raises(ValueError, match="write the memory of a GPU and their number, as in 80GBx8"):
-        memory.parse_gpu(text)
-
-
 def test_the_simplest_way_that_fits_and_the_fewest_machines_are_found():
     shape, step = shape_of("Yi-34B"), Step(accumulation=8)
     assert memory.fits_best(shape, step, 80 * GIB, 8) == Plan(FULL, ZERO3, False, 8)

@@ -17,6 +17,7 @@ import train
 from sft.chat.reply import load_chat
 from sft.chat.sampling import GREEDY
 from sft.opendata.conversation import read_conversations
+from sft.train.replies import FIXED_PROMPTS, pick_questions
 from tests.conftest import ROOT
 
 QUESTIONS = {"你好": "你好！", "Hello": "Hi there.", "1+1等于几？": "2", "What is 2+2?": "**4**"}
@@ -118,7 +119,7 @@ def test_the_run_page_and_the_card_show_the_same_replies_as_run_json(finished):
     record = json.loads((finished / "run.json").read_text())
     said = [entry for entry in record["log_history"] if "replies" in entry]
     assert [entry["step"] for entry in said] == [0, 10, 20]
-    assert [reply["question"] for reply in said[1]["replies"]] == list(train.FIXED_PROMPTS)
+    assert [reply["question"] for reply in said[1]["replies"]] == list(FIXED_PROMPTS)
     assert said[2]["replies"][0]["reply"] == record["replies"][0]["after"]
     assert all(entry["tokens_per_second"] > 0 for entry in record["log_history"] if "loss" in entry)
     assert record["metrics"]["mfu"] is None or torch.cuda.is_available()
@@ -301,89 +302,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_without_a_model(tiny_base, data
     assert not (tmp_path / "run" / "model.safetensors").exists()
 
 
-def problems_of(capsys, *arguments: str) -> list[str]:
-    with pytest.raises(SystemExit) as exit_:
-        train.parse_arguments(list(arguments))
-    assert exit_.value.code == 2
-    return capsys.readouterr().err.splitlines()
-
-
-def flags_of(base, data, output_dir) -> tuple[str, ...]:
-    return ("--model_name_or_path", str(base), "--data_path", str(data), "--output_dir", str(output_dir))
-
-
-def test_all_mistakes_are_said_at_once_each_in_a_line(capsys, tmp_path):
-    (tmp_path / "bad.json").write_text("{")
-    lines = problems_of(
-        capsys,
-        *("--model_name_or_path", str(tmp_path / "nowhere"), "--data_path", str(tmp_path / "none.json")),
-        *("--output_dir", str(tmp_path / "run"), "--chat_format", "vicuna", "--max_length", "0"),
-        *("--deepspeed", str(tmp_path / "bad.json"), "--dtype", "bfloat16", "--learnig_rate", "1"),
-    )
-    expected = [
-        "train.py: unknown argument --learnig_rate",
-        f"train.py: {tmp_path}/nowhere: no such folder; name a local model folder or a hub model (owner/name)",
-        "train.py: --dtype bfloat16: full fine-tuning of bfloat16 weights rounds AdamW's updates away; leave "
-        "--dtype at auto (fp32 masters, --bf16 for the computing), or add --lora",
-        f"train.py: --data_path {tmp_path}/none.json: no such file or folder, and as a glob it matches no data file",
-        "train.py: --max_length 0: must be at least 1",
-        "train.py: --chat_format vicuna: use one of auto, blossom, chatml, alpaca, mistral, base",
-    ]
-    assert [line for line in lines if line in expected] == expected
-    assert any(line.startswith(f"train.py: --deepspeed {tmp_path}/bad.json: not valid JSON") for line in lines)
-    assert len(lines) == len(expected) + 1
-
-
-def test_values_of_a_wrong_type_are_said_together(capsys, tiny_base, data, tmp_path):
-    base = flags_of(tiny_base("qwen2"), data, tmp_path / "r")
-    lines = problems_of(capsys, *base, "--learning_rate", "abc", "--max_length", "xyz", "--lr", "3")
-    assert lines == [
-        "train.py: --learning_rate/--learning-rate: invalid float value: 'abc'",
-        "train.py: --max_length/--max-length: invalid int value: 'xyz'",
-        "train.py: unknown argument --lr",
-    ]
-
-
-def test_a_checkpoint_that_is_not_there_is_said_before_anything_is_loaded(capsys, tiny_base, data, tmp_path):
-    base = flags_of(tiny_base("qwen2"), data, tmp_path / "r")
-    (line,) = problems_of(capsys, *base, "--resume_from_checkpoint", "/nowhere")
-    assert line.startswith("train.py: --resume_from_checkpoint /nowhere: it has no manifest.json")
-
-
-def test_missing_arguments_are_named(capsys):
-    assert problems_of(capsys) == [
-        "train.py: --model_name_or_path is required",
-        "train.py: --data_path is required",
-        "train.py: --output_dir is required",
-    ]
-
-
-def test_a_folder_with_somebodys_files_is_not_written_to(capsys, tiny_base, data, tmp_path):
-    (tmp_path / "thesis.txt").write_text("precious")
-    (line,) = problems_of(
-        capsys,
-        *("--model_name_or_path", str(tiny_base("qwen2")), "--data_path", str(data), "--output_dir", str(tmp_path)),
-    )
-    assert line.startswith(f"train.py: --output_dir {tmp_path}: is not empty, and nothing in it will be overwritten")
-    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
-
-
-def test_fp16_on_a_cpu_and_flags_that_transformers_refuses_are_one_line(capsys, tiny_base, data, tmp_path):
-    base = flags_of(tiny_base("qwen2"), data, tmp_path / "r")
-    if not torch.cuda.is_available():
-        assert problems_of(capsys, *base, "--fp16", "true") == [
-            "train.py: --fp16 needs a GPU; a CPU ignores it without a word. Use --bf16, or neither for fp32"
-        ]
-        assert problems_of(capsys, *base, "--use_liger_kernel", "true") == [
-            "train.py: --use_liger_kernel: its kernels are Triton's and need a GPU; leave the flag out"
-        ]
-    assert len(problems_of(capsys, *base, "--eval_strategy", "sometimes")) == 1
-    assert len(problems_of(capsys, *base, "--max_steps", "many")) >= 1
-
-
 def test_questions_come_evenly_from_every_file_with_their_answers(data):
-    arguments = train.DataArguments(num_reply_prompts=2)
-    questions = train.pick_questions([str(data / "train.json")], arguments)
+    questions = pick_questions([str(data / "train.json")], 2)
     assert questions[:2] == [("你好", ["你好！"]), ("Hello", ["Hi there."])]
     assert questions[2:] == [("写一首关于春天的诗", []), ("What is the capital of France?", []), ("1+1等于几？", ["2"])]
 

@@ -1,26 +1,11 @@
-"""What is said before a run starts."""
+"""Settings of DeepSpeed that are refused, and what --offload adds to them."""
 
 import json
 
-import numpy as np
 import pytest
 
-from sft.format.render import Renderer
-from sft.preview.preflight import check_deepspeed_config, deepspeed_config, paint
+from sft.train.deepspeed import check_deepspeed_config, deepspeed_config
 from tests.conftest import ROOT
-
-
-def test_the_trained_stretches_are_marked_with_and_without_colour(tokenizer_of):
-    renderer = Renderer(tokenizer_of("qwen2"), "chatml")
-    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
-    rendered = renderer.render(messages)
-    plain = paint(renderer.tokenizer, rendered.input_ids, rendered.labels, colour=False)
-    assert plain == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n⟦Hello<|im_end|>⟧\n"
-    coloured = paint(renderer.tokenizer, rendered.input_ids, rendered.labels, colour=True)
-    assert "\033[32mHello<|im_end|>\033[0m" in coloured
-    nothing = np.zeros(0, dtype=np.int32)
-    assert paint(renderer.tokenizer, nothing, nothing, colour=False) == ""
-
 
 FLAGS = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 8, "max_grad_norm": 1.0, "offload": False}
 FLAGS |= {"bf16": False, "fp16": False}

@@ -1,0 +1,257 @@
+"""Flags of train.py: parse them, and say every mistake at once before anything is loaded."""
+
+import copy
+import math
+import os
+import re
+import sys
+from argparse import ArgumentError
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NoReturn
+
+import torch
+from transformers import HfArgumentParser
+
+from sft.checkpoint.save import check_output_dir, incomplete
+from sft.dataset.dataset import find_files
+from sft.format.table import FORMAT_NAMES
+from sft.model.load import check_dtype, check_model_path, choose_compute
+from sft.train.deepspeed import check_deepspeed_config, deepspeed_config, start_deepspeed_on_cpu
+
+LIMITS = ("at_least", "above", "at_most", "below")  # keys of a field's metadata: the values that it allows
+RESUME = "resume"  # "same": a checkpoint is resumed only with the same value, unless --allow_changed names it
+# The same for flags that train.py leaves as transformers has them. All others (logging, saving, evaluation, paths)
+# don't change what is computed, and may differ freely in a resumed run.
+OF_TRANSFORMERS = {
+    "per_device_train_batch_size": {"at_least": 1, RESUME: "same"},
+    "gradient_accumulation_steps": {"at_least": 1, RESUME: "same"},
+    "per_device_eval_batch_size": {"at_least": 1},
+    **{
+        name: {RESUME: "same"}
+        for name in (
+            *("seed", "data_seed", "train_sampling_strategy", "dataloader_drop_last", "num_train_epochs", "max_steps"),
+            *("lr_scheduler_kwargs", "optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2"),
+            *("adam_epsilon", "max_grad_norm", "label_smoothing_factor", "neftune_noise_alpha", "bf16", "fp16"),
+            *("tf32", "use_liger_kernel"),
+        )
+    },
+}
+GIB = 2**30
+
+
+def flag(default: Any, help: str, **metadata: Any) -> Any:
+    """Return the field of a dataclass that is a flag: a limit of LIMITS, or `resume`, may stand in its metadata."""
+    return field(default=default, metadata={"help": help, **metadata})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The parsed flags in the three groups of train.py: an object of each of its dataclasses."""
+
+    model: Any
+    data: Any
+    training: Any
+
+    def by_name(self) -> dict[str, Any]:
+        """Return every flag by its name."""
+        return {**vars(self.training), **vars(self.data), **vars(self.model)}
+
+    def same_on_resume(self) -> dict[str, Any]:
+        """Return the flags that change what is computed: a resume must have the same."""
+        groups = (self.model, self.data, self.training)
+        metadata = {entry.name: entry.metadata for group in groups for entry in fields(group)} | OF_TRANSFORMERS
+        flags = self.by_name()
+        return {name: flags[name] for name, keys in metadata.items() if keys.get(RESUME) == "same" and name in flags}
+
+
+def parse_arguments(groups: tuple[type, type, type], arguments: Sequence[str] | None) -> Settings:
+    """Parse into the three dataclasses of train.py; exit with every mistake at once before anything is loaded."""
+    parser = Parser(groups, prog="train.py", allow_abbrev=False)
+    parser.set_defaults(eval_strategy=None)
+    given, unknown = parser.parse_known_args(sys.argv[1:] if arguments is None else list(arguments))
+    given = vars(given)
+    problems = parser.problems + [f"unknown argument {name}" for name in unknown if name.startswith("--")]
+    problems += [f"unknown argument {name}" for name in unknown if not problems]
+    given["dry_run"] |= given["probe_steps"] > 0
+    problems += check_arguments(given, groups)
+    if problems:
+        fail(problems)
+    try:
+        return _make_settings(groups, given)
+    except (ValueError, TypeError, ImportError) as error:
+        fail([str(error)])
+
+
+def _make_settings(groups: tuple[type, type, type], given: dict[str, Any]) -> Settings:
+    """Fill in what depends on the machine, and make an object of each group."""
+    given["eval_strategy"] = given["eval_strategy"] or "epoch"
+    if given["hub_token"]:  # transformers would pickle it into every checkpoint
+        os.environ["HF_TOKEN"], given["hub_token"] = given["hub_token"], None
+    if given["disable_tqdm"] is None:
+        given["disable_tqdm"] = not sys.stderr.isatty()
+    on_cpu = given["use_cpu"] or not torch.cuda.is_available()
+    if given["deepspeed"]:
+        given["deepspeed"] = deepspeed_config(given["deepspeed"], offload=given["offload"], pin_memory=not on_cpu)
+    given |= choose_compute(bf16=given["bf16"], fp16=given["fp16"], use_cpu=on_cpu)
+    if given["use_liger_kernel"] and on_cpu:
+        raise ValueError("--use_liger_kernel: its kernels are Triton's and need a GPU; leave the flag out")
+    deepspeed = given["deepspeed"]
+    if given["dry_run"] and not given["probe_steps"]:
+        given |= {"deepspeed": None, "use_cpu": on_cpu}
+    elif given["deepspeed"] and on_cpu:
+        given |= {"accelerator_config": start_deepspeed_on_cpu(), "use_cpu": True}
+    elif on_cpu:
+        given["use_cpu"] = True
+    made = []
+    for group in groups:
+        names = {entry.name for entry in fields(group) if entry.init}
+        made.append(group(**{name: value for name, value in given.items() if name in names}))
+    settings = Settings(*made)
+    settings.training.deepspeed = deepspeed  # a dry run starts no processes, and shows what they would hold
+    return settings
+
+
+class Parser(HfArgumentParser):
+    """Collects the values that it can't read instead of stopping at the first."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.problems: list[str] = []
+
+    @staticmethod
+    def _parse_dataclass_field(parser, entry):
+        """Leave out of the metadata what argparse doesn't know (transformers 5.23 passes on all of it)."""
+        entry = copy.copy(entry)
+        ours = (*LIMITS, RESUME)
+        entry.metadata = MappingProxyType({key: value for key, value in entry.metadata.items() if key not in ours})
+        HfArgumentParser._parse_dataclass_field(parser, entry)
+
+    def _get_values(self, action, arg_strings):
+        try:
+            return super()._get_values(action, arg_strings)
+        except ArgumentError as error:
+            self.problems.append(str(error).removeprefix("argument "))
+            return action.default
+
+    def error(self, message: str) -> NoReturn:
+        fail([*self.problems, message])
+
+
+def fail(problems: Sequence[str], *, everywhere: bool = False) -> NoReturn:
+    """Print each problem on a line, from the first process or from `everywhere`, and exit with code 2."""
+    rank = int(os.environ.get("RANK", 0))
+    if rank == 0 or everywhere:
+        for problem in problems:
+            print(f"train.py: {f'rank {rank}: ' if rank else ''}{problem}", file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+# --- checks -------------------------------------------------------------------------------------------------------
+
+
+def check_arguments(arguments: dict[str, Any], groups: Sequence[type]) -> list[str]:
+    """Return every mistake in the parsed arguments, one line each, before anything is loaded."""
+    required = [
+        f"--{name} is required" for name in ("model_name_or_path", "data_path", "output_dir") if not arguments[name]
+    ]
+    if required:
+        return required
+    resume = bool(arguments["resume_from_checkpoint"])
+    checks = [
+        check_model_path(arguments["model_name_or_path"]),
+        check_dtype(arguments["dtype"], lora=arguments["lora"]),
+        check_output_dir(arguments["output_dir"], resume=resume),
+        *_check_data(arguments),
+        *_check_limits(arguments, groups),
+        *check_deepspeed_config(arguments),
+        *_check_combinations(arguments),
+    ]
+    return [problem for problem in checks if problem]
+
+
+def _check_data(arguments: dict[str, Any]) -> list[str]:
+    problems = []
+    for name in ("data_path", "eval_data_path", "replay_path"):
+        for path in arguments[name] or ():
+            try:
+                if name == "data_path":
+                    find_files([path])
+                else:
+                    find_files([], [path])
+            except (ValueError, OSError) as error:
+                problems.append(f"--{name} {error}")
+    if not problems:
+        try:
+            find_files(arguments["data_path"], arguments["eval_data_path"] or (), arguments["replay_path"] or ())
+        except ValueError as error:
+            problems.append(str(error))
+    if bool(arguments["replay_path"]) != (arguments["replay_share"] > 0):
+        problems.append("--replay_path and --replay_share go together: 0.1 makes a tenth of the tokens replay")
+    try:
+        "".encode(arguments["encoding"])
+    except LookupError:
+        problems.append(f"--encoding {arguments['encoding']}: no such encoding; try utf-8, gb18030, big5 or utf-16")
+    return problems
+
+
+def _check_limits(arguments: dict[str, Any], groups: Sequence[type]) -> list[str]:
+    metadata = {entry.name: entry.metadata for group in groups for entry in fields(group)}
+    problems = []
+    for name, keys in (metadata | OF_TRANSFORMERS).items():
+        limits = {key: keys[key] for key in LIMITS if key in keys}
+        if limits and not is_within(arguments[name], limits):
+            words = " and ".join(f"{key.replace('_', ' ')} {limit}" for key, limit in limits.items())
+            problems.append(f"--{name} {arguments[name]}: must be {words}")
+    if not 0 < arguments["num_train_epochs"] < float("inf") and arguments["max_steps"] <= 0:
+        problems.append("--num_train_epochs must be above 0 (or give --max_steps)")
+    return problems
+
+
+def is_within(value: float, limits: Mapping[str, float]) -> bool:
+    """Whether a number is finite and within the limits of its field."""
+    return (
+        math.isfinite(value)
+        and value >= limits.get("at_least", -math.inf)
+        and value > limits.get("above", -math.inf)
+        and value <= limits.get("at_most", math.inf)
+        and value < limits.get("below", math.inf)
+    )
+
+
+def _check_combinations(arguments: dict[str, Any]) -> list[str]:
+    """Check flags against fixed lists and against each other."""
+    problems = []
+    if arguments["chat_format"] not in FORMAT_NAMES:
+        problems.append(f"--chat_format {arguments['chat_format']}: use one of {', '.join(FORMAT_NAMES)}")
+    named = arguments["resume_from_checkpoint"]
+    if named and named != "auto" and (problem := incomplete(Path(named))):
+        problems.append(f"--resume_from_checkpoint {named}: {problem}; use auto, or name a checkpoint folder")
+    try:
+        parse_gpu(arguments["gpu"] or "1GB")
+    except ValueError as error:
+        problems.append(str(error))
+    if arguments["probe_steps"] < 0 or arguments["probe_steps"] in (1, 2):
+        problems.append(f"--probe_steps {arguments['probe_steps']}: at least 3, as the first two are not timed")
+    if arguments["gpu"] and arguments["probe_steps"]:
+        problems.append("--gpu: judges another machine, and --probe_steps measures this one; leave one of them out")
+    if arguments["gpu"] and not arguments["dry_run"]:
+        problems.append("--gpu: says which GPU a --dry_run judges; add --dry_run, or leave it out")
+    if arguments["load_in_4bit"] and not arguments["lora"]:
+        problems.append("--load_in_4bit: 4-bit weights can't be trained; add --lora")
+    return problems
+
+
+def parse_gpu(text: str) -> tuple[int, int]:
+    """Return (bytes of a GPU, number of GPUs) of "80GB×8", "80GBx8", "24GB" or "24576MB".
+
+    Raises ValueError for anything else.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(G|M)i?B?\s*(?:[x×*X]\s*(\d+))?", text.strip(), re.IGNORECASE)
+    size = float(found[1]) * (GIB if found[2].upper() == "G" else 2**20) if found else 0
+    count = int(found[3] or 1) if found else 0
+    if not size or not count:
+        raise ValueError(f"--gpu {text}: write the memory of a GPU and their number, as in 80GBx8")
+    return int(size), count

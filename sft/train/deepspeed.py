@@ -1,0 +1,94 @@
+"""DeepSpeed's settings file: what is wrong in it, what --offload adds to it, and how it starts without a GPU."""
+
+import json
+import os
+from pathlib import Path
+
+# What a DeepSpeed file and a flag of train.py both say.
+SHARED_FLAGS = {
+    "train_micro_batch_size_per_gpu": "per_device_train_batch_size",
+    "gradient_accumulation_steps": "gradient_accumulation_steps",
+    "gradient_clipping": "max_grad_norm",
+}
+
+
+def check_deepspeed_config(arguments: dict) -> list[str]:
+    """Return what is wrong in a DeepSpeed file: settings that would fail late or change the training without a word."""
+    path = arguments["deepspeed"]
+    if not path:
+        return ["--offload: works with --deepspeed ds_zero2.json or ds_zero3.json only"] if arguments["offload"] else []
+    if not Path(path).is_file():
+        return [f"--deepspeed {path}: no such file; use ds_zero2.json or ds_zero3.json"]
+    try:
+        config = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        return [f"--deepspeed {path}: not valid JSON ({error})"]
+    if not isinstance(config, dict):
+        return [f"--deepspeed {path}: must hold a JSON object"]
+    return [f"--deepspeed {path}: {problem}" for problem in _deepspeed_problems(config, arguments)]
+
+
+def _deepspeed_problems(config: dict, arguments: dict) -> list[str]:
+    problems = [
+        f"remove the {block!r} block; it would override the flags of train.py"
+        for block in ("optimizer", "scheduler")
+        if block in config
+    ]
+    zero = _block(config, "zero_optimization")
+    if zero.get("stage") == 3 and zero.get("stage3_gather_16bit_weights_on_model_save") is not True:
+        problems.append("stage3_gather_16bit_weights_on_model_save must be true to save weights")
+    stage = zero.get("stage", 0)
+    if config.get("zero_optimization", zero) is not zero or isinstance(stage, bool) or stage not in (0, 1, 2, 3):
+        problems.append('zero_optimization must be an object with a "stage" of 0, 1, 2 or 3')
+    if config.get("train_batch_size", "auto") != "auto":
+        problems.append('remove train_batch_size, or write "auto": it follows from the flags and the processes')
+    for name, other in (("bf16", "fp16"), ("fp16", "bf16")):
+        enabled = _block(config, name).get("enabled")
+        if (enabled is False and arguments[name]) or (enabled is True and arguments[other]):
+            problems.append(f'{name} is enabled: {enabled}, against the flags: write "auto"')
+    if all(_block(config, name).get("enabled") is True for name in ("bf16", "fp16")):
+        problems.append('bf16 and fp16 are both enabled: write "auto", which takes the flags')
+    if arguments["offload"] and zero.get("stage") not in (2, 3):
+        problems.append("--offload needs zero_optimization with stage 2 or 3")
+    for name, flag in SHARED_FLAGS.items():
+        if config.get(name, "missing") not in ("auto", arguments[flag]):
+            problems.append(
+                f'{name} is {config.get(name, "missing")}: write "auto", which takes --{flag} {arguments[flag]}'
+            )
+    problems += [
+        f'add "{name}": {{"enabled": "auto"}}, else --{name} changes nothing'
+        for name in ("bf16", "fp16")
+        if "enabled" not in _block(config, name)
+    ]
+    return problems
+
+
+def _block(config: dict, name: str) -> dict:
+    return config[name] if isinstance(config.get(name), dict) else {}
+
+
+def deepspeed_config(path: str, *, offload: bool, pin_memory: bool) -> dict:
+    """Return the settings of a DeepSpeed file; with `offload`, optimizer (and weights, in stage 3) stay on the CPU."""
+    config = json.loads(Path(path).read_text(encoding="utf-8"))
+    if offload:
+        zero = config["zero_optimization"]
+        blocks = ("offload_optimizer", "offload_param") if zero["stage"] == 3 else ("offload_optimizer",)
+        zero |= {block: {"device": "cpu", "pin_memory": pin_memory} for block in blocks}
+    return config
+
+
+def start_deepspeed_on_cpu() -> dict:
+    """Let accelerate run DeepSpeed without a GPU, over gloo; return the accelerator_config that goes with it.
+
+    For accelerate 1.15 and deepspeed 0.19: accelerate knows no DeepSpeed backend for a CPU, so the state is made here.
+    """
+    for name, value in (
+        ("ACCELERATE_USE_DEEPSPEED", "true"),
+        ("DS_ACCELERATOR", "cpu"),
+        ("ACCELERATE_TORCH_DEVICE", "cpu"),
+    ):
+        os.environ[name] = value
+    from accelerate import PartialState
+
+    PartialState(backend="gloo")
+    return {"use_configured_state": True}

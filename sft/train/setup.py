@@ -1,0 +1,231 @@
+"""Flags -> Run: what a training needs before its model is loaded; made once, for training and dry run alike."""
+
+import copy
+import math
+import os
+import shlex
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+
+from sft.checkpoint import save as checkpoints
+from sft.dataset.dataset import Examples, TrainingRows, file_hashes, find_files
+from sft.dataset.mixture import mix
+from sft.format.contract import check_contract
+from sft.format.render import Renderer
+from sft.launch.processes import Agreed, Guard
+from sft.model import load as models
+from sft.report.run_page import package_versions, without_secrets
+from sft.report.text import say
+from sft.train.arguments import Settings, parse_gpu
+
+
+@dataclass(frozen=True)
+class Files:
+    """The data files of a run. `times`: how often an epoch sees each training file (None: replay, by its share)."""
+
+    times: Mapping[str, float | None]
+    held_out: Sequence[str]
+
+    @cached_property
+    def train_hashes(self) -> dict[str, str]:
+        return file_hashes(self.times)
+
+    @cached_property
+    def held_out_hashes(self) -> dict[str, str]:
+        return file_hashes(self.held_out)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run as its flags ask for it. `model_path`: a local folder, absolute, or a model of the hub."""
+
+    model_path: str
+    renderer: Renderer
+    settings: Settings
+    files: Files
+    output_dir: str
+    seed: int
+
+
+class Data(NamedTuple):
+    """The tokenised data of a run; `ledgers` are the accounts of "train" and "eval", `rows` None without examples."""
+
+    examples: Examples
+    held_out: Examples
+    ledgers: dict[str, dict]
+    rows: TrainingRows | None
+
+    def with_source_names(self) -> list[tuple[Examples, Sequence[str]]]:
+        """Return the examples to train on and those held out, each with the names of its sources."""
+        names = [self.ledgers.get(part, {}).get("source_names", ()) for part in ("train", "eval")]
+        return [(self.examples, names[0]), (self.held_out, names[1])]
+
+
+def raise_problems(function: Callable, *arguments, **options) -> Any:
+    """Call a check, and let its ValueError end the run; a dry run's report collects them instead."""
+    return function(*arguments, **options)
+
+
+def prepare_run(settings: Settings, check: Callable = raise_problems) -> Run:
+    """Find the model and the files, load the tokenizer, and bind the chat format to it."""
+    path = models.absolute(settings.model.model_name_or_path)
+    trust_remote_code = settings.model.trust_remote_code
+    models.load_config(path, trust_remote_code=trust_remote_code)  # a broken one ends a dry run too
+    check(models.check_window, path, settings.data.max_length, trust_remote_code=trust_remote_code)
+    renderer = load_renderer(path, settings.data.chat_format, trust_remote_code=trust_remote_code)
+    data = settings.data
+    times, held_out = find_files(data.data_path, data.eval_data_path or (), data.replay_path or ())
+    training = settings.training
+    return Run(path, renderer, settings, Files(times, held_out), training.output_dir, training.seed)
+
+
+def load_renderer(model_path: str, chat_format: str, *, trust_remote_code: bool) -> Renderer:
+    """Load the tokenizer, bind the chat format to it, and stop if training and serving would differ."""
+    tokenizer = models.load_tokenizer(model_path, trust_remote_code=trust_remote_code)
+    renderer = Renderer(tokenizer, chat_format)
+    problems = check_contract(renderer)
+    if problems:
+        raise ValueError(
+            f"chat format {renderer.name!r} doesn't fit this tokenizer: {'; '.join(problems[:3])}; "
+            "choose another --chat_format"
+        )
+    tokenizer.chat_template = renderer.chat_template
+    return renderer
+
+
+def check_token_ids(run: Run, largest_id: int) -> None:
+    """Raise ValueError when the data or the chat format has a token for which the model has no embedding row."""
+    config = models.load_config(run.model_path, trust_remote_code=run.settings.model.trust_remote_code)
+    used_ids = [*run.renderer.stop_ids, *run.renderer.control_ids]
+    model = SimpleNamespace(config=config)
+    models.check_rows(model, run.renderer.tokenizer, run.model_path, used_ids=used_ids, largest_id=largest_id)
+
+
+def lay_out_rows(run: Run, examples: Examples, ledger: dict) -> TrainingRows:
+    """Return the rows of the run: as many in every epoch that it can reach."""
+    data, training = run.settings.data, run.settings.training
+    kept = {file: counts.get("kept", 0) for file, counts in ledger["files"].items()}
+    mixture = mix(run.files.times, kept, examples.lengths, replay_share=data.replay_share, seed=run.seed)
+    max_length = data.max_length if data.packing else None
+    rows = TrainingRows(examples, max_length, seed=run.seed, mixture=mixture)
+    if not (mixture.changes and max_length):
+        return rows
+    per_update = training.train_batch_size * training.gradient_accumulation_steps * count_processes(training)
+    epochs = training.num_train_epochs
+    if training.max_steps > 0:
+        epochs = training.max_steps * per_update / max(1, len(rows)) + 1
+    return TrainingRows(examples, max_length, seed=run.seed, mixture=mixture, epochs=math.ceil(epochs))
+
+
+def count_processes(training) -> int:
+    """Return the processes that share an update; in a dry run those that the launcher would start.
+
+    Without a launcher a dry run counts one, or under DeepSpeed one for each GPU that it judges.
+    """
+    if not training.dry_run:
+        return training.world_size
+    launched = int(os.environ.get("NUM_PROCESSES") or os.environ.get("WORLD_SIZE") or 0)
+    if launched or not training.deepspeed:
+        return launched or 1
+    return parse_gpu(training.gpu)[1] if training.gpu else max(1, torch.cuda.device_count())
+
+
+def trainer_arguments(run: Run, held_out: Examples):
+    """Return a copy of the trainer's flags with what depends on data and machine filled in."""
+    arguments = copy.copy(run.settings.training)
+    if not len(held_out) and arguments.eval_strategy != "no":
+        say("no held-out data, so nothing is evaluated; give --eval_data_path, or an eval.json beside train.json")
+        arguments.eval_strategy = transformers.IntervalStrategy.NO
+    arguments.label_names = ["labels"]
+    arguments.dataloader_pin_memory &= torch.cuda.is_available()
+    arguments.use_liger_kernel = False  # our model has them already; transformers would replace our loss by theirs
+    return arguments
+
+
+# --- resume -------------------------------------------------------------------------------------------------------
+
+
+def open_output_dir(training, guard: Guard) -> str | None:
+    """Lock the output folder, remove what a killed run left in it, and return the checkpoint to resume from, if any.
+
+    A dry run leaves the folder alone; one that measures steps locks a folder beside it.
+    """
+    if training.dry_run:
+        if training.probe_steps:
+            folder = f"{training.output_dir.rstrip('/')}.probe"
+            guard.hold(folder, timeout=training.rank_timeout, continue_with="nothing was kept of the probe")
+        return None
+    guard.hold(training.output_dir, timeout=training.rank_timeout, continue_with=command_to_resume())
+    found, leftovers = None, []
+    if guard.rank == 0:
+        leftovers = checkpoints.clear_leftovers(Path(training.output_dir))
+        found = find_named_checkpoint(training.resume_from_checkpoint, training.output_dir)
+    (checkpoint, lines, problem), leftovers = guard.from_first((found, leftovers))
+    for line in [*leftovers, *lines]:
+        say(line)
+    if problem:
+        raise Agreed(problem)
+    return checkpoint
+
+
+def find_named_checkpoint(named: str | None, output_dir: str) -> tuple[str | None, list[str], str | None]:
+    """Return the checkpoint to resume from: the named one, or with "auto" the newest complete one of the output folder.
+
+    And lines to say, and what is wrong with the named one. Changes nothing.
+    """
+    if named in ("auto", "True", "true"):
+        checkpoint, skipped = checkpoints.find_checkpoint(output_dir)
+        found = f"resuming from {checkpoint}" if checkpoint else f"no checkpoint in {output_dir}; starting anew"
+        return checkpoint, [*skipped, found], None
+    problem = checkpoints.unsealed(Path(named)) if named else None
+    wrong = f"--resume_from_checkpoint {named}: {problem}; use auto, or name another checkpoint"
+    return named, [], wrong if problem else None
+
+
+def command_to_resume() -> str:
+    """Return the command that resumes this run: with the same number of processes, from the same working folder."""
+    flag = "--resume_from_checkpoint"
+    typed = without_secrets(sys.argv)
+    words = [
+        word
+        for place, word in enumerate(typed)
+        if flag not in (word, typed[place - 1]) and not word.startswith(f"{flag}=")
+    ]
+    command = shlex.join([*words, flag, "auto"])
+    processes = os.environ.get("LOCAL_WORLD_SIZE")
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        command = f"torchrun --standalone --nproc_per_node {processes} {command}"
+    elif processes:
+        command = f"NUM_GPUS={processes} {sys.executable} -m sft.launch {command}"
+    else:
+        command = f"{sys.executable} {command}"
+    return f"continue with: cd {shlex.quote(os.getcwd())} && {command}"
+
+
+def fingerprint_of(run: Run) -> dict:
+    """Return what the run depends on, for its checkpoints: flags, data, format, base, processes, versions."""
+    training, hashes = run.settings.training, run.files.train_hashes
+    names = [Path(file).name for file in hashes]
+    if len(set(names)) < len(names):
+        names = list(hashes)
+    device = torch.cuda.get_device_name() if training.n_gpu else "cpu"
+    zero = (training.deepspeed or {}).get("zero_optimization", {})
+    times = run.files.times.values()
+    return checkpoints.fingerprint(
+        run.settings.same_on_resume(),
+        versions={**package_versions(), "device": device},
+        data=dict(zip(names, hashes.values(), strict=True)),
+        times_per_epoch={name: often for name, often in zip(names, times, strict=True) if often != 1},
+        chat_format={"name": run.renderer.name, "fingerprint": run.renderer.fingerprint()},
+        base=checkpoints.hash_base(run.model_path) or run.model_path,
+        world_size=count_processes(training),
+        zero_stage=zero.get("stage", 0),
+    )

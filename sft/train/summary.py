@@ -1,0 +1,146 @@
+"""Before the first step, print what goes in; after the last, write run.json, run page, card and curve, and sum up."""
+
+from pathlib import Path
+
+from sft.dataset.dataset import ledger_lines
+from sft.dataset.mixture import mixture_table
+from sft.model.load import count_parameters
+from sft.report.run_page import (
+    PAGE,
+    RunPage,
+    mfu_of_a_token,
+    plot_losses,
+    provenance,
+    rates,
+    render_page,
+    replies_entry,
+    summarise,
+    write_card,
+    write_json,
+    write_text,
+)
+from sft.report.text import paint, say
+from sft.train.replies import Replies, user
+from sft.train.setup import Data, Run
+from sft.train.trainer import Trainer
+
+EVALUATION_METRICS = ("eval_loss", "eval_perplexity", "eval_token_accuracy")
+LORA_FLAGS = ("lora_rank", "lora_alpha", "lora_dropout")
+MAX_REPLY_CHARACTERS = 80  # of the reply before training
+
+
+def make_record(run: Run, data: Data, model, fingerprint: dict) -> dict:
+    """Return what run.json, the run page and the model card say of the run before its first step."""
+    trained, total = count_parameters(model)
+    left_out = {"data", "base", "chat_format"} | (set() if hasattr(model, "peft_config") else set(LORA_FLAGS))
+    is_plain = data.rows.mixture.is_plain
+    example = [user("1+1等于几？"), {"role": "assistant", "content": "2"}]
+    return {
+        **provenance(),
+        "model": run.model_path,
+        "chat_format": run.renderer.name,
+        "seed": run.seed,
+        "data": {"train": run.files.train_hashes, "eval": run.files.held_out_hashes},
+        "mixture": [] if is_plain else mixture_table(data.rows.mixture, data.examples.lengths),
+        "ledger": data.ledgers,
+        "parameters": {"all": total, "trained": trained},
+        "device": fingerprint["told"]["device"],
+        "settings": {name: value for name, value in fingerprint["exact"].items() if name not in left_out},
+        "example": run.renderer.text(example),
+    }
+
+
+def say_opening(trainer: Trainer, run: Run, data: Data) -> None:
+    """Print what goes in: ledger, one row with its trained tokens, mixture, tokens, steps, parameters."""
+    examples, rows, renderer = data.examples, data.rows, run.renderer
+    for name, ledger in zip(("data", "held out"), data.ledgers.values(), strict=False):
+        say("\n".join(f"{name}: {line}" for line in ledger_lines(ledger)))
+    say(f"first row, trained tokens marked (chat format {renderer.name}):")
+    say(paint(renderer.tokenizer, **examples[0]))
+    if not rows.mixture.is_plain:
+        for file, count, often, taken, _tokens, share in mixture_table(rows.mixture, examples.lengths)[1:]:
+            say(f"mixture: {file}: an epoch takes {taken} of {count} conversations ({often}x), {share} of its tokens")
+    if rows.fill:
+        say(f"packed: {len(rows):,} rows, {rows.fill:.1%} full")
+    tokens, trained = int(examples.lengths.sum()), examples.num_trained_tokens
+    say(f"tokens: {tokens:,}, trained {trained:,} ({trained / tokens:.0%})")
+    _say_steps(trainer, rows, renderer.stop_ids)
+    trained, total = count_parameters(trainer.model)
+    say(f"parameters: {total:,}, trained {trained:,} ({trained / total:.1%})")
+
+
+def _say_steps(trainer: Trainer, rows, stop_ids: list[int]) -> None:
+    arguments, per_update = trainer.args, trainer.updates.rows_per_update
+    steps = trainer.updates.in_all(arguments.num_train_epochs, arguments.max_steps)
+    tokens = rows.num_tokens * per_update // len(rows)
+    accumulation, processes = arguments.gradient_accumulation_steps, arguments.world_size
+    shares = f"{arguments.train_batch_size} x {accumulation} x {processes} processes"
+    say(f"steps: {steps:,} of {per_update} rows ({shares}), about {tokens:,} tokens; stop ids: {stop_ids}")
+
+
+def run_page(trainer: Trainer, run: Run, record: dict, replies: Replies) -> RunPage:
+    """Return the callback that keeps report.html up to date, from before the first step on."""
+    arguments, questions = trainer.args, [question for question, _answers in replies.fixed]
+    mfu = None
+    if arguments.bf16 or arguments.fp16:
+        mfu = mfu_of_a_token(trainer.model, device=record["device"], world_size=arguments.world_size)
+    asks = replies.before and run.settings.data.eval_replies
+    return RunPage(
+        Path(run.output_dir),
+        record,
+        before=replies_entry(0, questions, replies.before) if replies.before else None,
+        questions=questions,
+        reply=replies.ask_fixed if asks else None,
+        mfu=mfu,
+    )
+
+
+def write_results(trainer: Trainer, run: Run, record: dict, metrics: dict, replies: Replies, *, seconds: float) -> None:
+    """Write run.json, the run page, the model card and training_loss.png; show the replies, and sum the run up."""
+    folder, history, steps = Path(run.output_dir), trainer.state.log_history, trainer.state.global_step
+    plot_losses(history, folder / "training_loss.png")
+    summary = {
+        "steps": steps,
+        **summarise(history),
+        "seconds": round(seconds, 1),
+        "tokens_seen": trainer.state.num_input_tokens_seen,
+        **{name: metrics[name] for name in EVALUATION_METRICS if name in metrics},
+    }
+    if replies.after:
+        summary |= rates(replies.after)
+        summary["replies_as_in_data"] = _count_known(replies)
+        fixed = [question for question, _answers in replies.fixed]
+        history.append(replies_entry(steps, fixed, replies.after[: len(fixed)]))
+    asked = _entries(replies)
+    record = {**record, "metrics": summary, "replies": asked, "log_history": history}
+    write_json(folder / "run.json", record)
+    write_text(folder / PAGE, render_page(record, folder, step=steps, steps=steps, finished=True))
+    write_card(folder, record)
+    for entry in asked[: len(replies.before)]:
+        before = entry["before"][:MAX_REPLY_CHARACTERS]
+        say(f"\n> {entry['question']}\n  before: {before!r}\n  after:  {entry['after']}")
+    say("\ndone: " + ", ".join(f"{name} {_short(value)}" for name, value in summary.items() if value is not None))
+    say(f"the run, its curves and replies: {folder / PAGE}")
+    say(f"chat with it: python -m sft.chat --model_path {folder}")
+
+
+def _count_known(replies: Replies) -> str:
+    """Return how many questions of the data got an answer of the data."""
+    pairs = zip(replies.after, replies.questions, strict=True)
+    known = [reply.text in answers for reply, (_question, answers) in pairs if answers]
+    return f"{sum(known)} of {len(known)}"
+
+
+def _entries(replies: Replies) -> list[dict]:
+    """Return run.json's entry of each question."""
+    entries = []
+    for number, ((question, answers), reply) in enumerate(zip(replies.questions, replies.after, strict=False)):
+        entry = {"question": question, "answers_in_data": answers, "after": reply.text, "ended": reply.ended}
+        if number < len(replies.before):
+            entry["before"] = replies.before[number].text
+        entries.append(entry)
+    return entries
+
+
+def _short(value) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,169 @@
+"""Flags of train.py: every mistake is said before anything is loaded, a line each."""
+
+from dataclasses import dataclass, fields
+
+import pytest
+import torch
+
+import train
+from sft.train.arguments import GIB, OF_TRANSFORMERS, Settings, flag, is_within, parse_arguments, parse_gpu
+from tests.train.test_train import data  # noqa: F401 (a fixture)
+
+
+def problems_of(capsys, *arguments: str) -> list[str]:
+    with pytest.raises(SystemExit) as exit_:
+        train.main(list(arguments))
+    assert exit_.value.code == 2
+    return capsys.readouterr().err.splitlines()
+
+
+def flags_of(base, data_path, output_dir) -> tuple[str, ...]:
+    return ("--model_name_or_path", str(base), "--data_path", str(data_path), "--output_dir", str(output_dir))
+
+
+def test_all_mistakes_are_said_at_once_each_in_a_line(capsys, tmp_path):
+    (tmp_path / "bad.json").write_text("{")
+    lines = problems_of(
+        capsys,
+        *("--model_name_or_path", str(tmp_path / "nowhere"), "--data_path", str(tmp_path / "none.json")),
+        *("--output_dir", str(tmp_path / "run"), "--chat_format", "vicuna", "--max_length", "0"),
+        *("--deepspeed", str(tmp_path / "bad.json"), "--dtype", "bfloat16", "--learnig_rate", "1"),
+    )
+    expected = [
+        "train.py: unknown argument --learnig_rate",
+        f"train.py: {tmp_path}/nowhere: no such folder; name a local model folder or a hub model (owner/name)",
+        "train.py: --dtype bfloat16: full fine-tuning of bfloat16 weights rounds AdamW's updates away; leave "
+        "--dtype at auto (fp32 masters, --bf16 for the computing), or add --lora",
+        f"train.py: --data_path {tmp_path}/none.json: no such file or folder, and as a glob it matches no data file",
+        "train.py: --max_length 0: must be at least 1",
+        "train.py: --chat_format vicuna: use one of auto, blossom, chatml, alpaca, mistral, base",
+    ]
+    assert [line for line in lines if line in expected] == expected
+    assert any(line.startswith(f"train.py: --deepspeed {tmp_path}/bad.json: not valid JSON") for line in lines)
+    assert len(lines) == len(expected) + 1
+
+
+def test_values_of_a_wrong_type_are_said_together(capsys, tiny_base, data, tmp_path):  # noqa: F811
+    base = flags_of(tiny_base("qwen2"), data, tmp_path / "r")
+    lines = problems_of(capsys, *base, "--learning_rate", "abc", "--max_length", "xyz", "--lr", "3")
+    assert lines == [
+        "train.py: --learning_rate/--learning-rate: invalid float value: 'abc'",
+        "train.py: --max_length/--max-length: invalid int value: 'xyz'",
+        "train.py: unknown argument --lr",
+    ]
+
+
+def test_a_checkpoint_that_is_not_there_is_said_before_anything_is_loaded(capsys, tiny_base, data, tmp_path):  # noqa: F811
+    base = flags_of(tiny_base("qwen2"), data, tmp_path / "r")
+    (line,) = problems_of(capsys, *base, "--resume_from_checkpoint", "/nowhere")
+    assert line.startswith("train.py: --resume_from_checkpoint /nowhere: it has no manifest.json")
+
+
+def test_missing_arguments_are_named(capsys):
+    assert problems_of(capsys) == [
+        "train.py: --model_name_or_path is required",
+        "train.py: --data_path is required",
+        "train.py: --output_dir is required",
+    ]
+
+
+def test_a_folder_with_somebodys_files_is_not_written_to(capsys, tiny_base, data, tmp_path):  # noqa: F811
+    (tmp_path / "thesis.txt").write_text("precious")
+    (line,) = problems_of(
+        capsys,
+        *("--model_name_or_path", str(tiny_base("qwen2")), "--data_path", str(data), "--output_dir", str(tmp_path)),
+    )
+    assert line.startswith(f"train.py: --output_dir {tmp_path}: is not empty, and nothing in it will be overwritten")
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_fp16_on_a_cpu_and_flags_that_transformers_refuses_are_one_line(capsys, tiny_base, data, tmp_path):  # noqa: F811
+    base = flags_of(tiny_base("qwen2"), data, tmp_path / "r")
+    if not torch.cuda.is_available():
+        assert problems_of(capsys, *base, "--fp16", "true") == [
+            "train.py: --fp16 needs a GPU; a CPU ignores it without a word. Use --bf16, or neither for fp32"
+        ]
+        assert problems_of(capsys, *base, "--use_liger_kernel", "true") == [
+            "train.py: --use_liger_kernel: its kernels are Triton's and need a GPU; leave the flag out"
+        ]
+    assert len(problems_of(capsys, *base, "--eval_strategy", "sometimes")) == 1
+    assert len(problems_of(capsys, *base, "--max_steps", "many")) >= 1
+
+
+@pytest.mark.parametrize(
+    ("value", "limits", "found"),
+    [
+        (1, {"at_least": 1}, True),
+        (0, {"at_least": 1}, False),
+        (0.0, {"above": 0}, False),
+        (float("inf"), {"above": 0}, False),
+        (float("nan"), {"at_least": 0, "at_most": 1}, False),
+        (1.0, {"at_least": 0, "at_most": 1}, True),
+        (1.0, {"at_least": 0, "below": 1}, False),
+    ],
+)
+def test_a_value_is_compared_with_the_limits_of_its_flag(value, limits, found):
+    assert is_within(value, limits) == found
+
+
+def test_limits_of_shares_and_of_flags_of_transformers_are_said(capsys, tiny_base, data, tmp_path):  # noqa: F811
+    base = flags_of(tiny_base("qwen2"), data, tmp_path / "r")
+    wrong = ("--max_lost", "1.5", "--learning_rate", "0", "--per_device_eval_batch_size", "0", "--rank_timeout", "-1")
+    assert problems_of(capsys, *base, *wrong, "--num_reply_prompts", "-1") == [
+        "train.py: --max_lost 1.5: must be at least 0 and at most 1",
+        "train.py: --num_reply_prompts -1: must be at least 0",
+        "train.py: --learning_rate 0.0: must be above 0",
+        "train.py: --per_device_eval_batch_size 0: must be at least 1",
+        "train.py: --rank_timeout -1.0: must be above 0",
+    ]
+
+
+def test_a_resume_must_match_in_the_flags_that_change_what_is_computed():
+    """As checkpoints of 37c5ef9 hold them: other fields would not be found in those, and missing ones be refused."""
+    names = {entry.name for group in (train.ModelArguments, train.DataArguments) for entry in fields(group)}
+    names |= {entry.name for entry in fields(train.TrainingArguments)}
+    same = {
+        *("seed", "data_seed", "train_sampling_strategy", "dataloader_drop_last", "max_length", "packing", "encoding"),
+        *("per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps"),
+        *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim", "optim_args"),
+        *("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "label_smoothing_factor"),
+        *("neftune_noise_alpha", "bf16", "fp16", "tf32", "dtype", "attn_implementation", "use_liger_kernel"),
+        *("lora", "lora_rank", "lora_alpha", "lora_dropout", "load_in_4bit", "replay_share"),
+    }
+    settings = Settings(train.ModelArguments(), train.DataArguments(), train.TrainingArguments(use_cpu=True))
+    assert set(settings.same_on_resume()) == same & names
+    assert set(OF_TRANSFORMERS) <= names
+
+
+def test_a_new_flag_needs_its_field_alone(capsys, tiny_base, data, tmp_path):  # noqa: F811
+    @dataclass
+    class More(train.DataArguments):
+        num_hints: int = flag(3, "Hints that are shown.", at_least=1, resume="same")
+
+    groups = (train.ModelArguments, More, train.TrainingArguments)
+    words = [*flags_of(tiny_base("qwen2"), data, tmp_path / "r"), "--num_hints"]
+    settings = parse_arguments(groups, [*words, "2"])
+    assert settings.data.num_hints == settings.same_on_resume()["num_hints"] == 2
+    with pytest.raises(SystemExit):
+        parse_arguments(groups, [*words, "0"])
+    assert capsys.readouterr().err == "train.py: --num_hints 0: must be at least 1\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("80GB×8", (80 * GIB, 8)),
+        ("80GBx8", (80 * GIB, 8)),
+        ("24GB", (24 * GIB, 1)),
+        ("24 GiB x 2", (24 * GIB, 2)),
+        ("512MB", (2**29, 1)),
+    ],
+)
+def test_a_gpu_is_read_as_people_write_it(text, found):
+    assert parse_gpu(text) == found
+
+
+@pytest.mark.parametrize("text", ["", "A100", "80", "0GB", "80GBx0", "80GB8"])
+def test_what_is_no_gpu_is_refused_in_a_line(text):
+    with pytest.raises(ValueError, match="write the memory of a GPU and their number, as in 80GBx8"):
+        parse_gpu(text)
