@@ -29,6 +29,7 @@ from transformers import set_seed
 from sft.checkpoint.save import check_unchanged
 from sft.dataset.collate import Collator
 from sft.dataset.dataset import CACHE_DIR, check_losses, prepare
+from sft.files import MAX_SHARD_SIZE
 from sft.launch.processes import LOST, STOPPED, Guard, Stopped
 from sft.preview.dry_run import Report, show_run
 from sft.preview.measure import measure_steps
@@ -108,7 +109,7 @@ class TrainingArguments(transformers.TrainingArguments):
     remove_unused_columns: bool = flag(False, "Not used: rows hold what the model takes.")
     allow_changed: str | None = flag(None, "What may differ from the checkpoint that is resumed: fields, with commas.")
     rank_timeout: float = flag(90, "Seconds without a sign of life after which a frozen process ends the run.", above=0)
-    max_shard_size: str = flag("5GB", "Largest file of weights that is written.")
+    max_shard_size: str = flag(MAX_SHARD_SIZE, "Largest file of weights that is written.")
     offload: bool = flag(False, "Under DeepSpeed, keep the optimizer (ZeRO-3: the weights too) on the CPU.")
     dry_run: bool = flag(False, "Show and check what the run would do, without reading the weights.")
     probe_steps: int = flag(

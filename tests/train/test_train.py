@@ -174,7 +174,7 @@ def test_a_packed_run_is_the_run_of_its_examples_unpacked(tiny_base, data, tmp_p
 
 @pytest.mark.slow
 def test_lora_trains_the_rows_of_untrained_control_tokens_and_merges_to_equal_logits(tiny_base, data, tmp_path):
-    from sft.export.command import export_merged
+    from sft.export.merge import export_merged
 
     for family in ("qwen2", "qwen3"):
         base = tiny_base(family)
