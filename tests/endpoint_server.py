@@ -51,7 +51,7 @@ class Handler(BaseHTTPRequestHandler):
         with server.lock:
             times = server.requests.count(body)
             server.requests.append(body)
-            server.headers.append(dict(self.headers))
+            server.headers.append(self.headers)
             server.busy += 1
             server.most_busy = max(server.most_busy, server.busy)
         try:

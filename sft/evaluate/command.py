@@ -5,7 +5,7 @@
         --judge_base_url https://api.openai.com/v1 --judge_model gpt-4 --output_dir runs/mt-bench
     python -m sft.evaluate --suite lm-eval --tasks ceval-valid,gsm8k --model_path RUN/model --output_dir runs/exams
 
-What was asked, answered and found is kept in `--output_dir`; the same command goes on where it was stopped.
+What was asked, answered and found is kept in `--output_dir`; rerun the same command to resume.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from sft.chat.sampling import GREEDY
 from sft.checkpoint.save import hash_base
 from sft.dataset.dataset import CACHE_DIR, batches, find_files
 from sft.evaluate import judge, quick
-from sft.evaluate.endpoint import Calls, Endpoint, api_key, check_url, read_calls
+from sft.evaluate.endpoint import Calls, Endpoint, api_key, find_url_problem, read_calls
 from sft.evaluate.overlap import find_overlap, overlap_lines
 from sft.evaluate.protocols import Suite, align_bench, belle, mt_bench, read_winner
 from sft.files import write_json, write_text
@@ -123,7 +123,7 @@ def _problems(options: argparse.Namespace) -> list[str]:
     if options.suite == "lm-eval" and not options.tasks:
         found.append("--suite lm-eval needs --tasks")
     for flag in ("base_url", "judge_base_url"):
-        if (url := getattr(options, flag)) and (problem := check_url(f"--{flag}", url)):
+        if (url := getattr(options, flag)) and (problem := find_url_problem(f"--{flag}", url)):
             found.append(problem)
     return found
 
@@ -363,4 +363,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         sys.exit(f"sft.evaluate: {error}")
     except KeyboardInterrupt:
-        sys.exit("sft.evaluate: stopped; the same command goes on, and pays nothing twice")
+        sys.exit("sft.evaluate: stopped; rerun the same command to resume, nothing is paid twice")

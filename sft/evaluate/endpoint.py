@@ -1,45 +1,38 @@
-"""Ask an OpenAI-compatible endpoint many things at once: patient with its faults, and nothing is paid twice.
+"""Ask an OpenAI-compatible endpoint many questions at once; each answer is kept, so that none is paid for twice.
 
-Every answer is kept in a file of JSON Lines under the hash of what was asked. The file is only ever appended to, and a
-last line that a kill has cut is left out, so whatever stopped the work, the same command goes on where it was.
+Every answer is appended to a file of JSON Lines under the hash of its request. Rerun the same command to resume: only
+requests without an answer are sent. A last line that was cut off by a kill is left out.
 """
 
-import datetime
-import email.utils
 import hashlib
 import json
 import os
-import random
 import re
 import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
 from urllib.parse import urlsplit
-
-import httpx
 
 from sft.files import LineLog
 
 MAX_BYTES = 16 << 20  # of a response
-MAX_WAIT, LONGEST_RETRY_AFTER = 60.0, 900.0  # seconds
-FAILURES_IN_A_ROW = 20  # of requests, each after its tries: then the endpoint is down
-WORTH_ANOTHER_TRY = (408, 409, 425, 429)  # and every 5xx
-HOPELESS = (401, 402, 403, 404, 405)  # the next request would fare no better
+MAX_FAILURES_IN_A_ROW = 20  # of requests, each after its retries: then the endpoint is down
+FATAL_STATUSES = (401, 402, 403, 404, 405)  # the next request would get the same answer
 
 
 class Unanswered(Exception):
-    """A request that has no answer, for this reason; `hopeless` when no other would get one."""
+    """A request without an answer, for this reason; `is_fatal` when every other request would fail too."""
 
-    def __init__(self, reason: str, *, hopeless: bool = False):
+    def __init__(self, reason: str, *, is_fatal: bool = False):
         super().__init__(reason)
-        self.hopeless = hopeless
+        self.is_fatal = is_fatal
 
 
 class Calls:
-    """What was asked and answered, by hash, in a file that survives a kill at any byte."""
+    """Requests and their answers, by hash, in a file that survives a kill at any byte."""
 
     def __init__(self, path: Path):
         self.path = Path(path)
@@ -84,14 +77,11 @@ def api_key(base_url: str, name: str) -> str | None:
     return key.strip() if key else None
 
 
-def check_url(flag: str, base_url: str) -> str | None:
+def find_url_problem(flag: str, base_url: str) -> str | None:
     """Return what is wrong with the address of an endpoint, or None."""
-    parts = urlsplit(base_url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        return f"{flag} {base_url}: use an address such as https://api.openai.com/v1"
-    if parts.username or parts.query:
-        return f"{flag}: keys come from the environment, not in the address"
-    return None
+    from sft.chat import openai_client
+
+    return openai_client.find_url_problem(flag, base_url)
 
 
 class Endpoint:
@@ -109,17 +99,20 @@ class Endpoint:
         retries: int = 6,
         backoff: float = 1.0,
     ):
-        self.base_url, self.model, self.concurrency = base_url.rstrip("/"), model, concurrency
-        self.timeout, self.retries, self.backoff = timeout, retries, backoff
+        self.base_url = base_url.rstrip("/")
+        self.model = model
+        self.concurrency = concurrency
         self.interval = 60 / requests_per_minute if requests_per_minute else 0.0
         self.num_retries = 0
-        self._key, self._next, self._lock, self._stop = key, 0.0, threading.Lock(), threading.Event()
-        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
-        limits = httpx.Limits(max_connections=concurrency)
-        self._client = httpx.Client(headers=headers, timeout=httpx.Timeout(timeout, pool=None), limits=limits)
+        self._key = key
+        self._next = 0.0  # the moment at which the next request may be sent
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._options = {"timeout": timeout, "retries": retries, "backoff": backoff}
+        self._client = None
 
     def asked(self, messages: Sequence[dict], attempt: int = 0, **parameters) -> dict:
-        """Return a request as it is hashed and kept; `attempt` tells a question from the same one asked again."""
+        """Return a request as it is hashed and kept; `attempt` tells a repeated question from the first one."""
         payload = {"model": self.model, "messages": list(messages), **parameters}
         return {"url": self.base_url, "payload": payload} | ({"attempt": attempt} if attempt else {})
 
@@ -130,22 +123,13 @@ class Endpoint:
         """
         keys = [key_of(request) for request in requests]
         missing = {key: request for key, request in zip(keys, requests, strict=True) if key not in calls.found}
+        if missing and not self._client:
+            self._client = self._new_client()
         reasons: dict[str, int] = {}
-        in_a_row = 0
         with ThreadPoolExecutor(self.concurrency) as pool:
             futures = [pool.submit(self._answer, key, request, calls) for key, request in missing.items()]
             try:
-                for number, future in enumerate(as_completed(futures), 1):
-                    try:
-                        future.result()
-                        in_a_row = 0
-                    except Unanswered as error:
-                        in_a_row += 1
-                        if error.hopeless or in_a_row >= FAILURES_IN_A_ROW:
-                            again = "" if error.hopeless else "; the same command goes on, and pays nothing twice"
-                            raise ValueError(f"{self.base_url}: {error}{again}") from None
-                        reasons[str(error)] = reasons.get(str(error), 0) + 1
-                    print(f"\r{number} of {len(futures)} {what}", end="", file=sys.stderr, flush=True)
+                self._collect(futures, what, reasons)
             finally:
                 self._stop.set()
                 pool.shutdown(wait=True, cancel_futures=True)
@@ -156,60 +140,80 @@ class Endpoint:
             print(f"{count} of {len(futures)} {what} have no answer: {reason}", file=sys.stderr, flush=True)
         return [calls.found.get(key) for key in keys]
 
+    def _collect(self, futures: Sequence[Future], what: str, reasons: dict[str, int]) -> None:
+        """Wait for all answers and count why some are missing; ValueError when the endpoint is down."""
+        failures_in_a_row = 0
+        for number, future in enumerate(as_completed(futures), 1):
+            try:
+                future.result()
+                failures_in_a_row = 0
+            except Unanswered as error:
+                failures_in_a_row += 1
+                if error.is_fatal or failures_in_a_row >= MAX_FAILURES_IN_A_ROW:
+                    again = "" if error.is_fatal else "; rerun the same command to resume, nothing is paid twice"
+                    raise ValueError(f"{self.base_url}: {error}{again}") from None
+                reasons[str(error)] = reasons.get(str(error), 0) + 1
+            print(f"\r{number} of {len(futures)} {what}", end="", file=sys.stderr, flush=True)
+
     def _answer(self, key: str, request: dict, calls: Calls) -> None:
         calls.keep(key, request, self._complete(request["payload"]))
 
+    def _new_client(self):
+        from sft.chat.openai_client import ResponseLimits, new_client
+
+        return new_client(
+            self.base_url,
+            key=self._key,
+            limits=ResponseLimits(self._options["timeout"], MAX_BYTES),
+            stop=self._stop,
+            before=self._wait_for_turn,
+            check=self._check_response,
+            num_connections=self.concurrency,
+            **self._options,
+        )
+
     def _complete(self, payload: dict) -> dict:
-        """Post until there is an answer; raises Unanswered."""
-        for attempt in range(self.retries + 1):
-            self._wait_for_turn()
-            pause = 0.0
+        """Return the answer to a request; raises Unanswered after the client's retries."""
+        import httpx2
+        import openai
+
+        try:
+            response = self._client.post("/chat/completions", body=payload, cast_to=httpx2.Response)
+            return read_answer(response.content)
+        except openai.APIStatusError as error:
+            raise self._refused(error.status_code, error.response.content) from None
+        except openai.APIConnectionError as error:
+            cause = error.__cause__ or error
+            reason = f"{type(cause).__name__}: {cause}" if str(cause) else type(cause).__name__
+            raise Unanswered(self._without_key(reason), is_fatal=isinstance(cause, httpx2.ConnectError)) from None
+
+    def _refused(self, status: int, body: bytes) -> Unanswered:
+        reason = f"HTTP {status}: {self._message(body)}"
+        return Unanswered(reason, is_fatal=status in FATAL_STATUSES or "insufficient_quota" in reason)
+
+    def _check_response(self, response) -> None:
+        """Have the client retry a response that is no chat completion, and share a Retry-After with all threads."""
+        from sft.chat.openai_client import LimitError, retry_after
+
+        if response.status_code == 200:
             try:
-                status, headers, body = self._post(payload)
-                if status == 200:
-                    return read_answer(body)
-                reason = f"HTTP {status}: {self._message(body)}"
-                if status in HOPELESS or "insufficient_quota" in reason:
-                    raise Unanswered(reason, hopeless=True)
-                if status not in WORTH_ANOTHER_TRY and status < 500:
-                    raise Unanswered(reason)
-                pause = retry_after(headers)
-            except httpx.InvalidURL as error:
-                raise Unanswered(str(error), hopeless=True) from None
-            except (httpx.HTTPError, ValueError) as error:
-                reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-            if attempt == self.retries or pause > LONGEST_RETRY_AFTER:
-                raise Unanswered(self._without_key(reason), hopeless=reason.startswith("ConnectError"))
-            self._put_off(pause, min(MAX_WAIT, self.backoff * 2**attempt) * random.uniform(0.5, 1.5))
-        raise AssertionError("unreachable")
+                read_answer(response.content)
+            except ValueError as error:
+                raise LimitError(str(error)) from None
+        elif response.status_code == 429 and b"insufficient_quota" in response.content:
+            raise self._refused(response.status_code, response.content)
+        else:
+            with self._lock:
+                self._next = max(self._next, time.monotonic() + retry_after(response))
 
-    def _post(self, payload: dict) -> tuple[int, httpx.Headers, bytes]:
-        # A body that comes in drops never times out between two of them, so the whole has a deadline too.
-        deadline, body, found = time.monotonic() + self.timeout, json.dumps(payload), b""
-        with self._client.stream("POST", f"{self.base_url}/chat/completions", content=body) as response:
-            for part in response.iter_bytes():
-                found += part
-                if len(found) > MAX_BYTES:
-                    raise ValueError(f"more than {MAX_BYTES >> 20} MiB")
-                if time.monotonic() > deadline:
-                    raise httpx.ReadTimeout(f"not all there after {self.timeout:.0f} seconds")
-        return response.status_code, response.headers, found
-
-    def _wait_for_turn(self) -> None:
+    def _wait_for_turn(self, request) -> None:
+        """Wait until the rate limit allows another request."""
         with self._lock:
+            self.num_retries += request.headers.get("x-stainless-retry-count", "0") != "0"
             now = time.monotonic()
             turn = max(now, self._next)
             self._next = turn + self.interval
         if self._stop.wait(turn - now):
-            raise Unanswered("the evaluation was stopped")
-
-    def _put_off(self, pause: float, own: float) -> None:
-        """Wait before another try; what the endpoint asks for (Retry-After) holds back all threads."""
-        with self._lock:
-            self.num_retries += 1
-            if pause:
-                self._next = max(self._next, time.monotonic() + pause)
-        if self._stop.wait(own):
             raise Unanswered("the evaluation was stopped")
 
     def _message(self, body: bytes) -> str:
@@ -222,19 +226,6 @@ class Endpoint:
 
     def _without_key(self, text: str) -> str:
         return text.replace(self._key, "***") if self._key else text
-
-
-def retry_after(headers: httpx.Headers) -> float:
-    """Return the seconds that a Retry-After header asks for, given as a number or as a date; else 0."""
-    value = headers.get("retry-after", "").strip()
-    if re.fullmatch(r"\d{1,9}(\.\d+)?", value):
-        return float(value)
-    try:
-        moment = email.utils.parsedate_to_datetime(value)
-    except (ValueError, TypeError):
-        return 0.0
-    now = datetime.datetime.now(datetime.UTC if moment.tzinfo else None)
-    return max(0.0, (moment - now).total_seconds())
 
 
 def read_answer(body: bytes) -> dict:

@@ -123,7 +123,9 @@ def test_an_endpoint_that_gives_out_leaves_no_score_and_the_same_command_goes_on
         return mt_script(body, times) if body["model"] == "m" or turn_of(body) == 1 else {"status": 500, "body": b""}
 
     server, out = serve(broken), tmp_path / "out"
-    with pytest.raises(SystemExit, match="3 verdicts are missing; the same command goes on, and pays nothing twice"):
+    with pytest.raises(
+        SystemExit, match="3 verdicts are missing; rerun the same command to resume, nothing is paid twice"
+    ):
         judged(server, out, "--limit", "3", "--retries", "1")
     assert not (out / "results.json").exists()
     server.script = mt_script

@@ -4,19 +4,19 @@ import datetime
 import json
 import time
 
-import httpx
+import httpx2
 import pytest
 
+from sft.chat.openai_client import retry_after
 from sft.evaluate.endpoint import (
     Calls,
     Endpoint,
     api_key,
-    check_url,
     estimate,
+    find_url_problem,
     guess_tokens,
     key_of,
     read_answer,
-    retry_after,
 )
 from tests.endpoint_server import completion
 
@@ -97,7 +97,7 @@ def test_a_refusal_of_everything_ends_at_once_and_never_shows_the_key(status, bo
 
 def test_an_endpoint_that_is_down_is_left_soon(serve, calls):
     server = serve(lambda body, times: FAULTS["500"])
-    with pytest.raises(ValueError, match=r"HTTP 500: .*; the same command goes on"):
+    with pytest.raises(ValueError, match=r"HTTP 500: .*; rerun the same command to resume"):
         ask(server, calls, *map(str, range(200)), retries=0, concurrency=2)
     assert len(server.requests) < 40
     server.close()
@@ -120,8 +120,9 @@ def test_retry_after_holds_back_every_request(serve, calls):
 def test_retry_after_is_seconds_or_a_date_and_too_long_a_wait_is_no_wait(serve, calls):
     later = datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=30)
     date = later.strftime("%a, %d %b %Y %H:%M:%S GMT")
-    seconds = [retry_after(httpx.Headers({"retry-after": value})) for value in ("7", "1.5", date, "soon", "-3", "")]
-    assert seconds[:2] == [7, 1.5] and 28 <= seconds[2] <= 30 and seconds[3:] == [0, 0, 0]
+    values = ("7", "1.5", date, "soon", "-3", "", "86400")
+    seconds = [retry_after(httpx2.Response(429, headers={"retry-after": value})) for value in values]
+    assert seconds[:2] == [7, 1.5] and 28 <= seconds[2] <= 30 and seconds[3:] == [0, 0, 0, 0]
     server = serve(lambda body, times: {"status": 429, "headers": {"Retry-After": "86400"}, "body": b"{}"})
     assert ask(server, calls, "a")[0] == [None]
     assert len(server.requests) == 1
@@ -196,10 +197,10 @@ def test_keys_come_from_the_environment_and_openais_goes_to_openai_alone(monkeyp
     with pytest.raises(ValueError, match="JUDGE_API_KEY") as caught:
         api_key("http://127.0.0.1/v1", "JUDGE_API_KEY")
     assert "key" not in str(caught.value).replace("API key", "")
-    assert "use an address such as" in check_url("--base_url", "localhost:8000/v1")
-    assert "keys come from the environment" in check_url("--base_url", "https://user:pw@host/v1")
-    assert "pw" not in check_url("--base_url", "https://user:pw@host/v1")
-    assert check_url("--base_url", "http://localhost:8000/v1") is None
+    assert "use an address such as" in find_url_problem("--base_url", "localhost:8000/v1")
+    assert "keys come from the environment" in find_url_problem("--base_url", "https://user:pw@host/v1")
+    assert "pw" not in find_url_problem("--base_url", "https://user:pw@host/v1")
+    assert find_url_problem("--base_url", "http://localhost:8000/v1") is None
 
 
 def test_the_estimate_counts_what_is_not_there_yet():

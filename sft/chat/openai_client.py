@@ -1,0 +1,177 @@
+"""Clients of OpenAI-compatible servers: the `openai` package with limits on time and size.
+
+The package does connections, timeouts, retries and Retry-After. Added here: a deadline and a size for each response,
+the key that a host gets, and retries that end with the command. Import this module where a client is made:
+`openai` takes a second to load.
+"""
+
+import random
+import re
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from threading import Event
+
+import httpx2  # the HTTP library of openai 3
+import openai
+
+MAX_BACKOFF_SECONDS = 60.0
+MAX_RETRY_AFTER_SECONDS = 120.0  # openai 3.54 doesn't retry a response that asks for more
+
+
+@dataclass(frozen=True)
+class ResponseLimits:
+    """What a response may take; a server that is broken or hostile could else hold the client for ever."""
+
+    seconds: float
+    num_bytes: int
+    line_bytes: int | None = None
+
+
+class LimitError(httpx2.DecodingError):
+    """A response beyond its limits, or without the form that it must have. The client retries it."""
+
+
+class _Meter:
+    """Counts the bytes of a response; raises at its limits."""
+
+    def __init__(self, limits: ResponseLimits):
+        self.limits = limits
+        self.deadline = time.monotonic() + limits.seconds
+        self.num_bytes = 0
+        self.line_bytes = 0
+
+    def count(self, part: bytes) -> bytes:
+        self.num_bytes += len(part)
+        newline = part.rfind(b"\n")
+        self.line_bytes = self.line_bytes + len(part) if newline < 0 else len(part) - newline - 1
+        if self.num_bytes > self.limits.num_bytes:
+            raise LimitError(f"more than {self.limits.num_bytes >> 20} MiB")
+        if self.limits.line_bytes and self.line_bytes > self.limits.line_bytes:
+            raise LimitError("a line without an end")
+        if time.monotonic() > self.deadline:
+            raise httpx2.ReadTimeout(f"not all there after {self.limits.seconds:.0f} seconds")
+        return part
+
+
+class _LimitedStream(httpx2.SyncByteStream, httpx2.AsyncByteStream):
+    def __init__(self, stream, limits: ResponseLimits):
+        self.stream = stream
+        self.meter = _Meter(limits)
+
+    def __iter__(self) -> Iterator[bytes]:
+        for part in self.stream:
+            yield self.meter.count(part)
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        async for part in self.stream:
+            yield self.meter.count(part)
+
+    def close(self) -> None:
+        self.stream.close()
+
+    async def aclose(self) -> None:
+        await self.stream.aclose()
+
+
+def _limit(response: httpx2.Response, limits: ResponseLimits) -> None:
+    """Limit a response before its body is read; a compressed one, which may unpack to any size, is refused."""
+    if response.headers.get("content-encoding", "identity") != "identity":
+        raise LimitError("a compressed response")
+    response.stream = _LimitedStream(response.stream, limits)
+
+
+def _clean_headers(request: httpx2.Request, key: str | None) -> None:
+    """Send no header that tells the server of this machine: only the key that is meant for it."""
+    request.headers["accept-encoding"] = "identity"
+    for name in list(request.headers):
+        if name.startswith(("x-stainless", "openai-")) and name != "x-stainless-retry-count":
+            del request.headers[name]
+    if not key:
+        request.headers.pop("authorization", None)
+
+
+class PatientClient(openai.OpenAI):
+    """An `openai.OpenAI` whose first retry comes after `backoff` seconds and that stops waiting when `stop` is set."""
+
+    def __init__(self, *, backoff: float, stop: Event, **options):
+        super().__init__(**options)
+        self.backoff = backoff
+        self.stop = stop
+
+    def _sleep_for_retry(self, *, retries_taken: int, max_retries: int, options, response) -> None:
+        """Wait before a retry (openai 3.54 sleeps here, which Ctrl-C can't end)."""
+        asked_for = retry_after(response) if response is not None else 0.0
+        own = min(MAX_BACKOFF_SECONDS, self.backoff * 2**retries_taken) * random.uniform(0.5, 1.5)
+        if self.stop.wait(max(own, asked_for)):
+            raise openai.APIConnectionError(message="the command was stopped", request=None)
+
+
+def retry_after(response: httpx2.Response) -> float:
+    """Return the seconds that a Retry-After header asks for, as a number or a date; 0 where the client ignores it."""
+    value = response.headers.get("retry-after", "")
+    try:
+        seconds = float(value) if value[:1].isdigit() else parsedate_to_datetime(value).timestamp() - time.time()
+    except (ValueError, TypeError, OverflowError):
+        return 0.0
+    return seconds if 0 < seconds <= MAX_RETRY_AFTER_SECONDS else 0.0
+
+
+def new_client(
+    base_url: str,
+    *,
+    key: str | None,
+    timeout: float,
+    limits: ResponseLimits,
+    retries: int = 0,
+    backoff: float = 1.0,
+    stop: Event | None = None,
+    before: Callable[[httpx2.Request], None] | None = None,
+    check: Callable[[httpx2.Response], None] | None = None,
+    num_connections: int | None = None,
+) -> PatientClient:
+    """Return a client; `before` sees each try, and `check` each whole response, which LimitError sends again."""
+
+    def on_request(request: httpx2.Request) -> None:
+        _clean_headers(request, key)
+        if before:
+            before(request)
+
+    def on_response(response: httpx2.Response) -> None:
+        _limit(response, limits)
+        if check:
+            response.read()
+            check(response)
+
+    http_client = httpx2.Client(
+        timeout=httpx2.Timeout(timeout, pool=None),
+        limits=httpx2.Limits(max_connections=num_connections),
+        event_hooks={"request": [on_request], "response": [on_response]},
+    )
+    options = {"base_url": base_url, "api_key": key or "none", "max_retries": retries, "http_client": http_client}
+    return PatientClient(backoff=backoff, stop=stop or Event(), **options)
+
+
+def new_async_client(
+    base_url: str, *, key: str | None, timeout: httpx2.Timeout, limits: ResponseLimits, retries: int
+) -> openai.AsyncOpenAI:
+    """Return a client for streams in an event loop."""
+
+    async def on_request(request: httpx2.Request) -> None:
+        _clean_headers(request, key)
+
+    async def on_response(response: httpx2.Response) -> None:
+        _limit(response, limits)
+
+    http_client = httpx2.AsyncClient(timeout=timeout, event_hooks={"request": [on_request], "response": [on_response]})
+    return openai.AsyncOpenAI(base_url=base_url, api_key=key or "none", max_retries=retries, http_client=http_client)
+
+
+def find_url_problem(flag: str, base_url: str) -> str | None:
+    """Return what is wrong with the address of a server, or None."""
+    if not re.match(r"https?://[^/\s]", base_url):
+        return f"{flag} {base_url}: use an address such as https://api.openai.com/v1"
+    if re.match(r"https?://[^/]*@", base_url) or "?" in base_url:
+        return f"{flag}: keys come from the environment, not in the address"
+    return None
