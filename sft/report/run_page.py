@@ -25,6 +25,7 @@ from sft.chat.reply import Reply
 from sft.checkpoint.save import PAGE
 from sft.model.load import count_parameters
 from sft.opendata.cleaning import HAN, has_han
+from sft.report.markdown import cell, fence, short
 
 PROJECT = Path(__file__).resolve().parents[2]
 PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "deepspeed", "peft", "datasets")
@@ -357,13 +358,6 @@ def _template(name: str):
     return environment.get_template(name)
 
 
-def short(value) -> str:
-    """Return a number as people read it: four digits of a fraction, commas in what is whole."""
-    if isinstance(value, float):
-        return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
-
-
 # --- the model card -----------------------------------------------------------------------------------------------
 
 
@@ -423,16 +417,3 @@ def _licence(name: str, sample: set[str]) -> str:
     if Path(name).name in sample:
         return "the sample of the training toolkit, its own"
     return next((text for key, text in LICENCES.items() if key in name.lower()), "unknown")
-
-
-def fence(text: str) -> str:
-    """Return text as a Markdown code block, whatever it holds."""
-    longest = max((len(run) for run in re.findall("`+", text)), default=0)
-    marks = "`" * max(3, longest + 1)
-    return f"{marks}text\n{text.strip()}\n{marks}"
-
-
-def cell(value) -> str:
-    """Return a value as it stands in a cell of a Markdown table."""
-    text = " ".join(short(value).split()).replace("\\", "\\\\")
-    return re.sub(r"([|<`*_\[])", r"\\\1", text)

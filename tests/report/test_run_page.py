@@ -273,7 +273,6 @@ def test_a_reply_cannot_leave_its_block_in_the_card():
     card = render_card(finished_run("```\n# Not a heading", "b"), folder="runs/x/model")
     assert "````text\n> 你好\n```\n# Not a heading\n````" in card
     assert "# x\n" in card
-    assert report.cell("a|b <i> `c`") == r"a\|b \<i> \`c\`"
 
 
 def test_a_card_that_somebody_else_wrote_is_left_alone_and_our_own_is_renewed(tmp_path):
