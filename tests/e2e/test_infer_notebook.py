@@ -1,32 +1,35 @@
-"""infer.ipynb runs top to bottom from a fresh kernel, and is committed without outputs."""
+"""infer.ipynb runs top to bottom from a fresh kernel, and is committed with small outputs of the default run."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import nbformat
 import pytest
-from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
 from sft.model.load import add_lora, load_model, load_tokenizer
 from tests.conftest import ROOT
+from tests.e2e.notebooks import INFER, PROCESS, code_cells, execute, printed
 
 QUESTIONS = ["你好", "Hello", "写一首关于春天的诗", "What is the capital of France?"]
 
 
 def read_notebook():
-    return nbformat.read(ROOT / "infer.ipynb", as_version=4)
+    return nbformat.read(INFER, as_version=4)
 
 
-def code_cells(notebook) -> list:
-    return [cell for cell in notebook.cells if cell.cell_type == "code"]
-
-
-def test_the_notebook_is_valid_and_without_outputs():
-    notebook = read_notebook()
+@pytest.mark.parametrize("path", [INFER, PROCESS], ids=lambda path: path.stem)
+def test_the_committed_outputs_are_whole_small_and_without_paths_of_a_machine(path):
+    notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
-    assert [cell for cell in code_cells(notebook) if cell.outputs or cell.execution_count is not None] == []
+    cells = code_cells(notebook)
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    assert [cell.source for cell in cells if cell.metadata] == []
+    outputs = json.dumps([cell.outputs for cell in cells])
+    assert 2_000 < len(outputs) < 20_000
+    assert not re.search(r"/(tmp|home|root|work|mnt|usr|opt)/|\"stderr\"|Traceback", outputs)
 
 
 def test_the_notebook_defines_nothing():
@@ -68,19 +71,9 @@ def run_notebook(tmp_path, monkeypatch):
         monkeypatch.setenv("MAX_NEW_TOKENS", "12")
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
         monkeypatch.setenv("PYTHONPATH", str(ROOT))
-        notebook = read_notebook()
-        NotebookClient(
-            notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": tmp_path}}
-        ).execute()
-        return [printed(cell) for cell in code_cells(notebook)]
+        return [printed(cell) for cell in code_cells(execute(INFER, tmp_path))]
 
     return run
-
-
-def printed(cell) -> str:
-    """What a cell wrote to stdout or displayed."""
-    texts = [output.get("text", "") for output in cell.outputs if output.get("name") == "stdout"]
-    return "".join(texts + [output.data.get("text/html", "") for output in cell.outputs if "data" in output])
 
 
 @pytest.mark.slow
@@ -90,7 +83,7 @@ def test_the_notebook_runs_top_to_bottom(run_notebook, checkpoint, family, lora)
     loaded, one, _sampled, _streamed, turns, batch, _source, file, table, sure, coloured = outputs
     assert "chat format: blossom | device: cpu | context window: " in loaded
     assert " tokens, ended: " in one
-    assert turns.startswith("> 你好\n") and "\n> 一年有几个季节？\n" in turns
+    assert turns.startswith("> 你会做算术吗？\n") and "\n> 8+9等于多少？\n" in turns
     assert [line[2:] for line in batch.split("\n") if line.startswith("> ")] == QUESTIONS
     answers = [json.loads(line) for line in file.strip().split("\n")]
     assert [answer["messages"][0]["content"] for answer in answers] == QUESTIONS
