@@ -28,7 +28,7 @@ from transformers import set_seed
 
 from sft.checkpoint.save import check_unchanged
 from sft.dataset.collate import Collator
-from sft.dataset.dataset import CACHE_DIR, check_losses, prepare
+from sft.dataset.dataset import CACHE_DIR, MAX_LENGTH, check_losses, prepare
 from sft.files import MAX_SHARD_SIZE
 from sft.launch.processes import LOST, STOPPED, Guard, Stopped
 from sft.preview.dry_run import Report, show_run
@@ -81,7 +81,7 @@ class DataArguments:
     eval_data_path: list[str] | None = flag(None, "Held-out files; never trained on.")
     encoding: str = flag("utf-8", "Encoding of the data files.", resume="same")
     chat_format: str = flag("auto", "auto, blossom, chatml, alpaca, mistral, or base (its own).")
-    max_length: int = flag(2048, "Longest row, in tokens.", at_least=1, resume="same")
+    max_length: int = flag(MAX_LENGTH, "Longest row, in tokens.", at_least=1, resume="same")
     packing: bool = flag(
         True, "Fill each row with whole conversations, kept apart; a batch counts rows.", resume="same"
     )

@@ -28,6 +28,7 @@ from sft.opendata.files import list_files, split_suffix
 BATCH_SIZE = 1000  # conversations per call of the tokenizer: enough to keep its threads busy, little memory
 PROOF_SIZE = 16  # conversations of the data on which a bulk encoder must prove itself
 CACHE_DIR = ".cache"
+MAX_LENGTH = 2048  # tokens of a row, unless a flag names another
 # Of each example: its source, a number of the ledger's "sources", and a number of WAYS, how it was kept.
 ORIGIN = [("source", "<i4"), ("way", "i1")]
 FACTS = [("trained", "<i8"), ("replies", "<i8"), ("prompt", "<i8"), ("stops", "?")]

@@ -1,11 +1,11 @@
-"""Does it answer well? The quick check offline, judged suites over any OpenAI-compatible endpoint, exams by lm-eval.
+"""Evaluate a chat model: the quick check offline, judged suites over an OpenAI-compatible endpoint, exams by lm-eval.
 
     python -m sft.evaluate --suite quick --model_path RUN/model --base_path BASE --output_dir runs/quick
     JUDGE_API_KEY=… python -m sft.evaluate --suite mt-bench --model_path RUN/model \\
         --judge_base_url https://api.openai.com/v1 --judge_model gpt-4 --output_dir runs/mt-bench
     python -m sft.evaluate --suite lm-eval --tasks ceval-valid,gsm8k --model_path RUN/model --output_dir runs/exams
 
-What was asked, answered and found is kept in `--output_dir`; rerun the same command to resume.
+Requests, answers and results are kept in `--output_dir`; rerun the same command to resume.
 """
 
 import argparse
@@ -16,25 +16,22 @@ from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
-from sft.chat.reply import Chat, Reply, load_chat
+from sft.chat.reply import Chat, Reply, add_model_flags, load_chat, model_options
 from sft.chat.sampling import GREEDY
 from sft.checkpoint.save import hash_base
-from sft.dataset.dataset import CACHE_DIR, batches, find_files
+from sft.dataset.dataset import CACHE_DIR, MAX_LENGTH, batches, find_files
 from sft.evaluate import judge, quick
 from sft.evaluate.endpoint import Calls, Endpoint, api_key, find_url_problem, read_calls
+from sft.evaluate.exam import run_exam
 from sft.evaluate.overlap import find_overlap, overlap_lines
 from sft.evaluate.protocols import Suite, align_bench, belle, mt_bench, read_winner
-from sft.files import write_json, write_text
-from sft.format.table import FORMAT_NAMES
-from sft.model.load import load_tokenizer
-from sft.report.run_page import cell
+from sft.evaluate.results import ANSWERS, CALLS, open_output, write_results
 
-RESULTS, TABLES, ANSWERS, CALLS = "results.json", "results.md", "answers.jsonl", "calls.jsonl"
-SETTINGS = "evaluation.json"
 JUDGED = ("mt-bench", "align-bench", "belle")
-# What may not change when an evaluation is continued; the rest only says how fast it goes.
-UNCHANGED = "suite model_path base_path chat_format base_url model judge_base_url judge_model questions judge_prompts "
-UNCHANGED += "references judgments compare tasks num_fewshot max_new_tokens limit seed"
+QUICK_NEW_TOKENS = 256
+# A resumed evaluation must have the same value of these flags; the others change its speed only.
+SAME_FLAGS = "suite model_path base_path chat_format base_url model judge_base_url judge_model questions judge_prompts "
+SAME_FLAGS += "references judgments compare tasks num_fewshot max_new_tokens limit seed"
 ONLY_FOR = {
     ("quick",): "base_path eval_data_path",
     ("quick", *JUDGED): "train_data_path",
@@ -42,6 +39,7 @@ ONLY_FOR = {
     ("mt-bench",): "references judgments",
     ("lm-eval",): "tasks num_fewshot",
 }
+NEW_TOKENS_HELP = f"longest answer (default: {judge.MAX_TOKENS} in judged suites, else {QUICK_NEW_TOKENS})"
 POSITIVE = ("batch_size", "max_new_tokens", "limit", "max_length", "concurrency", "requests_per_minute", "timeout")
 NOT_NEGATIVE = ("retries", "verdict_retries", "backoff", "max_missing", "num_fewshot")
 
@@ -49,7 +47,7 @@ NOT_NEGATIVE = ("retries", "verdict_retries", "backoff", "max_missing", "num_few
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m sft.evaluate", description="Evaluate a chat model.")
     parser.add_argument("--suite", required=True, choices=("quick", *JUDGED, "lm-eval"))
-    parser.add_argument("--output_dir", required=True, help="a new folder, or that of the same evaluation to continue")
+    parser.add_argument("--output_dir", required=True, help="a new folder, or that of the same evaluation to resume")
     parser.add_argument(
         "--dry_run", action="store_true", help="judged suites: say what would be sent, and send nothing"
     )
@@ -58,11 +56,9 @@ def _parser() -> argparse.ArgumentParser:
     model.add_argument("--base_path", help="quick: the base that it is compared with")
     model.add_argument("--base_url", help="judged suites: an endpoint that answers instead (key: MODEL_API_KEY)")
     model.add_argument("--model", help="the model's name at --base_url")
-    model.add_argument("--chat_format", default="auto", choices=FORMAT_NAMES)
-    model.add_argument("--device", help="cuda, cuda:1, cpu ... (default: a GPU if there is one)")
+    add_model_flags(model, "chat_format", "device", "trust_remote_code")
     model.add_argument("--batch_size", type=int, default=8, help="questions answered at a time by a local model")
-    model.add_argument("--max_new_tokens", type=int, help="longest answer (default: 1024 in judged suites, else 256)")
-    model.add_argument("--trust_remote_code", action="store_true")
+    model.add_argument("--max_new_tokens", type=int, help=NEW_TOKENS_HELP)
     calls = parser.add_argument_group("the judge and the endpoints")
     calls.add_argument("--judge_base_url", help="the judge's endpoint, as in https://api.openai.com/v1 (JUDGE_API_KEY)")
     calls.add_argument("--judge_model", help="the judge's name there")
@@ -92,7 +88,9 @@ def _parser() -> argparse.ArgumentParser:
     data.add_argument("--train_data_path", nargs="+", help="what was trained on: questions that stand in it are named")
     data.add_argument("--encoding", default="utf-8", help="of the training data")
     data.add_argument("--eval_data_path", nargs="+", help="quick: held-out conversations whose loss is taken")
-    data.add_argument("--max_length", type=int, default=2048, help="quick: longest held-out conversation, in tokens")
+    data.add_argument(
+        "--max_length", type=int, default=MAX_LENGTH, help="quick: longest held-out conversation, in tokens"
+    )
     data.add_argument("--cache_dir", default=CACHE_DIR, help="where tokenised data is kept, by content")
     data.add_argument("--tasks", help="lm-eval: names of tasks, or .json files of your own, with commas")
     data.add_argument("--num_fewshot", type=int, help="lm-eval: examples before each question")
@@ -128,41 +126,11 @@ def _problems(options: argparse.Namespace) -> list[str]:
     return found
 
 
-# --- the output folder --------------------------------------------------------------------------------------------
-
-
-def open_output(folder: Path, settings: dict) -> None:
-    """Make the folder of a new evaluation; an old one must be of the same settings, so that it is continued."""
-    path = folder / SETTINGS
-    if path.exists():
-        try:
-            old = dict(json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, TypeError):
-            raise ValueError(f"{path}: can't be read; choose another --output_dir") from None
-        if changed := [name for name in settings if old.get(name) != settings[name]]:
-            was, now = old.get(changed[0]), settings[changed[0]]
-            text = f"--output_dir {folder}: its evaluation has {changed[0]} {was}, not {now}; choose another folder"
-            raise ValueError(text)
-    elif folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
-        raise ValueError(f"--output_dir {folder}: is not empty, and not an evaluation's; choose another folder")
-    else:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(path, settings)
-
-
-def write_results(folder: Path, results: dict, tables: str, answers: Sequence[dict]) -> None:
-    write_text(folder / ANSWERS, "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers))
-    write_json(folder / RESULTS, results)
-    write_text(folder / TABLES, tables)
-    print(f"\n{tables}\nwritten to {folder / TABLES}, {RESULTS} and {ANSWERS}", flush=True)
-
-
 # --- answers of the model -----------------------------------------------------------------------------------------
 
 
 def _load(options: argparse.Namespace, path: str) -> Chat:
-    trust = options.trust_remote_code
-    return load_chat(path, chat_format=options.chat_format, device=options.device, trust_remote_code=trust)
+    return load_chat(path, **model_options(options))
 
 
 def _endpoint(options: argparse.Namespace, base_url: str, model: str, name: str) -> Endpoint:
@@ -196,7 +164,7 @@ def read_others(folder: str, suite: Suite) -> dict[str, list[str]]:
 
 
 def run_judged(options: argparse.Namespace, settings: dict) -> None:
-    """Answer, judge, and write down; before that, say what is sent where and what it may cost."""
+    """Print the requests and their cost, then answer the questions, judge the answers and write the results."""
     suite, folder = load_suite(options), Path(options.output_dir)
     overlap = _overlap(options, [(question.id, question.turns) for question in suite.questions])
     if options.judgments:
@@ -204,34 +172,70 @@ def run_judged(options: argparse.Namespace, settings: dict) -> None:
         open_output(folder, settings)
         return finish_judged(options, suite, rows, overlap, names)
     others = read_others(options.compare, suite) if options.compare else None
-    max_tokens, prices = options.max_new_tokens or judge.MAX_TOKENS, options.judge_prices
-    asks = _endpoint(options, options.judge_base_url, options.judge_model, "JUDGE_API_KEY")
+    judging = _endpoint(options, options.judge_base_url, options.judge_model, "JUDGE_API_KEY")
     source = _endpoint(options, options.base_url, options.model, "MODEL_API_KEY") if options.base_url else None
-    known = read_calls(Path(options.cache or folder / CALLS))
-    if len(suite.questions) != suite.num_published:
-        print(f"note: {len(suite.questions)} questions, {suite.num_published} were published", flush=True)
-    if source:
-        judge.say_answers_cost(suite, source, known, max_tokens, options.prices)
-    judge.say_verdicts_cost(suite, asks, known, prices, others)
-    print(f"questions, references and answers go to {options.judge_base_url}", flush=True)
+    say_plan(options, suite, judging, source, others)
     if options.dry_run:
         print("dry run: nothing was sent", flush=True)
         return
-    if source is None:
-        identity, chat = hash_base(options.model_path) or options.model_path, _load(options, options.model_path)
-        source = judge.LocalModel(chat, identity, batch_size=options.batch_size, seed=options.seed)
+    source = source or _local_model(options)
     open_output(folder, settings)
-    with closing(Calls(Path(options.cache or folder / CALLS))) as calls:
-        answers = judge.answer_all(suite, source, calls, max_tokens=max_tokens, max_missing=options.max_missing)
-        judge.say_verdicts_cost(suite, asks, calls.found, prices, others, answers)
-        asked = judge.verdict_requests(suite, answers, others)
-        read, texts = read_winner if others else suite.read, [messages for _question, _turn, messages in asked]
-        limits = {"tries": options.verdict_retries, "max_missing": options.max_missing}
-        verdicts = judge.ask_until_settled(asks, calls, texts, read, suite.parameters, **limits)
-    rows = judge.judged_rows(suite, answers, asked, verdicts, pairs=bool(others))
+    rows = answer_and_judge(options, suite, judging, source, others)
     name = options.model if options.base_url else options.model_path
     names = {"model": name, "compared_with": options.compare, "judge": options.judge_model}
     finish_judged(options, suite, rows, overlap, names)
+
+
+def say_plan(
+    options: argparse.Namespace, suite: Suite, judging: Endpoint, source: Endpoint | None, others: dict | None
+) -> None:
+    """Print how many requests go to which endpoint, and their cost."""
+    known = read_calls(_calls_file(options))
+    if len(suite.questions) != suite.num_published:
+        print(f"note: {len(suite.questions)} questions, {suite.num_published} were published", flush=True)
+    if source:
+        judge.say_answers_cost(suite, source, known, _max_tokens(options), options.prices)
+    judge.say_verdicts_cost(suite, judging, known, options.judge_prices, others)
+    print(f"questions, references and answers go to {options.judge_base_url}", flush=True)
+
+
+def answer_and_judge(
+    options: argparse.Namespace,
+    suite: Suite,
+    judging: Endpoint,
+    source: judge.LocalModel | Endpoint,
+    others: dict | None,
+) -> list[dict]:
+    """Return a row for each question: its answers, verdicts and scores. Answers and verdicts are kept as they come."""
+    max_missing = options.max_missing
+    with closing(Calls(_calls_file(options))) as calls:
+        answers = judge.answer_all(suite, source, calls, max_tokens=_max_tokens(options), max_missing=max_missing)
+        judge.say_verdicts_cost(suite, judging, calls.found, options.judge_prices, others, answers)
+        asked = judge.verdict_requests(suite, answers, others)
+        verdicts = judge.ask_for_verdicts(
+            judging,
+            calls,
+            [messages for _question, _turn, messages in asked],
+            read_winner if others else suite.read,
+            suite.parameters,
+            tries=options.verdict_retries,
+            max_missing=max_missing,
+        )
+    return judge.judged_rows(suite, answers, asked, verdicts, pairs=bool(others))
+
+
+def _local_model(options: argparse.Namespace) -> judge.LocalModel:
+    identity = hash_base(options.model_path) or options.model_path
+    chat = _load(options, options.model_path)
+    return judge.LocalModel(chat, identity, batch_size=options.batch_size, seed=options.seed)
+
+
+def _calls_file(options: argparse.Namespace) -> Path:
+    return Path(options.cache or Path(options.output_dir) / CALLS)
+
+
+def _max_tokens(options: argparse.Namespace) -> int:
+    return options.max_new_tokens or judge.MAX_TOKENS
 
 
 def finish_judged(
@@ -251,7 +255,7 @@ def _overlap(options: argparse.Namespace, questions: list[tuple[str, Sequence[st
 
 
 def answer_quick(chat: Chat, asked: Sequence[dict], options: argparse.Namespace) -> list[Reply]:
-    sampling = replace(GREEDY, max_new_tokens=options.max_new_tokens or 256)
+    sampling = replace(GREEDY, max_new_tokens=options.max_new_tokens or QUICK_NEW_TOKENS)
     replies = []
     for batch in batches(([{"role": "user", "content": question["prompt"]}] for question in asked), options.batch_size):
         replies += chat.reply_batch(batch, sampling)
@@ -261,6 +265,7 @@ def answer_quick(chat: Chat, asked: Sequence[dict], options: argparse.Namespace)
 
 
 def run_quick(options: argparse.Namespace, settings: dict) -> None:
+    """Ask the model, and the base if one is named, the same questions; write the comparison."""
     asked = quick.questions(options.seed)[: options.limit]
     overlap = _overlap(options, [(question["id"], [question["prompt"]]) for question in asked])
     find_files([], options.eval_data_path or ())
@@ -272,86 +277,27 @@ def run_quick(options: argparse.Namespace, settings: dict) -> None:
         if options.eval_data_path:
             limits = {"max_length": options.max_length, "cache_dir": options.cache_dir}
             losses.append(quick.held_out_losses(chat, options.eval_data_path, **limits))
-    replies, losses = [*replies, None][:2], ([*losses, None][:2] if losses else None)
-    found = quick.compare(asked, *replies, losses)
+    replies = [*replies, None][:2]
+    found = quick.compare(asked, *replies, [*losses, None][:2] if losses else None)
     results = {"suite": "quick", "model": options.model_path, "base": options.base_path, "rows": found["rows"]}
     heading = f"# Quick check of {options.model_path}" + (f" beside {options.base_path}" if options.base_path else "")
-    tables = f"{heading}\n\n{quick.table(found['rows'])}\n\n"
+    tables = f"{heading}\n\n{quick.quick_table(found['rows'])}\n\n"
     tables += "In brackets the 95% interval over the questions. Greedy, no judge; questions in suites/quick.\n"
     if overlap:
         results["overlap"] = overlap
-        kept = [place for place, question in enumerate(asked) if question["id"] not in overlap["found"]]
-        sides = ([side[place] for place in kept] if side else None for side in (asked, *replies))
-        results["rows_without_overlap"] = clean = quick.compare(*sides)["rows"]
-        tables += f"\n{overlap_lines(overlap)}\n\nWithout them:\n\n{quick.table(clean)}\n"
+        results["rows_without_overlap"] = clean = rows_without_overlap(asked, replies, overlap)
+        tables += f"\n{overlap_lines(overlap)}\n\nWithout them:\n\n{quick.quick_table(clean)}\n"
     write_results(Path(options.output_dir), results, tables, found["answers"])
 
 
-# --- exams --------------------------------------------------------------------------------------------------------
+def rows_without_overlap(asked: Sequence[dict], replies: Sequence[list | None], overlap: dict) -> list[dict]:
+    """Return the rows of the questions that are not in the training data."""
+    kept = [index for index, question in enumerate(asked) if question["id"] not in overlap["found"]]
+    sides = ([side[index] for index in kept] if side else None for side in (asked, *replies))
+    return quick.compare(*sides)["rows"]
 
 
-def _task(name: str) -> str | dict:
-    """Return a task as lm-eval takes it: a name it knows, or the settings in a .json file, data beside it."""
-    if not name.endswith(".json"):
-        return name
-    task = json.loads(Path(name).read_text(encoding="utf-8"))
-    files = task.get("dataset_kwargs", {}).get("data_files", {})
-    task["dataset_kwargs"] = {
-        "data_files": {split: str(Path(name).resolve().parent / file) for split, file in files.items()}
-    }
-    return task
-
-
-def run_lm_eval(options: argparse.Namespace, settings: dict) -> None:
-    """Hand over to lm-eval's own API, with the saved chat template."""
-    try:
-        import lm_eval
-    except ImportError as error:
-        raise ValueError(f"--suite lm-eval: {error}; pip install lm-eval==0.4.13") from None
-    tasks = [_task(name) for name in options.tasks.split(",")]
-    if options.model_path and not load_tokenizer(options.model_path).chat_template:
-        raise ValueError(f"--model_path {options.model_path}: has no chat template; train.py saves one with its models")
-    open_output(Path(options.output_dir), settings)
-    if options.base_url:
-        model, url = "local-completions", f"{options.base_url.rstrip('/')}/completions"
-        arguments = {"model": options.model, "base_url": url, "tokenizer": options.model_path or options.model}
-    else:
-        model, arguments = "hf", {"pretrained": options.model_path, "trust_remote_code": options.trust_remote_code}
-        adapter = Path(options.model_path) / "adapter_config.json"
-        if adapter.is_file():
-            base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
-            arguments |= {"pretrained": base, "peft": options.model_path, "tokenizer": options.model_path}
-    found = lm_eval.simple_evaluate(
-        model=model,
-        model_args=arguments,
-        tasks=tasks,
-        num_fewshot=options.num_fewshot,
-        batch_size=options.batch_size,
-        device=options.device,
-        limit=options.limit,
-        apply_chat_template=True,
-    )
-    results = {name: found.get(name) for name in ("results", "versions", "n-shot", "n-samples")}
-    lines = [
-        f"# lm-eval of {options.model_path or options.model}",
-        "",
-        "| task | metric | value | ± |",
-        "|---|---|--:|--:|",
-    ]
-    for task, values in results["results"].items():
-        for name, value in values.items():
-            if isinstance(value, float) and "_stderr" not in name:
-                error = values.get(name.replace(",", "_stderr,", 1))
-                shown = f"{error:.4f}" if isinstance(error, float) else ""
-                lines.append(f"| {cell(task)} | {cell(name)} | {value:.4f} | {shown} |")
-    results = json.loads(json.dumps(results, default=str))
-    samples = [{"task": task, **sample} for task, rows in found["samples"].items() for sample in rows]
-    write_results(
-        Path(options.output_dir), results, "\n".join(lines) + "\n", json.loads(json.dumps(samples, default=str))
-    )
-
-
-RUNS: dict[str, Callable] = {"quick": run_quick, "lm-eval": run_lm_eval, **dict.fromkeys(JUDGED, run_judged)}
+RUNS: dict[str, Callable] = {"quick": run_quick, "lm-eval": run_exam, **dict.fromkeys(JUDGED, run_judged)}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -359,7 +305,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if problems := _problems(options):
         sys.exit("\n".join(f"sft.evaluate: {problem}" for problem in problems))
     try:
-        RUNS[options.suite](options, {name: getattr(options, name) for name in UNCHANGED.split()})
+        RUNS[options.suite](options, {name: getattr(options, name) for name in SAME_FLAGS.split()})
     except (ValueError, OSError) as error:
         sys.exit(f"sft.evaluate: {error}")
     except KeyboardInterrupt:

@@ -1,7 +1,7 @@
 """A judged evaluation: the model's answers, a judge's verdicts on them, and the tables of both.
 
-Who answers is a model in this process or one behind an endpoint; both have `asked`, which makes a request as it is
-hashed and kept, and `ask_all`.
+The answers come from a model in this process or behind an endpoint. Both classes have `asked`, which makes a request as
+it is hashed and kept, and `ask_all`.
 """
 
 import re
@@ -24,10 +24,12 @@ from sft.evaluate.protocols import (
     read_lines,
     score_columns,
 )
-from sft.report.run_page import cell
+from sft.report.markdown import cell, table
 
 MAX_TOKENS = 1024  # of an answer, as in FastChat
-ANSWER_TOKENS, VERDICT_TOKENS = 300, 250  # guesses, for the estimate
+# Typical lengths in tokens, for the estimate of the cost.
+ANSWER_TOKENS = 300
+VERDICT_TOKENS = 250
 
 
 class LocalModel:
@@ -123,33 +125,33 @@ def verdict_requests(suite: Suite, answers: dict, others: dict | None) -> list[t
     return asked
 
 
-def ask_until_settled(
+def ask_for_verdicts(
     endpoint: Endpoint,
     calls: Calls,
-    asked: Sequence[list[dict]],
+    prompts: Sequence[list[dict]],
     read: Callable,
     parameters: dict,
     *,
     tries: int,
     max_missing: int,
 ) -> list[dict]:
-    """Return {"texts", "verdict"} of each: a judge that gives no verdict is asked again, up to `tries` times more."""
-    found = [{"texts": [], "verdict": None} for _ in asked]
-    unsettled = list(range(len(asked)))
+    """Return {"texts", "verdict"} for each prompt; a judge without a verdict is asked up to `tries` more times."""
+    found = [{"texts": [], "verdict": None} for _ in prompts]
+    missing = list(range(len(prompts)))
     for attempt in range(tries + 1):
-        requests = [endpoint.asked(asked[place], attempt, **parameters) for place in unsettled]
+        requests = [endpoint.asked(prompts[index], attempt, **parameters) for index in missing]
         replies = endpoint.ask_all(requests, calls, f"verdicts, try {attempt + 1}")
-        for place, reply in zip(unsettled, replies, strict=True):
-            found[place]["verdict"] = read(reply["text"]) if reply else None
-            found[place]["texts"] += [reply["text"]] if reply else []
-        unsettled = [place for place in unsettled if found[place]["verdict"] and found[place]["verdict"].score is None]
-        if not unsettled:
+        for index, reply in zip(missing, replies, strict=True):
+            found[index]["verdict"] = read(reply["text"]) if reply else None
+            found[index]["texts"] += [reply["text"]] if reply else []
+        missing = [index for index in missing if found[index]["verdict"] and found[index]["verdict"].score is None]
+        if not missing:
             break
     _check_missing("verdicts", [one["verdict"] for one in found], max_missing)
     return [{**one, "verdict": one["verdict"] or Verdict(None)} for one in found]
 
 
-# --- what it will cost --------------------------------------------------------------------------------------------
+# --- the cost --------------------------------------------------------------------------------------------
 
 
 def say_cost(what: str, endpoint: Endpoint, requests: Sequence[dict], known: dict, reply: int, prices) -> None:
@@ -235,7 +237,7 @@ def _add(row: dict, turn: int, score, first, said: list[tuple[list[str], Verdict
 
 
 def judged_results(suite: Suite, rows: Sequence[dict], overlap: dict | None, *, pairs: bool, seed: int) -> dict:
-    """Return the columns with their intervals, and what a reader should know of how they came about."""
+    """Return the columns with their intervals, and the questions with missing or doubtful verdicts."""
     columns = pair_columns(list(dict.fromkeys(row["category"] for row in rows))) if pairs else suite.columns
     verdicts = [(row["id"], verdict) for row in rows for verdict in row["verdicts"]]
     said = [(row["id"], text) for row in rows for text in row["answers"]]
@@ -249,7 +251,7 @@ def judged_results(suite: Suite, rows: Sequence[dict], overlap: dict | None, *, 
         "empty_answers": sorted({name for name, text in said if not text.strip()}),
         "answers_like_verdicts": sorted({name for name, text in said if re.search(suite.forged, text)}),
     }
-    if any(row["scores"] != row["first_ratings"] for row in rows):  # what the published code makes of them
+    if any(row["scores"] != row["first_ratings"] for row in rows):  # the published code takes the first rating
         first = [{**row, "scores": row["first_ratings"]} for row in rows]
         found["columns_by_first_rating"] = score_columns(columns, first, seed=seed)
     if overlap:
@@ -264,17 +266,14 @@ def judged_tables(found: dict) -> str:
     name = cell(Path(found["model"]).parent.name if found["model"].endswith("/model") else found["model"])
     beside = f" beside {found['compared_with']}" if found["compared_with"] else ""
     lines = [f"# {found['suite']} of {name}{beside}, judged by {found['judge']}", ""]
-    lines += [f"| 模型 | {' | '.join(columns)} |", f"|---|{'--:|' * len(columns)}"]
-    lines += [f"| {name} | {' | '.join(f'{numbers[0]:.{digits}f}' for numbers in columns.values())} |", ""]
+    lines += [table(["模型", *columns], [[name, *(f"{score:.{digits}f}" for score, *_ in columns.values())]]), ""]
     more = {"by the first rating": "columns_by_first_rating", "without those in the data": "columns_without_overlap"}
     more = {title: found[key] for title, key in more.items() if key in found}
-    lines += [
-        f"| | score | 95% interval |{''.join(f' {title} |' for title in more)}",
-        f"|---|--:|--:|{'--:|' * len(more)}",
-    ]
+    rows = []
     for column, (score, low, high) in columns.items():
-        rest = "".join(f" {other[column][0]:.{digits}f} |" if column in other else " |" for other in more.values())
-        lines.append(f"| {column} | {score:.{digits}f} | {low:.{digits}f} to {high:.{digits}f} |{rest}")
+        others = [f"{other[column][0]:.{digits}f}" if column in other else "" for other in more.values()]
+        rows.append([column, f"{score:.{digits}f}", f"{low:.{digits}f} to {high:.{digits}f}", *others])
+    lines.append(table(["", "score", "95% interval", *more], rows))
     lines += [
         "",
         f"{found['questions']} questions, {found['verdicts']} verdicts, asked again {found['asked_again']} times.",

@@ -1,6 +1,6 @@
 """Judged suites by their published protocols: MT-Bench, AlignBench, BELLE's eval set; and two models side by side.
 
-A suite is its questions, what the judge is asked, how its verdict is read, and the columns of the published table. The
+A suite is its questions, the judge's prompt, a reader of its verdict, and the columns of the published table. The
 sources are FastChat's llm_judge (0.2.36), AlignBench's judge.py and show_result.py, and BELLE's eval folder.
 """
 
@@ -19,7 +19,7 @@ MT_BENCH = Path(__file__).with_name("suites") / "mt_bench"
 
 
 class Verdict(NamedTuple):
-    """What a judge's text says: the score, None when it says none or several; `first` is what the protocol takes."""
+    """The verdict in a judge's text: its score, None for no rating or several; `first` is the protocol's choice."""
 
     score: float | str | None
     several: bool = False
@@ -46,7 +46,7 @@ class Suite:
     columns: dict[str, Callable[[dict], float | None]]
     parameters: dict
     num_published: int
-    forged: str  # what a verdict looks like, for answers that hold one
+    forged: str  # pattern of a verdict, for answers that contain one
     repeat_empty: int = 0  # times that an empty answer is asked for again
     prompts: dict = field(default_factory=dict)
 
@@ -236,7 +236,7 @@ def read_align(text: str) -> Verdict:
 def align_bench(questions: str, judge_prompts: str) -> Suite:
     """AlignBench: one turn, judged in several dimensions against a reference; `judge_prompts` is its repository.
 
-    The prompt stands in judge.py there, as a constant: it is read, nothing is run.
+    The prompt is a constant in its judge.py, which is parsed, not run.
     """
     folder = Path(judge_prompts)
     template = published_constant(folder / "judge.py", "base_prompt")

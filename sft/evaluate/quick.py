@@ -19,6 +19,7 @@ from sft.dataset.dataset import CACHE_DIR, find_files, prepare
 from sft.format.tokens import IGNORE_INDEX
 from sft.model.loss import use_chunked_loss
 from sft.opendata.cleaning import HAN, count_han
+from sft.report.markdown import table
 from sft.report.run_page import repetition
 
 QUESTIONS = Path(__file__).with_name("suites") / "quick" / "questions.jsonl"
@@ -65,7 +66,7 @@ def _sums(language: str, seed: int) -> list[dict]:
     return found
 
 
-# --- what code can judge ------------------------------------------------------------------------------------------
+# --- scores by rule ------------------------------------------------------------------------------------------
 
 
 def language_of(text: str) -> str | None:
@@ -154,7 +155,7 @@ def judge(question: dict, reply: Reply) -> dict[str, float]:
 def bootstrap(groups: Sequence[Sequence], statistics: Callable, *, seed: int = 0) -> list[list[float]]:
     """Return the 95% interval of each of `statistics(groups)`, the items drawn anew within their group.
 
-    A statistic may be None where it can't be told; its interval is empty if it never can.
+    A statistic of a draw may be None (no question with a score); the interval is empty if all are.
     """
     draw = random.Random(seed)
     rounds = [statistics([draw.choices(group, k=len(group)) for group in groups]) for _ in range(RESAMPLES)]
@@ -237,15 +238,14 @@ def compare(
     return {"rows": rows, "answers": answers}
 
 
-def table(rows: Sequence[dict]) -> str:
+def quick_table(rows: Sequence[dict]) -> str:
     """Return the rows as a Markdown table."""
     sides = [side for side in SIDES if any(side in row for row in rows)]
-    lines = [f"| measure | questions | {' | '.join(sides)} |", f"|---|--:|{'--:|' * len(sides)}"]
+    lines = []
     for row in rows:
-        cells = [row["shown"].get(side, "") for side in sides]
         name = f"{row['measure']} {row['language']}".strip()
-        lines.append(f"| {name} | {row['questions']} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append([name, str(row["questions"]), *(row["shown"].get(side, "") for side in sides)])
+    return table(["measure", "questions", *sides], lines)
 
 
 def _shown(measure: str, numbers: Sequence[float]) -> str:

@@ -53,7 +53,7 @@ class Replies:
             return {}
         questions = [question for _prompt, question in self._quick_questions]
         found = quick.compare(questions, after, self._quick_before)
-        say(f"\nquick check, before training (base) and after (tuned):\n{quick.table(found['rows'])}")
+        say(f"\nquick check, before training (base) and after (tuned):\n{quick.quick_table(found['rows'])}")
         return {"quick": found}
 
     def _answerable(self, questions: list[tuple]) -> list[tuple]:

@@ -1,9 +1,8 @@
-"""Whole evaluations against a server with a script: faults, forged verdicts, kills; and exams through lm-eval."""
+"""Whole evaluations against a server with a script: faults, forged verdicts, kills."""
 
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -14,8 +13,6 @@ import pytest
 from sft.evaluate import command as evaluate
 from sft.evaluate import protocols
 from sft.evaluate.endpoint import read_calls
-from sft.format.render import Renderer
-from sft.model.load import load_tokenizer
 from tests.conftest import ROOT
 from tests.evaluate.test_protocols import align_files, belle_files
 
@@ -362,43 +359,3 @@ def test_an_evaluation_that_is_killed_goes_on_and_pays_nothing_twice(serve, tmp_
     assert len(server.requests) - killed == 320 - kept
     # Only what was on its way when it was killed was sent again: two at a time, three times.
     assert 320 <= len(server.requests) <= 320 + 3 * 2
-
-
-@pytest.mark.slow
-def test_lm_eval_answers_the_exam_that_ships_through_the_saved_template(tiny_base, tmp_path, capsys):
-    pytest.importorskip("lm_eval")
-    tuned = tmp_path / "tuned"
-    shutil.copytree(tiny_base("qwen2"), tuned)
-    arguments = ["--suite", "lm-eval", "--tasks", str(ROOT / "suites" / "exam" / "exam.json"), "--num_fewshot", "2"]
-    arguments += ["--model_path", str(tuned), "--limit", "6", "--device", "cpu"]
-    with pytest.raises(SystemExit, match="has no chat template"):
-        evaluate.main([*arguments, "--output_dir", str(tmp_path / "out")])
-    tokenizer = load_tokenizer(str(tuned))
-    tokenizer.chat_template = Renderer(tokenizer, "blossom").chat_template
-    tokenizer.save_pretrained(tuned)
-    evaluate.main([*arguments, "--output_dir", str(tmp_path / "out")])
-    found = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert 0 <= found["results"]["exam"]["acc,none"] <= 1 and found["n-shot"] == {"exam": 2}
-    rows = [json.loads(line) for line in (tmp_path / "out" / "answers.jsonl").read_text().splitlines()]
-    assert len(rows) == 6
-    prompt = rows[0]["arguments"][0][0]
-    assert prompt.count("|Human|: ") == 3 and prompt.endswith("|Bot|:")
-    assert "| exam | acc,none |" in capsys.readouterr().out
-
-
-def test_without_lm_eval_a_line_says_what_to_install(monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "lm_eval", None)
-    arguments = ["--suite", "lm-eval", "--tasks", "gsm8k", "--model_path", "x", "--output_dir", str(tmp_path / "out")]
-    with pytest.raises(SystemExit, match=r"pip install lm-eval==0\.4\.13"):
-        evaluate.main(arguments)
-    assert not (tmp_path / "out").exists()
-
-
-def test_the_exam_is_in_the_form_of_c_eval():
-    folder = ROOT / "suites" / "exam"
-    rows = [json.loads(line) for name in ("val", "dev") for line in (folder / f"{name}.jsonl").read_text().splitlines()]
-    assert [set(row) for row in rows] == [{"id", "question", "A", "B", "C", "D", "answer"}] * 24
-    assert all(row["answer"] in "ABCD" and len({row[letter] for letter in "ABCD"}) == 4 for row in rows)
-    task = evaluate._task(str(folder / "exam.json"))
-    assert task["dataset_kwargs"]["data_files"]["val"] == str(folder / "val.jsonl")
-    assert evaluate._task("gsm8k") == "gsm8k"

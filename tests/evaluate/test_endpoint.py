@@ -1,4 +1,4 @@
-"""An endpoint with faults: patient where it pays, quick to give up where it doesn't, nothing paid twice."""
+"""An endpoint with faults: it is asked again where that helps, and no answer is paid for twice."""
 
 import datetime
 import json

@@ -262,7 +262,7 @@ def test_a_winner_that_changes_with_the_places_is_a_tie():
     def verdict(letter):
         return protocols.read_winner(f"[[{letter}]]")
 
-    # Where this model is A, then where it is B.
+    # The winner when this model is A, then the winner when it is B.
     found = {(a, b): protocols.pair_result(verdict(a), verdict(b)) for a in "ABC" for b in "ABC"}
     assert {pair for pair, result in found.items() if result == "win"} == {("A", "B")}
     assert {pair for pair, result in found.items() if result == "lose"} == {("B", "A")}

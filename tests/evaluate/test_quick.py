@@ -120,7 +120,7 @@ def test_base_and_tuned_stand_side_by_side_with_their_difference():
     assert rows["held_out_loss", ""]["difference"] == [-0.5, -0.5, -0.5]
     assert ("format", "en") not in rows  # nothing was asked
     assert found["answers"][0]["base"] == "0" and found["answers"][0]["scores"]["arithmetic"] == 1
-    assert "| arithmetic zh | 4 | 25.0% [4.6, 69.9] | 100.0% [51.0, 100.0] |" in quick.table(found["rows"])
+    assert "| arithmetic zh | 4 | 25.0% [4.6, 69.9] | 100.0% [51.0, 100.0] |" in quick.quick_table(found["rows"])
 
 
 def test_the_held_out_loss_is_the_models_own(tiny_base, tmp_path):
