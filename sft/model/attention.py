@@ -5,22 +5,27 @@ one, its layers get `Documents` where they would get a mask; padded batches and 
 """
 
 import functools
-from contextvars import ContextVar
-from dataclasses import replace
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from sft.model.kernels import Documents, attend, read_documents
+from sft.model.kernels import Documents, attend, current_documents, read_documents
+from sft.model.mixers import RunByDocument, carry_documents, find_mixers, run_by_document
+from sft.model.shrink import build_twin
 
 # The name of our attention among transformers' own.
 IMPLEMENTATION = "documents"
-
-
-# The documents of the packed batch that a model is running right now.
-_current: ContextVar[Documents | None] = ContextVar("documents", default=None)
+# Kinds of layers in which our attention, or none, runs; transformers masks the others (chunks, indexers) itself.
+LAYER_KINDS = {"full_attention", "sliding_attention", "linear_attention", "conv", "hybrid", "mamba", "moe", "mlp"}
+MASK_MAKERS = ("create_causal_mask", "create_sliding_window_causal_mask", "create_chunked_causal_mask")
+TEST_LENGTHS = (37, 5, 64, 22)  # tokens of the documents of a test
+MORE_LENGTHS = (2, 90, 3, 33)
+MAX_GRADIENT_DISTANCE = 2e-5  # of a twin's packed row from its documents alone, in fp32; a leak is above 1e-3
 
 
 # --- the model ----------------------------------------------------------------------------------------------------
@@ -29,10 +34,79 @@ _current: ContextVar[Documents | None] = ContextVar("documents", default=None)
 def isolate_documents(model) -> str:
     """Make `model` (with its adapters, if any) keep packed documents apart; return which way was chosen.
 
-    The way follows from the config: bloom and falcon get their own attention, models that go through transformers'
-    attention interface with sdpa get ours; any other is left to transformers. `self_test` tells whether it works.
+    bloom and falcon get their own attention, models that go through transformers' attention interface with sdpa get
+    ours, any other keeps transformers' mask. A tiny twin, made of the config, shows which modules mix documents all the
+    same: those run once per document. Where that is not enough, the whole model does.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if _register_once(model, _enter):
+        model.register_forward_hook(_leave, always_call=True)
+    implementation = base.config.get_text_config()._attn_implementation
+    implementation = "sdpa" if implementation == IMPLEMENTATION else implementation
+    family = _Family(_model_class(base), base.config.to_json_string(), implementation, base.config)
+    isolate_attention, mixers = _choose_way(family)
+    if mixers is None:
+        return run_model_by_document(model)
+    note = isolate_attention(base)
+    run_by_document([module for module in base.modules() if type(module) in mixers], with_kernels=True)
+    names = ", ".join(sorted(mixer.__name__ for mixer in mixers))
+    return f"{note}; {names} run once per document" if names else note
+
+
+def run_model_by_document(model) -> str:
+    """Let the whole model run once per document: slower, and right for any causal family."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    run_by_document([base.base_model], with_kernels=False)
+    return "documents are kept apart by running the model once per document"
+
+
+def _model_class(base) -> type:
+    """Return the family's own class, without the subclasses that this project makes of it."""
+    return next(each for each in type(base).__mro__ if not each.__bases__[0].__module__.startswith("sft."))
+
+
+@dataclass(frozen=True)
+class _Family:
+    """A model's class and config; the config's JSON tells families apart, and may not hold the config whole (inf)."""
+
+    model_class: type
+    described: str
+    implementation: str
+    config: object = field(compare=False)
+
+
+@functools.cache
+def _choose_way(family: _Family) -> tuple[Callable, set[type] | None]:
+    """Return a function that isolates attention, and which classes run once per document; None: the whole model does.
+
+    The first way that is right in a tiny twin is taken. Without a twin, our attention: the self-test proves it.
+    """
+    for isolate in (_isolate_attention, _use_masks_with_positions, _use_eager_masks):
+        try:
+            twin = build_twin(family.model_class, family.config, family.implementation)
+        except Exception:  # a config that can't be shrunk fails in many ways
+            return _isolate_attention, set()
+        mixers = _find_mixers_of_twin(twin, isolate)
+        if mixers is not None:
+            return isolate, mixers
+    return _isolate_attention, None
+
+
+def _find_mixers_of_twin(twin, isolate) -> set[type] | None:
+    """Return the classes that must run once per document beside `isolate`; None where that is not enough."""
+    isolate(twin)
+    twin.register_forward_pre_hook(_enter, with_kwargs=True)
+    twin.register_forward_hook(_leave, always_call=True)
+    try:
+        mixers = find_mixers(twin, _test_batch(twin), TEST_LENGTHS)
+        run_by_document([module for module in twin.modules() if type(module) in mixers], with_kernels=False)
+        distances = [compare_gradients(twin, lengths) for lengths in (TEST_LENGTHS, MORE_LENGTHS)]
+    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError):
+        return None  # doge computes with the mask that our attention replaces
+    return mixers if max(distances) < MAX_GRADIENT_DISTANCE else None
+
+
+def _isolate_attention(base) -> str:
     config = base.config.get_text_config()
     if config.model_type in OWN_ATTENTION and config._attn_implementation != "flash_attention_2":
         attention_class = OWN_ATTENTION[config.model_type]()
@@ -44,25 +118,52 @@ def isolate_documents(model) -> str:
         AttentionMaskInterface.register(IMPLEMENTATION, document_mask)
         base.set_attn_implementation(IMPLEMENTATION)
     elif config._attn_implementation != IMPLEMENTATION:
-        _register_once(model, _enter_without_documents)
-        return f"documents are kept apart by transformers' own mask ({config._attn_implementation})"
-    if _register_once(model, _enter):
-        model.register_forward_hook(_leave, always_call=True)
+        return _use_masks_with_positions(base)
     alibi = config.model_type == "bloom" or getattr(config, "alibi", False)
     on_gpu = "flex attention with ALiBi" if alibi else "variable-length attention"
     return f"documents are kept apart by {on_gpu if torch.cuda.is_available() else 'one attention call for each'}"
 
 
 def _goes_through_the_interface(base, config) -> bool:
-    layers = set(getattr(config, "layer_types", None) or ["full_attention"])
     return (
         config._attn_implementation == "sdpa"
         and getattr(base, "_supports_attention_backend", False)
-        and layers <= {"full_attention", "sliding_attention"}
+        and set(getattr(config, "layer_types", None) or ()) <= LAYER_KINDS
         and getattr(config, "is_causal", True)
         and not getattr(config, "attention_chunk_size", None)
         and not getattr(config, "attn_logit_softcapping", None)
     )
+
+
+def _use_masks_with_positions(base) -> str:
+    """Hand `position_ids` to the family's mask makers, which not every family does (gpt_oss in transformers 5.23)."""
+    names = {type(module).__module__ for module in base.modules()}
+    for modeling in [sys.modules[name] for name in names if name.startswith("transformers.models.")]:
+        for name in MASK_MAKERS:
+            maker = getattr(modeling, name, None)
+            if maker and not hasattr(maker, "gives_positions"):
+                setattr(modeling, name, _with_positions(maker))
+    implementation = base.config.get_text_config()._attn_implementation
+    return f"documents are kept apart by transformers' own mask ({implementation})"
+
+
+def _use_eager_masks(base) -> str:
+    """Let transformers make every mask: doge computes with it, and sees later tokens where sdpa needs none."""
+    base.set_attn_implementation("eager")
+    return _use_masks_with_positions(base)
+
+
+def _with_positions(maker):
+    @torch.compiler.disable
+    @functools.wraps(maker)
+    def make_mask(*args, **kwargs):
+        documents = current_documents.get()
+        if documents is not None and kwargs.get("position_ids") is None and len(args) < 5:
+            kwargs["position_ids"] = documents.positions
+        return maker(*args, **kwargs)
+
+    make_mask.gives_positions = True
+    return make_mask
 
 
 def _register_once(model, hook) -> bool:
@@ -73,32 +174,27 @@ def _register_once(model, hook) -> bool:
 
 
 @torch.compiler.disable
-def _enter_without_documents(model, args, kwargs):
-    """Before the forward of a packed batch: keep no cache, with which transformers takes the row for one text."""
-    given = [kwargs.get(name) is not None for name in ("position_ids", "attention_mask", "past_key_values")]
-    return (args, {**kwargs, "use_cache": False}) if given == [True, False, False] else None
-
-
-@torch.compiler.disable
 def _enter(model, args, kwargs):
-    """Before the forward of a packed batch: the same, and note where its documents lie."""
-    entered = _enter_without_documents(model, args, kwargs)
-    if entered:
-        tokens = (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
-        num_rows = next(len(given) for given in tokens if given is not None)
-        _current.set(read_documents(kwargs["position_ids"], num_rows))
-    return entered
+    """Before the forward of a packed batch: note its documents; keep no cache, or transformers sees one text."""
+    given = [kwargs.get(name) is not None for name in ("position_ids", "attention_mask", "past_key_values")]
+    if given != [True, False, False]:
+        return None
+    tokens = (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
+    num_rows = next(len(given) for given in tokens if given is not None)
+    current_documents.set(read_documents(kwargs["position_ids"], num_rows))
+    carry_documents(model)
+    return args, {**kwargs, "use_cache": False}
 
 
 @torch.compiler.disable
 def _leave(model, args, output) -> None:
-    _current.set(None)
+    current_documents.set(None)
 
 
 @torch.compiler.disable  # a graph that looked into the documents would be compiled anew for each batch
 def document_mask(*, local_size=None, **options):
     """Stand in for transformers' sdpa mask: the documents of a packed batch, else the usual mask."""
-    documents = _current.get()
+    documents = current_documents.get()
     return sdpa_mask(local_size=local_size, **options) if documents is None else replace(documents, window=local_size)
 
 
@@ -122,7 +218,7 @@ def _give_documents_as_mask(modeling) -> None:
     @torch.compiler.disable
     @functools.wraps(original)
     def create_causal_mask(*args, **kwargs):
-        return _current.get() or original(*args, **kwargs)
+        return current_documents.get() or original(*args, **kwargs)
 
     modeling.create_causal_mask = create_causal_mask
 
@@ -187,31 +283,22 @@ OWN_ATTENTION = {"bloom": _bloom_attention, "falcon": _falcon_attention}
 
 
 @torch.no_grad()
-def self_test(model, *, exact: bool = True, lengths: tuple[int, ...] = (37, 5, 64, 22)) -> tuple[float, float]:
-    """Compare one packed row with its documents alone; return (how far they are apart, how far neighbours reach).
+def self_test(model, *, exact: bool = True, lengths: tuple[int, ...] = TEST_LENGTHS) -> tuple[float, float]:
+    """Compare one packed row with its documents alone; return (their distance, how far neighbours reach).
 
     The first is the largest relative distance of a document's logits in the row from those it has in a padded batch:
     rounding, which is small if the model computes in fp32 (`exact`). The second is how much the logits of the last
-    document move when all before it change. Raises ValueError when packing this model would mix documents up. Runs the
-    model three times, dropout off, and leaves the random state alone.
+    document move when all before it change. A model that fails is tried again without CUDA kernels for its mixers, then
+    run once per document as a whole. Raises ValueError when packing would mix documents all the same. Runs the model
+    three times, dropout off, and leaves the random state alone.
     """
-    device, was_training = next(model.parameters()).device, model.training
-    size = min(model.config.get_text_config().vocab_size, 1000)
-    random = torch.Generator().manual_seed(0)
-    texts, others = ([torch.randint(3, size, (n,), generator=random).to(device) for n in lengths] for _ in range(2))
-    positions = torch.cat([torch.arange(n, device=device) for n in lengths])[None]
-    pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
-    model.eval()
-    try:
-        alone = model(input_ids=pad(texts), attention_mask=pad([torch.ones_like(text) for text in texts])).logits
-        packed = model(input_ids=torch.cat(texts)[None], position_ids=positions).logits[0].split(lengths)
-        mixed = torch.cat([*others[:-1], texts[-1]])[None]
-        moved = model(input_ids=mixed, position_ids=positions).logits[0].split(lengths)
-    finally:
-        model.train(was_training)
-    apart = max(_distance(row, alone[index, : len(row)]) for index, row in enumerate(packed))
-    reach = _distance(moved[-1], packed[-1])
-    if not apart < (1e-3 if exact else 5e-2) or not reach < (1e-5 if exact else 1e-3):
+    apart, reach = _measure_packing(model, lengths)
+    for fall_back in (_leave_out_kernels, run_model_by_document):
+        if _is_isolated(apart, reach, exact):
+            break
+        fall_back(model)
+        apart, reach = _measure_packing(model, lengths)
+    if not _is_isolated(apart, reach, exact):
         raise ValueError(
             f"packing would mix documents up in {type(model).__name__}: logits of a packed row are {apart:.1e} from "
             f"those of its documents alone, and move by {reach:.1e} with their neighbours; turn packing off"
@@ -219,5 +306,68 @@ def self_test(model, *, exact: bool = True, lengths: tuple[int, ...] = (37, 5, 6
     return apart, reach
 
 
+def _is_isolated(apart: float, reach: float, exact: bool) -> bool:
+    return apart < (1e-3 if exact else 5e-2) and reach < (1e-5 if exact else 1e-3)
+
+
+def _leave_out_kernels(model) -> None:
+    for module in model.modules():
+        if isinstance(module, RunByDocument):
+            module.with_kernels = False
+
+
+def _measure_packing(model, lengths: tuple[int, ...]) -> tuple[float, float]:
+    was_training = model.training
+    texts, others = _test_texts(model, lengths, seed=0), _test_texts(model, lengths, seed=1)
+    pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
+    model.eval()
+    try:
+        alone = model(input_ids=pad(texts), attention_mask=pad([torch.ones_like(text) for text in texts])).logits
+        packed = model(**_packed(texts)).logits[0].split(lengths)
+        moved = model(**_packed([*others[:-1], texts[-1]])).logits[0].split(lengths)
+    finally:
+        model.train(was_training)
+    apart = max(_distance(row, alone[index, : len(row)]) for index, row in enumerate(packed))
+    return apart, _distance(moved[-1], packed[-1])
+
+
+def _test_texts(model, lengths: tuple[int, ...], *, seed: int) -> list[torch.Tensor]:
+    device, size = next(model.parameters()).device, min(model.config.get_text_config().vocab_size, 1000)
+    random = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, size, (length,), generator=random).to(device) for length in lengths]
+
+
+def _packed(texts: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    positions = torch.cat([torch.arange(len(text), device=text.device) for text in texts])
+    return {"input_ids": torch.cat(texts)[None], "position_ids": positions[None]}
+
+
+def _test_batch(model) -> dict[str, torch.Tensor]:
+    return _packed(_test_texts(model, TEST_LENGTHS, seed=0))
+
+
 def _distance(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found.float() - expected.float()).norm() / expected.float().norm())
+    return ((found.float() - expected.float()).norm() / expected.float().norm()).item()
+
+
+def compare_gradients(model, lengths: tuple[int, ...] = TEST_LENGTHS, *, seed: int = 0) -> float:
+    """Return the relative distance of a packed row's gradient, over all weights, from that of its documents alone."""
+    texts = _test_texts(model, lengths, seed=seed)
+    alone = _gradients(model, [{"input_ids": text[None]} for text in texts])
+    packed = _gradients(model, [_packed(texts)])
+    apart = sum(((packed[name] - alone[name]).double().norm() ** 2).item() for name in alone)
+    size = sum((gradient.double().norm() ** 2).item() for gradient in alone.values())
+    return (apart / size) ** 0.5 if alone.keys() == packed.keys() and size else float("inf")
+
+
+def _gradients(model, batches: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Sum the gradients of the next token's loss, but for the first token of each document, which none predicts."""
+    model.zero_grad()
+    for batch in batches:
+        logits, tokens = model(**batch).logits.float()[0, :-1], batch["input_ids"][0, 1:]
+        if "position_ids" in batch:
+            tokens = tokens.where(batch["position_ids"][0, 1:] > 0, -100)
+        torch.nn.functional.cross_entropy(logits, tokens, reduction="sum").backward()
+    found = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+    model.zero_grad()
+    return found

@@ -3,6 +3,7 @@
 import functools
 import inspect
 import math
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -15,7 +16,7 @@ HALF_DTYPES = (torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class Documents:
-    """Where the documents of a batch lie, its rows laid end to end; read once per batch, passed from layer to layer.
+    """The documents of a packed batch, its rows laid end to end; read once per batch, passed from layer to layer.
 
     Two rows of positions [0 1 2 0 1] and [0 1 0 1 0]: lengths [3, 2, 2, 2, 1], edges [0 3 5 7 9 10].
     """
@@ -23,8 +24,13 @@ class Documents:
     edges: torch.Tensor  # (documents + 1,) int32, on the device of the batch
     lengths: list[int]
     window: int | None = None  # tokens that a token sees, itself among them
-    made: dict = field(default_factory=dict)  # masks that the first layer made for the others
+    made: dict = field(default_factory=dict)  # masks and indices that the first layer made for the others
+    positions: torch.Tensor | None = None  # (rows, length), as the model got them
     ndim: ClassVar[int] = 1  # falcon asks its mask
+
+
+# The documents of the packed batch that a model runs in this thread, or None.
+current_documents: ContextVar[Documents | None] = ContextVar("documents", default=None)
 
 
 def read_documents(position_ids: torch.Tensor, num_rows: int) -> Documents:
@@ -33,7 +39,7 @@ def read_documents(position_ids: torch.Tensor, num_rows: int) -> Documents:
     begins = torch.ones_like(positions, dtype=torch.bool)
     begins[:, 1:] = positions.diff() != 1
     edges = torch.nn.functional.pad(begins.flatten().nonzero().flatten(), (0, 1), value=positions.numel())
-    return Documents(edges.to(torch.int32), edges.diff().tolist())
+    return Documents(edges.to(torch.int32), edges.diff().tolist(), positions=positions)
 
 
 @torch.compiler.disable

@@ -1,0 +1,214 @@
+"""Builds a tiny twin of a model: its class, a few layers of each kind, small sizes, random weights, on the CPU."""
+
+import copy
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+WIDTH = 64
+VOCABULARY = 512
+# Settings of a config that size something, by a pattern of their whole name, and their value in a twin.
+SIZES = (
+    (
+        r"hidden_size|d_model|n_embd|hidden_dim|embedding_dim|dim_model|lru_width|word_embed_proj_dim"
+        r"|(input_|output_)?embedding_size|ple_embed_dim",
+        WIDTH,
+    ),
+    (r"mamba_d_ssm", 2 * WIDTH),
+    (r"(unpadded_|decoder_)?vocab_size(_per_layer_input)?|ngram_vocab_size_base", VOCABULARY),
+    (r"(swa_|global_)?num_attention_heads|n_heads?|num_heads|num_query_groups|linear_num_(value_)?heads", 4),
+    (r"mamba_n(um)?_heads|n_mamba_heads", 8),
+    (r"linear_num_key_heads|index(er)?_n_heads|o_groups|heads_per_ngram|split_ngram_parts", 2),
+    (
+        r"((swa_|global_)?v_|swa_|global_)?head_dim|qk_nope_head_dim|dim_head|attention_head_size|mamba_d_head"
+        r"|mamba_head_?dim|linear_(key_|value_)?head_dim|kv_channels|query_pre_attn_scalar",
+        16,
+    ),
+    (r"attention_head_dim|index(er)?_head_dim", 32),
+    (r"qk_rope_head_dim|rotary_dim|time_step_rank|mamba_dt_rank", 8),
+    (r"qk_head_dim", 24),
+    (
+        r"(q_|kv_|o_)lora_rank|hc_lowrank|gated_norm_rank|laurel_rank|adapter_rank|d_rel|hidden_size_per_layer_input"
+        r"|(mamba_)?d_state|(ssm_)?state_size|(mamba_)?chunk_size|block_size",
+        16,
+    ),
+    (
+        r".*intermediate_size(_mlp)?|.*ffn_hidden_size|.*ffn_dim|n_inner|dff|dim_ff|moe_latent_size|feed_forward_size",
+        96,
+    ),
+)
+# Settings that count something, and their largest value in a twin.
+COUNTS = (
+    (r"n(um)?_(local_|routed_)?experts|moe_num_experts", 8),
+    (r"num_experts_per_tok(en)?|moe_top_?k|moe_k|top_k_experts|n_group|num_expert_group|(mamba_)?n_?groups", 2),
+    (
+        r"topk_group|(num_|n_|moe_num_)shared_experts|num_dense_layers|first_k_dense_replace|moe_layer_start_index"
+        r"|zero_expert_num|num_kv_shared_layers",
+        1,
+    ),
+    (r"max_position_embeddings|n_positions|n_ctx|max_seq_len|model_max_length", 2048),
+)
+LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+LAYER_NUMBERS = r"moe_layers|.*_idxs|.*_indices|.*layer_ids|cross_attention_layers|mlp_only_layers"
+NUM_HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
+NUM_KEY_HEADS = r"(swa_|global_)?num_(global_)?key_value_heads|num_kv_heads|kv_n_heads"
+PARTS = ("attn_config", "ffn_config")  # of dbrx's config
+
+
+def build_twin(model_class: type, config, attn_implementation: str):
+    """Return a random fp32 twin of a model on the CPU, dropout 0; the random state is left alone.
+
+    A config that can't be shrunk raises an error of any type.
+    """
+    import torch
+
+    config = without_dropout(shrink_config(config))
+    with torch.device("cpu"), torch.random.fork_rng(devices=[]), not_sharded():
+        torch.manual_seed(0)
+        twin = model_class._from_config(config, dtype=torch.float32, attn_implementation=attn_implementation)
+        with torch.no_grad():
+            for weight in twin.parameters():  # no weight is 0, and none hides what another does
+                weight.add_(torch.randn_like(weight), alpha=0.05)
+    return twin.eval()
+
+
+def without_dropout(config):
+    """Set every dropout of a config to 0, in place; return the config."""
+    for part in (config, config.get_text_config(), *(getattr(config, name, None) for name in PARTS)):
+        for name, value in part.to_dict().items() if part is not None else ():
+            if ("dropout" in name or name.endswith("pdrop")) and isinstance(value, float):
+                setattr(part, name, 0.0)
+    return config
+
+
+@contextmanager
+def not_sharded() -> Iterator[None]:
+    """Build models whole where ZeRO-3 is set up: transformers 5 would shard even a model without memory."""
+    from transformers.integrations import deepspeed
+
+    config = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed._hf_deepspeed_config_weak_ref = None
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = config
+
+
+def shrink_config(config, *, layers_of_a_kind: int = 2, window: int = 24):
+    """Return a config of the same type with a few layers of each kind, small sizes and windows of `window` tokens."""
+    small = copy.deepcopy(config)
+    text = small.get_text_config()
+    settings = text.to_dict()
+    _shrink_part(text, settings, choose_layers(settings, layers_of_a_kind), window)
+    for name in {*small.sub_configs, *text.sub_configs, *PARTS}:
+        part = getattr(small, name, None) or getattr(text, name, None)
+        if hasattr(part, "to_dict") and part is not text:
+            settings = part.to_dict()
+            _shrink_part(part, settings, list(range(min(2, count_layers(settings)))), window)
+    return small
+
+
+def count_layers(settings: dict) -> int:
+    counts = [settings[name] for name in LAYER_COUNTS if isinstance(settings.get(name), int)]
+    return counts[0] if counts else len(settings.get("layers_block_type") or ())
+
+
+def choose_layers(settings: dict, most: int) -> list[int]:
+    """Return the numbers of the layers that stay: the first `most` of each kind, as lists and periods tell kinds."""
+    count = count_layers(settings)
+    if settings.get("block_types"):  # recurrent_gemma: a pattern that repeats
+        return list(range(min(count, most * len(settings["block_types"]))))
+    numbers = [settings[name] for name in settings if _is_layer_numbers(name, settings[name])]
+    lists = [value for name, value in settings.items() if _is_by_layer(name, value, count)]
+    periods = [settings[name] for name in settings if name.endswith(("_period", "_step", "_interval"))]
+    periods = [] if lists else [period for period in periods if isinstance(period, int) and period > 1]
+    dense = max(settings.get(name) or 0 for name in ("first_k_dense_replace", "num_dense_layers"))
+    shared = count - (settings.get("num_kv_shared_layers") or 0)
+    chosen = []
+    seen: dict[str, int] = {}
+    for layer in range(count):
+        flags = [layer < dense, layer >= shared, *(layer in value for value in numbers)]
+        kind = repr([flags, [value[layer] for value in lists], [layer % period for period in periods]])
+        seen[kind] = seen.get(kind, 0) + 1
+        if seen[kind] <= most:
+            chosen.append(layer)
+    return chosen
+
+
+def _is_layer_numbers(name: str, value) -> bool:
+    return isinstance(value, (list, tuple)) and re.fullmatch(LAYER_NUMBERS, name) is not None
+
+
+def _is_by_layer(name: str, value, count: int) -> bool:
+    is_list = isinstance(value, (list, tuple)) and len(value) == count > 0
+    return is_list and not _is_layer_numbers(name, value) and "token" not in name
+
+
+def _shrink_part(config, settings: dict, layers: list[int], window: int) -> None:
+    count = count_layers(settings)
+    num_heads = next((settings[name] for name in NUM_HEADS if isinstance(settings.get(name), int)), 4)
+    small = {}
+    for name, value in settings.items():
+        if name in LAYER_COUNTS:
+            small[name] = len(layers)
+        elif _is_layer_numbers(name, value):
+            small[name] = [layers.index(layer) for layer in value if layer in layers]
+        elif _is_by_layer(name, value, count):
+            small[name] = [_shrink_setting(name, value[layer], num_heads, window) for layer in layers]
+        elif name.endswith(("token_id", "token_ids")):
+            small[name] = _shrink_ids(value)
+        elif name.startswith("rope_") and isinstance(value, dict):
+            small[name] = _shrink_rope(value)
+        else:
+            small[name] = _shrink_setting(name, value, num_heads, window)
+    small |= _settings_that_follow(settings, small)
+    for name, value in small.items():
+        if value != settings[name]:
+            try:
+                setattr(config, name, value)
+            except AttributeError:  # a property that follows from others
+                continue
+
+
+def _shrink_setting(name: str, value, num_heads: int, window: int):
+    if isinstance(value, bool) or not isinstance(value, int) or not value:
+        return value
+    if re.fullmatch(NUM_KEY_HEADS, name):
+        return max(1, 4 * value // num_heads)
+    if "window" in name and "layers" not in name and "pattern" not in name:
+        return min(value, window)
+    sizes = [size for pattern, size in SIZES if re.fullmatch(pattern, name)]
+    counts = [min(value, count) for pattern, count in COUNTS if re.fullmatch(pattern, name)]
+    return [*sizes, *counts, value][0]
+
+
+def _settings_that_follow(settings: dict, small: dict) -> dict:
+    """Return the settings whose value follows from others."""
+    found = {}
+    if settings.get("qk_rope_head_dim") and settings.get("head_dim") == settings["qk_rope_head_dim"]:
+        found["head_dim"] = small["qk_rope_head_dim"]
+    if settings.get("attention_hidden_size"):
+        found["attention_hidden_size"] = settings["attention_hidden_size"] * WIDTH // settings["hidden_size"]
+    if {"expand", "state_size", "head_dim"} <= settings.keys():  # mamba2
+        found["num_heads"] = settings["expand"] * WIDTH // small["head_dim"]
+    if settings.get("hybrid_layer_ids"):  # zamba2
+        found["hybrid_layer_ids"] = [n for n, kind in enumerate(small["layers_block_type"]) if kind == "hybrid"]
+    if settings.get("num_layers_per_stack"):  # hrm_text
+        found["num_layers_per_stack"] = 2
+        found["num_hidden_layers"] = 2 * settings["num_hidden_layers"] // settings["num_layers_per_stack"]
+    return found
+
+
+def _shrink_ids(value):
+    if isinstance(value, (list, tuple)):
+        return [_shrink_ids(each) for each in value]
+    return value % VOCABULARY if isinstance(value, int) else value
+
+
+def _shrink_rope(rope: dict) -> dict:
+    """Rotary sections and factors are as many as half of a head's sizes."""
+    small = {name: _shrink_rope(value) if isinstance(value, dict) else value for name, value in rope.items()}
+    if "mrope_section" in rope:
+        small["mrope_section"] = [1, 1, 0]
+    half = int(8 * rope.get("partial_rotary_factor", 1))
+    return small | {name: small[name][:half] for name in ("long_factor", "short_factor") if name in small}
