@@ -1,4 +1,4 @@
-"""Attention inside each document of a packed row: one sdpa call each, variable-length kernels, or flex attention."""
+"""Computes attention inside each document of a packed row, and the loss of a chunk of logits with its gradients."""
 
 import functools
 import inspect
@@ -8,10 +8,15 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 
 BLOCK_TOKENS = 128  # on a side of the blocks that flex attention computes or skips
 HALF_DTYPES = (torch.float16, torch.bfloat16)
+# Bytes of logits alive at a time, and rows of them: on a GPU large products pay, on a CPU large buffers don't.
+CHUNK_BYTES = {"cuda": 2**29, "cpu": 2**27}
+CHUNK_ROWS = {"cpu": 256}
+TILE_BYTES = 2**21  # what the softmax of a CPU works on at a time: about its cache
 
 
 @dataclass(frozen=True)
@@ -176,3 +181,131 @@ def _block_mask(documents: Documents):
         *blocks, BLOCK_SIZE=BLOCK_TOKENS, mask_mod=same_document, seq_lengths=(total, total)
     )
     return mask, token - edges[document]
+
+
+# --- the loss of a chunk of logits ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LogitShape:
+    """Logits are `cap * tanh(scale * raw / cap)`, or `scale * raw` without a cap."""
+
+    scale: float = 1.0
+    cap: float | None = None
+
+    def __str__(self) -> str:
+        scale = f", logits times {self.scale:.4g}" if self.scale != 1 else ""
+        return scale + (f", soft cap {self.cap:.4g}" if self.cap else "")
+
+    def apply(self, raw: torch.Tensor) -> torch.Tensor:
+        scaled = raw if self.scale == 1 else raw * self.scale
+        return scaled if self.cap is None else self.cap * torch.tanh(scaled / self.cap)
+
+    def apply_in_place(self, raw: torch.Tensor) -> torch.Tensor | None:
+        """Shape the logits in place; return their slope by the raw ones, or None where it is 1."""
+        if self.scale != 1:
+            raw *= self.scale
+        if self.cap is None:
+            return None if self.scale == 1 else raw.new_tensor(self.scale)
+        raw.div_(self.cap).tanh_()
+        slope = raw.square().neg_().add_(1).mul_(self.scale)
+        raw *= self.cap
+        return slope
+
+
+def compute_dtype(weight: torch.Tensor) -> torch.dtype:
+    device = weight.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+
+
+class SummedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, shape):
+        dtype = compute_dtype(weight)
+        with torch.autocast(hidden.device.type, enabled=False):
+            leaves, wanted = (hidden, weight, bias), ctx.needs_input_grad[:3]
+            losses, ctx.gradients = _losses_with_gradients(leaves, targets, shape, wanted, dtype)
+        ctx.mark_non_differentiable(losses)
+        return losses.sum(), losses
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, _of_losses):
+        gradients, ctx.gradients = ctx.gradients, None
+        return (*(None if gradient is None else gradient.mul_(grad) for gradient in gradients), None, None)
+
+
+def _losses_with_gradients(leaves, targets, shape: LogitShape, wanted, dtype) -> tuple[torch.Tensor, list]:
+    """Return the losses (tokens,), and the gradients of their sum by hidden (tokens, size), weight and bias.
+
+    The gradients are fp32 while they grow.
+    """
+    hidden, weight, bias = leaves
+    pairs = list(zip(leaves, wanted, strict=True))
+    sums = [torch.zeros_like(leaf, dtype=torch.float32) if want else None for leaf, want in pairs]
+    losses = torch.zeros(len(hidden), dtype=torch.float32, device=hidden.device)
+    cast = weight.to(dtype)
+    rows = min(len(hidden), rows_at_a_time(weight.shape[0] * cast.element_size(), hidden.device.type))
+    buffer = cast.new_empty(rows, weight.shape[0])  # fresh memory for each chunk costs a CPU a third of the product
+    for start in range(0, len(hidden), max(1, rows)):
+        part = slice(start, start + rows)
+        states = hidden[part].to(dtype)
+        logits = torch.mm(states, cast.t(), out=buffer[: len(states)])
+        if bias is not None:
+            logits += bias.to(dtype)
+        slope = shape.apply_in_place(logits)
+        losses[part], gradient = _losses_and_gradient(logits, targets[part])
+        if slope is not None:
+            gradient = gradient.mul_(slope)
+        if wanted[0]:
+            sums[0][part] = gradient @ cast
+        if wanted[1]:
+            _add_product(sums[1], gradient.t(), states)
+        if wanted[2]:
+            sums[2] += gradient.sum(0, dtype=torch.float32)
+    return losses, [grown.to(leaf.dtype) if want else None for (leaf, want), grown in zip(pairs, sums, strict=True)]
+
+
+def _losses_and_gradient(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the losses (rows,) and, where the logits were, the gradient of their sum by them."""
+    if logits.device.type == "cuda":
+        losses, gradient = _fused_softmax()(logits, targets[:, None])
+        return losses.squeeze(-1), gradient
+    found, rows = [], max(1, TILE_BYTES // (4 * logits.shape[1]))
+    for tile, target in zip(logits.split(rows), targets[:, None].split(rows), strict=True):
+        probability = tile.softmax(-1, dtype=torch.float32)
+        # The largest logit and its probability give the normalizer without a second exp of every logit.
+        normalizer = tile.amax(-1, keepdim=True).float() - probability.amax(-1, keepdim=True).log()
+        at_target = tile.gather(-1, target).float() - normalizer
+        found.append(-at_target.squeeze(-1))
+        tile.copy_(probability.scatter_(-1, target, at_target.expm1()))
+    return torch.cat(found), logits
+
+
+def _softmax(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    log_probability = logits.log_softmax(-1, dtype=torch.float32)
+    at_target = log_probability.gather(-1, targets)
+    gradient = log_probability.exp().to(logits.dtype)
+    return -at_target, gradient.scatter(-1, targets, at_target.expm1().to(logits.dtype))
+
+
+@functools.cache
+def _fused_softmax():
+    """On a GPU the passes over the logits are memory traffic; fused they take a third of it."""
+    return torch.compile(_softmax, dynamic=True)
+
+
+def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """total += left @ right, in fp32 without a rounded copy where the device can."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    elif total.device.type == "cuda":
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+    else:
+        total += left @ right
+
+
+def rows_at_a_time(bytes_per_row: int, device: str) -> int:
+    """Rows of logits that are alive at a time."""
+    device = device if device in CHUNK_BYTES else "cpu"
+    return min(max(1, CHUNK_BYTES[device] // bytes_per_row), CHUNK_ROWS.get(device, 2**20))

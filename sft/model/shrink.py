@@ -175,7 +175,7 @@ def _shrink_setting(name: str, value, num_heads: int, window: int):
         return value
     if re.fullmatch(NUM_KEY_HEADS, name):
         return max(1, 4 * value // num_heads)
-    if "window" in name and "layers" not in name and "pattern" not in name:
+    if "window" in name and not re.search("layers|pattern|keep", name):  # doge's keep_window_size is no window
         return min(value, window)
     sizes = [size for pattern, size in SIZES if re.fullmatch(pattern, name)]
     counts = [min(value, count) for pattern, count in COUNTS if re.fullmatch(pattern, name)]

@@ -366,8 +366,8 @@ def _states_of_one(shape: Shape, step: Step, plan: Plan, trained: int) -> tuple[
 
 
 def loss_part(shape: Shape, step: Step, plan: Plan) -> Part:
-    """What the loss in chunks needs (sft.model.loss): a chunk of logits, the head's gradient, the states' gradient."""
-    from sft.model.loss import CHUNK_BYTES, CHUNK_ROWS
+    """Count what the loss in chunks needs: a chunk of logits, the head's gradient, the states' gradient."""
+    from sft.model.kernels import CHUNK_BYTES, CHUNK_ROWS
 
     compute, kept = 2 if step.half else 4, 2 if step.half and (plan.launcher != ONE or plan.method != FULL) else 4
     head = shape.embedding if plan.method == FULL else 0

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sft.format.tokens import IGNORE_INDEX
-from sft.model import loss as module
+from sft.model import kernels
 from sft.model.attention import isolate_documents
 from sft.model.loss import LossHead, use_chunked_loss
 from sft.model.loss import self_test as run_self_test
@@ -16,8 +16,8 @@ from sft.model.loss import self_test as run_self_test
 @pytest.fixture(autouse=True)
 def several_chunks(monkeypatch):
     """Chunks of five tokens and tiles of two, so that tiny tests go through many, and a last one that is not full."""
-    monkeypatch.setattr(module, "_rows", lambda *_: 5)
-    monkeypatch.setattr(module, "TILE_BYTES", 2 * 4 * 2048)
+    monkeypatch.setattr(kernels, "rows_at_a_time", lambda *_: 5)
+    monkeypatch.setattr(kernels, "TILE_BYTES", 2 * 4 * 2048)
 
 
 @pytest.fixture
@@ -136,7 +136,7 @@ def test_bf16_autocast_is_as_near_to_fp32_as_the_plain_loss_is(load, family):
 def test_fp16_leaves_the_scaling_of_small_gradients_to_autograd(load, monkeypatch):
     model = load("qwen2")
     use_chunked_loss(model)
-    monkeypatch.setattr(module, "_SummedLoss", None)
+    monkeypatch.setattr(kernels, "SummedLoss", None)
     with torch.autocast("cpu", dtype=torch.float16):
         assert run(model, batch_of())[0] == pytest.approx(run(load("qwen2"), batch_of())[0], rel=1e-3)
 
@@ -243,12 +243,74 @@ def test_no_tensor_as_large_as_the_logits_is_made(load, plain_head):
     assert largest.size < 8 * 256 * model.config.vocab_size / 4  # it is the widest layer's, which is wide here
 
 
-@pytest.mark.parametrize("name", ["final_logit_softcapping", "logit_scale", "logits_scaling"])
-def test_a_model_that_changes_its_logits_keeps_the_plain_loss(load, name):
+class Shaped:
+    """Changes the logits after the head, as gemma2, cohere and their kin do."""
+
+    def forward(self, **kwargs):
+        output = super().forward(**kwargs)
+        output.logits = self.change(output.logits)
+        return output
+
+
+CHANGES = {
+    ", logits times 0.25": lambda raw: raw * 0.25,
+    ", soft cap 0.05": lambda raw: 0.05 * torch.tanh(raw / 0.05),
+    ", logits times 3, soft cap 0.2": lambda raw: 0.2 * torch.tanh(3 * raw / 0.2),
+    ", through the head as it is": lambda raw: torch.tanh(raw) * 2 + raw.flip(-1) / 7,
+}
+
+
+def plain_loss(model, batch) -> tuple[float, dict]:
+    model.train()
+    model.zero_grad()
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
+    loss.backward()
+    return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("said", CHANGES)
+def test_logits_that_a_family_changes_after_the_head_are_changed_in_the_chunks(load, said):
+    model = load("qwen3")
+    model.__class__ = type("Shaped", (Shaped, type(model)), {"change": staticmethod(CHANGES[said])})
+    expected = plain_loss(model, batch_of())
+    assert use_chunked_loss(model) == f"loss in chunks{said}"
+    assert_same(run(model, batch_of()), expected)
+    assert run_self_test(model) < 1e-5
+    with torch.no_grad():
+        assert float(model.eval()(**batch_of()).loss) == pytest.approx(expected[0], rel=1e-5)
+
+
+def test_the_router_loss_of_a_mixture_is_added_as_the_family_adds_it_and_reported():
+    from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+
+    from sft.model.shrink import shrink_config
+
+    def model_of():
+        torch.manual_seed(0)
+        config = shrink_config(Qwen3MoeConfig(output_router_logits=True, router_aux_loss_coef=0.1))
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+    batch = {**batch_of(), "input_ids": batch_of()["input_ids"] % 500, "labels": batch_of()["labels"].clamp(max=499)}
+    plain, model = model_of(), model_of()
+    expected = run(plain, batch)
+    assert use_chunked_loss(model) == "loss in chunks"
+    assert_same(run(model, batch), expected)
+    found = model(**batch)
+    assert found.router_loss.item() == pytest.approx(plain(**batch).aux_loss.item(), rel=1e-5)
+    assert found.router_loss.item() > 1
+    assert run_self_test(model) < 1e-5
+
+
+def test_a_family_whose_logits_come_from_elsewhere_takes_the_full_logits_and_says_what_they_cost(load):
     model = load("qwen2")
-    setattr(model.config, name, 30.0)
-    assert use_chunked_loss(model) == f"loss over the full logits: {name} is 30.0"
-    assert hasattr(model(**batch_of()), "logits")
+
+    model.loss_function = lambda **kwargs: None
+    assert (
+        use_chunked_loss(model)
+        == "loss over the full logits, 0.0 MiB a token: Qwen2ForCausalLM has no plain head and loss"
+    )
+    assert hasattr(model(input_ids=batch_of()["input_ids"]), "logits")
 
 
 def test_the_self_test_passes_and_leaves_mode_and_random_state_alone(load, family):
@@ -258,18 +320,20 @@ def test_the_self_test_passes_and_leaves_mode_and_random_state_alone(load, famil
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_the_self_test_finds_a_model_that_changes_its_logits_in_secret(load):
+@pytest.mark.parametrize("exact", [True, False])
+def test_the_self_test_finds_a_gradient_that_is_off(load, exact):
     model = load("qwen2")
-
-    class Secret(type(model)):
-        def forward(self, **kwargs):
-            output = super().forward(**kwargs)
-            output.logits = output.logits * 3
-            return output
-
-    model.__class__ = Secret
     use_chunked_loss(model)
-    with pytest.raises(ValueError, match=r"Secret: the loss in chunks is .* from the plain one"):
+    model.get_output_embeddings().shape = kernels.LogitShape(cap=50.0)  # which hardly changes the loss
+    with pytest.raises(ValueError, match=r"the gradient of the loss in chunks is .* off|is .* from the plain one"):
+        run_self_test(model, exact=exact)
+
+
+def test_the_self_test_finds_a_loss_that_is_another(load):
+    model = load("qwen2")
+    use_chunked_loss(model)
+    model.get_output_embeddings().shape = kernels.LogitShape(scale=3.0)
+    with pytest.raises(ValueError, match=r"Qwen2ForCausalLM: the loss in chunks is .* from the plain one"):
         run_self_test(model)
 
 
