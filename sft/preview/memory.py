@@ -91,8 +91,10 @@ def read_shape(config, *, trust_remote_code: bool = False) -> Shape:
     import torch
     from torch import nn
 
+    from sft.model.shrink import not_sharded
+
     try:
-        with torch.device("meta"), _not_spread():
+        with torch.device("meta"), not_sharded():
             model = _build(config, torch.float32, trust_remote_code)
     except WRONG_CONFIG as error:
         raise ValueError(
@@ -120,18 +122,6 @@ def _build(config, dtype, trust_remote_code: bool):
 
     trust = {"trust_remote_code": True} if trust_remote_code else {}
     return AutoModelForCausalLM.from_config(config, dtype=dtype, **trust)
-
-
-@contextmanager
-def _not_spread() -> Iterator[None]:
-    """Build models whole where ZeRO-3 is set up (a probe): transformers 5 would share out even what has no memory."""
-    from transformers.integrations import deepspeed
-
-    config, deepspeed._hf_deepspeed_config_weak_ref = deepspeed._hf_deepspeed_config_weak_ref, None
-    try:
-        yield
-    finally:
-        deepspeed._hf_deepspeed_config_weak_ref = config
 
 
 # --- activations, by running layers that hold no memory -----------------------------------------------------------
@@ -164,8 +154,10 @@ def _trace(shape: Shape, layers: int, step: Step, lora: bool, spread: bool) -> t
     import torch
     from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
+    from sft.model.shrink import not_sharded
+
     half, kind = torch.bfloat16 if step.half else torch.float32, shape.config.model_type
-    with torch.device("meta"), _not_spread():
+    with torch.device("meta"), not_sharded():
         model = _shallow_model(shape, layers, half if lora or spread else torch.float32, step, lora)
     with FakeTensorMode():
         _make_fake(model, half if spread else None)
@@ -234,7 +226,7 @@ def _as_on(step: Step) -> Iterator[None]:
     import torch
     from torch.nn.functional import scaled_dot_product_attention
 
-    from sft.model import attention
+    from sft.model import attention, kernels
 
     def fused(query, key, value, documents, *, scale, dropout=0.0, alibi=None):
         states = [state.to(value.dtype).transpose(0, 1)[None] for state in (query, key, value)]
@@ -244,7 +236,7 @@ def _as_on(step: Step) -> Iterator[None]:
     lengths = list(step.documents) or [step.length] * step.rows
     edges = torch.zeros(len(lengths) + 1, dtype=torch.int32)
     before, on_cpu = (
-        attention._current.set(attention.Documents(edges, lengths) if step.packing else None),
+        kernels.current_documents.set(kernels.Documents(edges, lengths) if step.packing else None),
         attention.attend,
     )
     attention.attend = fused if step.device == "cuda" else on_cpu
@@ -252,7 +244,7 @@ def _as_on(step: Step) -> Iterator[None]:
         yield
     finally:
         attention.attend = on_cpu
-        attention._current.reset(before)
+        kernels.current_documents.reset(before)
 
 
 def _Meter(known: Sequence):
