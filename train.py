@@ -26,7 +26,7 @@ import torch
 import transformers
 from transformers import set_seed
 
-from sft.checkpoint.save import check_unchanged
+from sft.checkpoint.resume import check_unchanged
 from sft.dataset.collate import Collator
 from sft.dataset.dataset import CACHE_DIR, MAX_LENGTH, check_losses, prepare
 from sft.files import MAX_SHARD_SIZE
@@ -135,13 +135,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 train(settings, checkpoint, guard, started=started)
         except Stopped as stop:
             guard.stage = "done"
-            say(f"{stop}; {guard.continue_with}")
+            say(f"{stop}; {guard.resume_command}")
             sys.exit(STOPPED)
         except RuntimeError as error:
-            if not (lost := guard.find_lost(error)):
+            if not (lost := guard.find_lost_rank(error)):
                 raise
             guard.stage = "done"
-            print(f"train.py: rank {guard.rank}: {lost}; {guard.continue_with}", file=sys.stderr, flush=True)
+            print(f"train.py: rank {guard.rank}: {lost}; {guard.resume_command}", file=sys.stderr, flush=True)
             sys.exit(LOST)
 
 
@@ -177,7 +177,7 @@ def train(settings: Settings, checkpoint: str | None, guard: Guard, *, started: 
     guard.stage = "training"
     trainer.train(resume_from_checkpoint=checkpoint)
     metrics = last_evaluation(trainer)
-    guard.finish_training()
+    guard.end_training()
     replies.ask_all()
     trainer.save_final()
     if trainer.is_world_process_zero():

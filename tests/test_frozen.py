@@ -334,7 +334,7 @@ def wait_for_first_loss(process: subprocess.Popen) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_that_is_stopped_seals_a_checkpoint_and_exits_with_75(tmp_path):
+def test_a_run_that_is_stopped_saves_a_checkpoint_and_exits_with_75(tmp_path):
     with subprocess.Popen(
         training("--resume_from_checkpoint", "auto", "--allow_changed", "max_steps", steps=10**6),
         cwd=unpack(tmp_path),

@@ -1,6 +1,6 @@
 """The command `python -m sft.checkpoint`."""
 
-from sft.checkpoint.save import main
+from sft.checkpoint.consolidate import main
 
 if __name__ == "__main__":
     main()

@@ -1,7 +1,7 @@
-"""Reads what DeepSpeed and torch save of an optimizer, without running what is pickled in it; puts it together again.
+"""Read the optimizer files of DeepSpeed and torch without running pickled code, and join the slices of the ranks.
 
-A ZeRO checkpoint holds flat slices of all parameters, one file per rank. Here they are whole tensors by name, so that a
-model can be rebuilt from them, or a run go on with another number of processes or another stage.
+A ZeRO checkpoint holds flat slices of all parameters, one file per rank. `Shards` returns whole tensors by name, to
+rebuild a model from them, or to resume with another number of processes or another ZeRO stage.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-# All that deepspeed 0.19's files name beside tensors; plain records of numbers.
+# All classes in deepspeed 0.19's files beside tensors; plain records of numbers.
 ALLOWED = (
     ("deepspeed.runtime.fp16.loss_scaler", "LossScaler"),
     ("deepspeed.runtime.fp16.loss_scaler", "DynamicLossScaler"),
@@ -24,12 +24,12 @@ STAGES = ("disabled", "optimizer_states", "gradients", "weights")  # the members
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
 
 
-class StandIn(int):
-    """Takes the place of deepspeed's own records where only tensors are read, so that deepspeed is not needed."""
+class SkippedRecord(int):
+    """Replaces deepspeed's own records where only tensors are read, so that deepspeed need not be installed."""
 
 
-def _stage(kind, name: str):
-    """Take the place of getattr, by which Python before 3.11.4 pickles a member of an enum: here, a stage of ZeRO."""
+def _zero_stage(kind, name: str):
+    """Replace getattr, by which Python before 3.11.4 pickles a member of an enum: here, a stage of ZeRO."""
     if kind.__name__ != "ZeroStageEnum" or name not in STAGES:
         raise pickle.UnpicklingError(f"GLOBAL getattr of {kind.__name__}")
     return kind(STAGES.index(name))
@@ -37,20 +37,20 @@ def _stage(kind, name: str):
 
 def load_safely(path: Path, *, mmap: bool = False, known: Sequence = ()):
     """Load a file of tensors, plain values and `known` classes; ValueError when it holds anything else, or is cut."""
-    stages = [(_stage, f"{module}.getattr") for module in ("builtins", "__builtin__")] if known else []
+    stages = [(_zero_stage, f"{module}.getattr") for module in ("builtins", "__builtin__")] if known else []
     with torch.serialization.safe_globals([*known, *stages]):
         try:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         except pickle.UnpicklingError as error:
             reason = next((line for line in str(error).splitlines() if "GLOBAL" in line or "global" in line), "")
-            raise ValueError(f"{path}: holds more than tensors and numbers; nothing of it was run. {reason}") from None
+            raise ValueError(f"{path}: holds more than tensors and numbers; no code of it was run. {reason}") from None
         except (RuntimeError, EOFError, OSError) as error:
             raise ValueError(f"{path}: can't be read ({str(error).splitlines()[0]})") from None
 
 
 @contextlib.contextmanager
-def only_safe_files() -> Iterator[None]:
-    """Let DeepSpeed load its checkpoints through `load_safely`; 0.19 runs what is pickled in them."""
+def safe_deepspeed_loading() -> Iterator[None]:
+    """Let DeepSpeed load its checkpoints through `load_safely`; 0.19 runs code that is pickled in them."""
     from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 
     unsafe, known = TorchCheckpointEngine.load, [getattr(import_module(module), name) for module, name in ALLOWED]
@@ -71,38 +71,38 @@ class Shards:
         if not models or not optimizers:
             raise ValueError(f"{folder}: no optimizer states of ZeRO-2 or ZeRO-3")
         model = load_safely(models[0], mmap=True)
-        known = [(type(name, (StandIn,), {}), f"{module}.{name}") for module, name in ALLOWED]
+        known = [(type(name, (SkippedRecord,), {}), f"{module}.{name}") for module, name in ALLOWED]
         self._ranks = [load_safely(path, mmap=True, known=known)["optimizer_state_dict"] for path in optimizers]
         self.stage = int(self._ranks[0]["zero_stage"])
         if self.stage not in (2, 3):
-            raise ValueError(f"{folder}: is of ZeRO stage {self.stage}; only 2 and 3 can be put together")
+            raise ValueError(f"{folder}: is of ZeRO stage {self.stage}; only 2 and 3 can be joined")
         self.shapes = {name: tuple(shape) for group in model["param_shapes"] for name, shape in group.items()}
         self.aliases = dict(model["shared_params"])
-        places = self._places_in_stage_2() if self.stage == 2 else self._places_in_stage_3(model["param_shapes"])
-        self._places: dict[str, list[tuple[int, int, int, int]]] = places
+        slices = self._slices_in_stage_2() if self.stage == 2 else self._slices_in_stage_3(model["param_shapes"])
+        self._slices: dict[str, list[tuple[int, int, int, int]]] = slices
 
-    def _places_in_stage_2(self) -> dict:
-        """Where each parameter lies, as (rank, group, start, length): a group is cut into one stretch per rank."""
-        places: dict = {name: [] for name in self.shapes}
+    def _slices_in_stage_2(self) -> dict:
+        """Return each parameter's slices as (rank, group, start, length): a group is cut into one slice per rank."""
+        slices: dict = {name: [] for name in self.shapes}
         for rank, state in enumerate(self._ranks):
             for group, mapping in enumerate(state["param_slice_mappings"]):
                 for name, address in mapping.items():
-                    places[name].append((rank, group, address.start, address.numel))
-        return places
+                    slices[name].append((rank, group, address.start, address.numel))
+        return slices
 
-    def _places_in_stage_3(self, groups: list) -> dict:
-        """Every parameter is cut into one stretch per rank, padded; each rank's stretches follow each other."""
-        places: dict = {name: [] for name in self.shapes}
+    def _slices_in_stage_3(self, groups: list) -> dict:
+        """Return the same for ZeRO-3: each parameter is cut into one slice per rank, padded; a rank joins its own."""
+        slices: dict = {name: [] for name in self.shapes}
         sizes, part, start = [len(flat) for flat in self._ranks[0]["fp32_flat_groups"]], 0, 0
         for name, shape in ((name, shape) for group in groups for name, shape in group.items()):
             if start == sizes[part]:
                 part, start = part + 1, 0
             length = -(-shape.numel() // len(self._ranks))
-            places[name] = [(rank, part, start, length) for rank in range(len(self._ranks))]
+            slices[name] = [(rank, part, start, length) for rank in range(len(self._ranks))]
             start += length
-        return places
+        return slices
 
-    def _flat(self, rank: int, group: int, kind: str) -> torch.Tensor:
+    def _get_flat(self, rank: int, group: int, kind: str) -> torch.Tensor:
         state = self._ranks[rank]
         if kind == "weight":
             return state["single_partition_of_fp32_groups" if self.stage == 2 else "fp32_flat_groups"][group]
@@ -115,8 +115,8 @@ class Shards:
 
     def get(self, name: str, kind: str) -> torch.Tensor:
         """Return a parameter, or a moment of it, in its full shape, in fp32."""
-        places = self._places[name]
-        parts = [self._flat(rank, group, kind)[start : start + length] for rank, group, start, length in places]
+        slices = self._slices[name]
+        parts = [self._get_flat(rank, group, kind)[start : start + length] for rank, group, start, length in slices]
         whole, numel = torch.cat(parts).float(), torch.Size(self.shapes[name]).numel()
         if whole.numel() < numel:
             raise ValueError(f"{name} has {whole.numel()} numbers in the shards, not {numel}")
@@ -143,8 +143,8 @@ def _rank(path: Path) -> int:
     return int(words[words.index("rank") + 1]) if path.name.startswith(("zero_pp", "bf16_zero")) else 0
 
 
-class Plain:
-    """The same view of a checkpoint without ZeRO: its weights, and the moments in optimizer.pt."""
+class PlainCheckpoint:
+    """The same for a checkpoint without ZeRO: its weights, and the moments in optimizer.pt."""
 
     def __init__(self, checkpoint: Path, names: list[list[str]]):
         from safetensors import safe_open
@@ -173,32 +173,32 @@ class Plain:
         raise ValueError(f"{name} is not in the checkpoint's weights")
 
 
-def load_into(model, optimizer, source: Shards | Plain) -> None:
-    """Put weights and moments into a model and its AdamW, under ZeRO-2, ZeRO-3 or neither.
+def load_into(model, optimizer, source: Shards | PlainCheckpoint) -> None:
+    """Copy weights and moments into a model and its AdamW, under ZeRO-2, ZeRO-3 or neither.
 
     `model` is DeepSpeed's engine, or a plain module with the `optimizer` that makes its updates.
     """
     if not hasattr(model, "zero_optimization_stage"):
-        for name, parameter in _trained(model):
+        for name, parameter in _trained_parameters(model):
             values = {kind: source.get(name, kind).to(parameter.device) for kind in KINDS}
             parameter.data.copy_(values.pop("weight"))
             optimizer.state[parameter] = {"step": torch.tensor(source.step), **values}
         return
     stage = model.zero_optimization_stage()
-    _make_moments(model.optimizer, stage)
-    for name, parameter in _trained(model.module):
+    _create_moments(model.optimizer, stage)
+    for name, parameter in _trained_parameters(model.module):
         values = {kind: source.get(name, kind).to(parameter.device) for kind in KINDS}
         (_set_in_stage_3 if stage == 3 else _set_in_stage_2)(parameter, values)
     for state in model.optimizer.optimizer.state.values():
         state["step"] = torch.tensor(source.step)
 
 
-def _trained(module) -> Iterator[tuple[str, torch.nn.Parameter]]:
+def _trained_parameters(module) -> Iterator[tuple[str, torch.nn.Parameter]]:
     return ((name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad)
 
 
-def _make_moments(sharded, stage: int) -> None:
-    """AdamW makes its moments at the first update; here they are needed before, where DeepSpeed looks for them."""
+def _create_moments(sharded, stage: int) -> None:
+    """Create AdamW's moments, which it does itself only at the first update, where DeepSpeed reads them."""
     flats = sharded.fp32_partitioned_groups_flat if stage == 3 else sharded.single_partition_of_fp32_groups
     for flat in flats:
         sharded.optimizer.state[flat] = {"step": torch.tensor(0.0)} | {k: torch.zeros_like(flat) for k in KINDS[1:]}
@@ -217,7 +217,7 @@ def _set_in_stage_2(parameter, values: dict) -> None:
 
 
 def _set_in_stage_3(parameter, values: dict) -> None:
-    """deepspeed 0.19's own function fails where a parameter doesn't divide evenly among the ranks."""
+    """Set this rank's slice; deepspeed 0.19's own function fails where the ranks' slices are not equally long."""
     import deepspeed
 
     with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
@@ -228,5 +228,5 @@ def _set_in_stage_3(parameter, values: dict) -> None:
         key = None if kind == "weight" else kind
         part, _ = sharded._get_fp32_opt_state_partition(parameter, release_swap_buffers=False, optim_state_key=key)
         begin = part.numel() * sharded._get_param_partition_rank(parameter)
-        stretch = value.flatten()[begin : begin + part.numel()]
-        part.data[: len(stretch)].copy_(stretch)
+        own = value.flatten()[begin : begin + part.numel()]
+        part.data[: len(own)].copy_(own)

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from sft.checkpoint.save import PROGRESS, check_unchanged
+from sft.checkpoint.manifest import PROGRESS
+from sft.checkpoint.resume import check_unchanged
 from sft.dataset.dataset import EXPLAINED, LOST, WAYS, Examples, TrainingRows, ledger_lines
 from sft.dataset.mixture import mixture_table
 from sft.dataset.sampler import Updates

@@ -44,7 +44,7 @@ def measure_steps(report: Report, run: Run, data: Data, guard: Guard, build_trai
     trainer.pop_callback(PrinterCallback)
     trainer.add_callback(watch)
     trainer.train()
-    peaks = guard.gather(watch.peak)
+    peaks = guard.all_gather(watch.peak)
     describe(report, watch.timed(), peaks, steps=report.steps, counted=report.step_bytes)
     show_report(report, run, since=-1)
 

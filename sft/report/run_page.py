@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import re
 import resource
 import shlex
@@ -23,6 +22,7 @@ from transformers import TrainerCallback
 
 from sft.chat.reply import Reply
 from sft.checkpoint.save import PAGE
+from sft.files import write_text
 from sft.model.load import count_parameters
 from sft.opendata.cleaning import HAN, has_han
 from sft.report.markdown import cell, fence, short
@@ -87,18 +87,6 @@ def _git_commit() -> str | None:
     except OSError:
         return None
     return done.stdout.strip() or None
-
-
-def write_json(path: Path, value: dict) -> None:
-    """Write JSON beside and move it into place."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write text beside and move it into place; half of a surrogate pair becomes a question mark."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(text, encoding="utf-8", errors="replace")
-    os.replace(partial, path)
 
 
 def plot_losses(log_history: list[dict], path: Path) -> None:

@@ -15,7 +15,8 @@ from typing import Any, NoReturn
 import torch
 from transformers import HfArgumentParser
 
-from sft.checkpoint.save import check_output_dir, incomplete
+from sft.checkpoint.manifest import find_incomplete
+from sft.checkpoint.save import check_output_dir
 from sft.dataset.dataset import find_files
 from sft.format.table import FORMAT_NAMES
 from sft.model.load import check_dtype, check_model_path, choose_compute
@@ -227,7 +228,7 @@ def _check_combinations(arguments: dict[str, Any]) -> list[str]:
     if arguments["chat_format"] not in FORMAT_NAMES:
         problems.append(f"--chat_format {arguments['chat_format']}: use one of {', '.join(FORMAT_NAMES)}")
     named = arguments["resume_from_checkpoint"]
-    if named and named != "auto" and (problem := incomplete(Path(named))):
+    if named and named != "auto" and (problem := find_incomplete(Path(named))):
         problems.append(f"--resume_from_checkpoint {named}: {problem}; use auto, or name a checkpoint folder")
     try:
         parse_gpu(arguments["gpu"] or "1GB")

@@ -15,12 +15,14 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 
-from sft.checkpoint import save as checkpoints
+from sft.checkpoint.manifest import find_checkpoint, find_damage
+from sft.checkpoint.resume import hash_base, make_fingerprint
+from sft.checkpoint.save import remove_leftovers
 from sft.dataset.dataset import Examples, TrainingRows, file_hashes, find_files
 from sft.dataset.mixture import mix
 from sft.format.contract import check_contract
 from sft.format.render import Renderer
-from sft.launch.processes import Agreed, Guard
+from sft.launch.processes import Guard, UserError
 from sft.model import load as models
 from sft.report.run_page import package_versions, without_secrets
 from sft.report.text import say
@@ -161,18 +163,18 @@ def open_output_dir(training, guard: Guard) -> str | None:
     if training.dry_run:
         if training.probe_steps:
             folder = f"{training.output_dir.rstrip('/')}.probe"
-            guard.hold(folder, timeout=training.rank_timeout, continue_with="nothing was kept of the probe")
+            guard.lock_output_dir(folder, timeout=training.rank_timeout, resume_command="nothing was kept of the probe")
         return None
-    guard.hold(training.output_dir, timeout=training.rank_timeout, continue_with=command_to_resume())
+    guard.lock_output_dir(training.output_dir, timeout=training.rank_timeout, resume_command=command_to_resume())
     found, leftovers = None, []
     if guard.rank == 0:
-        leftovers = checkpoints.clear_leftovers(Path(training.output_dir))
+        leftovers = remove_leftovers(Path(training.output_dir))
         found = find_named_checkpoint(training.resume_from_checkpoint, training.output_dir)
-    (checkpoint, lines, problem), leftovers = guard.from_first((found, leftovers))
+    (checkpoint, lines, problem), leftovers = guard.broadcast((found, leftovers))
     for line in [*leftovers, *lines]:
         say(line)
     if problem:
-        raise Agreed(problem)
+        raise UserError(problem)
     return checkpoint
 
 
@@ -182,10 +184,10 @@ def find_named_checkpoint(named: str | None, output_dir: str) -> tuple[str | Non
     And lines to say, and what is wrong with the named one. Changes nothing.
     """
     if named in ("auto", "True", "true"):
-        checkpoint, skipped = checkpoints.find_checkpoint(output_dir)
+        checkpoint, skipped = find_checkpoint(output_dir)
         found = f"resuming from {checkpoint}" if checkpoint else f"no checkpoint in {output_dir}; starting anew"
         return checkpoint, [*skipped, found], None
-    problem = checkpoints.unsealed(Path(named)) if named else None
+    problem = find_damage(Path(named)) if named else None
     wrong = f"--resume_from_checkpoint {named}: {problem}; use auto, or name another checkpoint"
     return named, [], wrong if problem else None
 
@@ -219,13 +221,13 @@ def fingerprint_of(run: Run) -> dict:
     device = torch.cuda.get_device_name() if training.n_gpu else "cpu"
     zero = (training.deepspeed or {}).get("zero_optimization", {})
     times = run.files.times.values()
-    return checkpoints.fingerprint(
+    return make_fingerprint(
         run.settings.same_on_resume(),
         versions={**package_versions(), "device": device},
         data=dict(zip(names, hashes.values(), strict=True)),
         times_per_epoch={name: often for name, often in zip(names, times, strict=True) if often != 1},
         chat_format={"name": run.renderer.name, "fingerprint": run.renderer.fingerprint()},
-        base=checkpoints.hash_base(run.model_path) or run.model_path,
+        base=hash_base(run.model_path) or run.model_path,
         world_size=count_processes(training),
         zero_stage=zero.get("stage", 0),
     )

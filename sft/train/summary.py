@@ -4,6 +4,7 @@ from pathlib import Path
 
 from sft.dataset.dataset import ledger_lines
 from sft.dataset.mixture import mixture_table
+from sft.files import write_json, write_text
 from sft.model.load import count_parameters
 from sft.report.run_page import (
     PAGE,
@@ -16,8 +17,6 @@ from sft.report.run_page import (
     replies_entry,
     summarise,
     write_card,
-    write_json,
-    write_text,
 )
 from sft.report.text import paint, say
 from sft.train.replies import Replies, user

@@ -1,4 +1,4 @@
-"""transformers' Trainer with what a long run needs: sealed checkpoints, an exact way back, a stop that loses nothing.
+"""transformers' Trainer with verified checkpoints, an exact resume, and a stop at a signal that loses no step.
 
 Stops at a loss or gradient that is not finite before it reaches the weights; takes its rows from `sft.dataset.sampler`.
 """
@@ -23,12 +23,25 @@ from safetensors import SafetensorError
 from torch.utils.data import DataLoader
 from transformers import ProgressCallback, TrainerCallback
 
-from sft.checkpoint import save as checkpoints
 from sft.checkpoint import zero
+from sft.checkpoint.manifest import FINGERPRINT, PROGRESS, checkpoint_bytes, hash_files, read_manifest, write_manifest
+from sft.checkpoint.save import (
+    SAVING,
+    check_disk_space,
+    delete_old_checkpoints,
+    is_full_disk,
+    list_files,
+    open_staging,
+    publish_checkpoint,
+    publish_model,
+    remove_leftovers,
+)
+from sft.checkpoint.weights import find_bad_weight, saved_shapes, verify_saved
 from sft.dataset.dataset import Examples
 from sft.dataset.sampler import EMPTY, Updates, WithEmpty
+from sft.files import write_json
 from sft.format.tokens import IGNORE_INDEX
-from sft.launch.processes import Agreed, Guard, Stopped
+from sft.launch.processes import Guard, Stopped, UserError
 from sft.model import attention, loss
 from sft.model import load as models
 from sft.report.text import say
@@ -107,9 +120,9 @@ class Trainer(transformers.Trainer):
         super().__init__(*arguments, compute_metrics=self._metrics, **options)
         self.sources, self.by_source, self._token_losses, self._pending = sources, {}, [], []
         if self.args.train_sampling_strategy not in ("random", "sequential"):
-            raise Agreed(f"--train_sampling_strategy {self.args.train_sampling_strategy}: use random or sequential")
+            raise UserError(f"--train_sampling_strategy {self.args.train_sampling_strategy}: use random or sequential")
         self.guard, self.fingerprint, self.say = guard, fingerprint, say
-        self.run, self.progress, self.shift = guard.from_first(uuid.uuid4().hex), Progress(), 0
+        self.run, self.progress, self.shift = guard.broadcast(uuid.uuid4().hex), Progress(), 0
         self.changed: set[str] = set()
         # transformers' own rotation deletes whatever is named checkpoint-N.
         self.keep, self.args.save_total_limit = self.args.save_total_limit, None
@@ -134,13 +147,13 @@ class Trainer(transformers.Trainer):
     # --- rows: where to begin, and how many updates are left ---
 
     def continue_from(self, folder: str, changed: Sequence[str] = ()) -> None:
-        """Take up the run of a sealed checkpoint: its identity, its place in the data, its open log lines.
+        """Resume the run of a checkpoint: its identity, its position in the data, the losses since its last log line.
 
         Flags in `changed` take effect; without that, optimizer and schedule go on with their old ones.
         """
         self.changed = set(changed)
-        self.run = checkpoints.read_manifest(Path(folder))["run"]
-        self.progress = Progress(**json.loads((Path(folder) / checkpoints.PROGRESS).read_text()))
+        self.run = read_manifest(Path(folder))["run"]
+        self.progress = Progress(**json.loads((Path(folder) / PROGRESS).read_text()))
         if self.progress.num_rows != len(self.train_dataset):  # other data was allowed: the same share of it
             self.progress.taken = self.progress.taken * len(self.train_dataset) // self.progress.num_rows
 
@@ -192,14 +205,14 @@ class Trainer(transformers.Trainer):
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         """Load a checkpoint as it is; or take it apart, when another number of processes or ZeRO stage wrote it."""
         if resume_from_checkpoint is None or not self._is_laid_out_anew(Path(resume_from_checkpoint)):
-            with zero.only_safe_files() if self.is_deepspeed_enabled else nullcontext():
+            with zero.safe_deepspeed_loading() if self.is_deepspeed_enabled else nullcontext():
                 return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         folder = Path(resume_from_checkpoint)
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         decayed = set(self.get_decay_parameter_names(self.model))
         names = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
         groups = [[name for name in names if (name in decayed) is wanted] for wanted in (True, False)]
-        source = zero.Shards(folder) if (folder / "latest").is_file() else zero.Plain(folder, groups)
+        source = zero.Shards(folder) if (folder / "latest").is_file() else zero.PlainCheckpoint(folder, groups)
         zero.load_into(self.model_wrapped if self.is_deepspeed_enabled else self.model, self.optimizer, source)
         self.lr_scheduler.load_state_dict(zero.load_safely(folder / "scheduler.pt"))
         return prepared
@@ -214,7 +227,7 @@ class Trainer(transformers.Trainer):
         stop = None
         if self.state.global_step != self.progress.updates:
             self._advance()
-            stop = self.guard.agree_to_stop()
+            stop = self.guard.stop_requested()
         if stop and self.control.should_evaluate:
             self.progress.evaluate, self.control.should_evaluate = True, False
         self.control.should_save |= bool(stop)
@@ -242,7 +255,7 @@ class Trainer(transformers.Trainer):
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Return of each row, (rows, 3), its loss, right guesses and trained tokens: all that is kept of a batch."""
-        if self.is_in_train and self.guard.agree_to_stop():
+        if self.is_in_train and self.guard.stop_requested():
             raise EvaluationStopped
         self._evaluating = True
         try:
@@ -275,7 +288,9 @@ class Trainer(transformers.Trainer):
             logs["eval_perplexity"] = math.exp(min(logs["eval_loss"], 700))
         super().log(logs, start_time)
         if not math.isfinite(logs.get("eval_loss", 0.0)):
-            raise Agreed(f"eval_loss is {logs['eval_loss']} at step {self.state.global_step}; stopped, no model saved")
+            raise UserError(
+                f"eval_loss is {logs['eval_loss']} at step {self.state.global_step}; stopped, no model saved"
+            )
 
     # --- the loss of each source ---
 
@@ -309,7 +324,7 @@ class Trainer(transformers.Trainer):
     def _losses_by_source(self) -> dict[str, float]:
         """Return the mean losses since the last log line, over all ranks, and begin anew."""
         self._add_pending()
-        total = _sum_of(self.guard.gather(self.by_source))
+        total = _sum_of(self.guard.all_gather(self.by_source))
         self.by_source = {}
         return _means("loss", total, *zip(*total.values(), strict=True)) if total else {}
 
@@ -341,17 +356,17 @@ class Trainer(transformers.Trainer):
         return norm
 
     def _check_finite(self, *, norm) -> None:
-        """Raise Agreed on all ranks when the loss of one, or the summed gradient, is not finite."""
+        """Raise UserError on all ranks when the loss of one, or the summed gradient, is not finite."""
         norm = torch.as_tensor(norm, dtype=torch.float32, device=self.args.device)
         fine = torch.stack([norm.reshape(()), *(loss.float().reshape(()) for loss in self._losses)]).isfinite().all()
-        if self.guard.any_of(not fine.item()) or self.broken:
-            raise Agreed(self._say_where(float(norm)))
+        if self.guard.is_set_on_any_rank(not fine.item()) or self.broken:
+            raise UserError(self._say_where(float(norm)))
 
     def _say_where(self, norm: float) -> str:
         losses = [float(loss) for loss in self._losses]
         gradients = [bool(finite) for finite in self._gradients]
         found, of_ranks = [], self.updates.batches_at(self.progress.epoch, self.progress.taken)
-        for rank, (values, finite) in enumerate(self.guard.gather((losses, gradients))):
+        for rank, (values, finite) in enumerate(self.guard.all_gather((losses, gradients))):
             batches = of_ranks[rank]
             bad = [place for place, value in enumerate(values) if not math.isfinite(value)]
             what = f"the loss is {values[bad[0]]}" if bad else "the gradient is not finite"
@@ -385,9 +400,9 @@ class Trainer(transformers.Trainer):
         return self._staging or super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model, trial) -> None:
-        """Save beside, on all ranks; then all is on the disk, then it is sealed, then it gets its name."""
+        """Save to a temporary folder on all ranks; then fsync and hash, write the manifest, and rename."""
         if bad := self.bad_weight():
-            raise Agreed(f"step {self.state.global_step}: {bad} is not finite; stopped, not saved")
+            raise UserError(f"step {self.state.global_step}: {bad} is not finite; stopped, not saved")
         output, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
         staging = self.open_staging(self._bytes_of_a_checkpoint(output), name)
         self._staging = str(staging)
@@ -398,30 +413,30 @@ class Trainer(transformers.Trainer):
         finally:
             self._staging = None
         self._write_progress(staging / name)
-        self._seal(staging / name, output)
+        self._publish(staging / name, output)
 
     def open_staging(self, needed: int, what: str) -> Path:
         """Empty the folder for what is being saved, when the disk has room for `needed` bytes more."""
         output, problem = Path(self.args.output_dir), None
         if self.args.should_save:
             try:
-                checkpoints.clear_leftovers(output)
-                checkpoints.check_space(output, needed, what)
-                checkpoints.open_staging(output, self.run)
+                remove_leftovers(output)
+                check_disk_space(output, needed, what)
+                open_staging(output, self.run)
             except (ValueError, OSError) as error:
                 problem = str(error)
-        problem = self.guard.from_first(problem)
+        problem = self.guard.broadcast(problem)
         if problem:
-            raise Agreed(problem)
-        return output / checkpoints.SAVING
+            raise UserError(problem)
+        return output / SAVING
 
     def bad_weight(self) -> str | None:
         """Return the name of a weight that is not finite on some rank, the same on all, or None."""
-        return next((name for name in self.guard.gather(checkpoints.bad_weight(self.model)) if name), None)
+        return next((name for name in self.guard.all_gather(find_bad_weight(self.model)) if name), None)
 
     def _bytes_of_a_checkpoint(self, output: Path) -> int:
         """As large as the last one of this run; the first: weights, and in fp32 masters and two moments."""
-        sizes = [checkpoints.size_of(folder) for folder in output.glob("checkpoint-*") if folder.is_dir()]
+        sizes = [checkpoint_bytes(folder) for folder in output.glob("checkpoint-*") if folder.is_dir()]
         if any(sizes):
             return max(sizes) * 101 // 100
         sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in self.model.parameters()]
@@ -431,44 +446,44 @@ class Trainer(transformers.Trainer):
         if self.sources is not None:
             self._add_pending()
         progress = {
-            "losses": self.guard.gather(self._tr_loss.item()),
-            "by_source": self.guard.gather(self.by_source),
+            "losses": self.guard.all_gather(self._tr_loss.item()),
+            "by_source": self.guard.all_gather(self.by_source),
             "total_loss": self._total_loss_scalar,
             "last_logged": self._globalstep_last_logged,
         }
         if not self.args.should_save:
             return
-        checkpoints.write_whole(folder / checkpoints.PROGRESS, asdict(self.progress) | progress)
-        checkpoints.write_whole(folder / checkpoints.FINGERPRINT, self.fingerprint)
+        write_json(folder / PROGRESS, asdict(self.progress) | progress, ensure_ascii=True)
+        write_json(folder / FINGERPRINT, self.fingerprint, ensure_ascii=True)
         if self.state.best_model_checkpoint == str(folder):
             self.state.best_model_checkpoint = str(Path(self.args.output_dir) / folder.name)
             self.state.save_to_json(str(folder / "trainer_state.json"))
 
-    def _seal(self, folder: Path, output: Path) -> None:
-        """Each rank brings its share of the files to the disk and hashes it; the first one seals."""
+    def _publish(self, folder: Path, output: Path) -> None:
+        """Each rank fsyncs and hashes its share of the files; rank 0 writes the manifest and renames the folder."""
         began = time.monotonic()
-        self.guard.gather(None)
-        names = self.guard.from_first(checkpoints.list_files(folder) if self.args.should_save else None)
+        self.guard.wait_for_all()
+        names = self.guard.broadcast(list_files(folder) if self.args.should_save else None)
         share = names[self.args.process_index :: self.args.world_size]
-        parts = self.guard.gather(checkpoints.hash_files(folder, share, to_disk=True))
+        parts = self.guard.all_gather(hash_files(folder, share, sync=True))
         if self.args.should_save:
             step, files = self.state.global_step, {name: part[name] for part in parts for name in sorted(part)}
-            checkpoints.seal(folder, files, step=step, run=self.run)
-            aside = checkpoints.put_in_place(folder, output / folder.name, self.run)
+            write_manifest(folder, files, step=step, run=self.run)
+            aside = publish_checkpoint(folder, output / folder.name, self.run)
             best = self.state.best_model_checkpoint
-            checkpoints.rotate(output, keep=self.keep, step=step, run=self.run, spare=best)
+            delete_old_checkpoints(output, keep=self.keep, step=step, run=self.run, spare=best)
             size = sum(size for size, _sha256 in files.values())
-            checkpoints.clear_leftovers(output)
-            self.say(aside or f"sealed {output / folder.name}: {size:,} bytes in {time.monotonic() - began:.2f} s")
-        self.guard.gather(None)
+            remove_leftovers(output)
+            self.say(aside or f"saved {output / folder.name}: {size:,} bytes in {time.monotonic() - began:.2f} s")
+        self.guard.wait_for_all()
 
     # --- the final model ---
 
     def save_final(self) -> None:
-        """Save beside, reopen and check every tensor, then move the files into the output folder."""
+        """Save to a temporary folder, read and check every tensor, then move the files into the output folder."""
         folder, model = Path(self.args.output_dir), self.model
         model.config.use_cache = True
-        shapes = checkpoints.saved_shapes(model)
+        shapes = saved_shapes(model)
         sizes = [(getattr(p, "ds_numel", p.numel()) * p.element_size(), p.requires_grad) for p in model.parameters()]
         needed = sum(size for size, trained in sizes if shapes or trained)
         staged = self.open_staging(needed, "the model") / "model"
@@ -477,14 +492,14 @@ class Trainer(transformers.Trainer):
         except (OSError, RuntimeError, SafetensorError) as error:
             raise self._explained(error) from error
         if self.args.should_save:
-            checkpoints.verify_saved(staged, shapes)
+            verify_saved(staged, shapes)
             model.generation_config.save_pretrained(staged)  # an adapter comes without
             for name in ("training_args.bin", "README.md"):  # a pickle that holds the arguments; peft's empty card
                 (staged / name).unlink(missing_ok=True)
             self.guard.stage = "done"  # a few renames: a signal comes too late for them
-            checkpoints.move_into_place(staged, folder)
-            checkpoints.clear_leftovers(folder)
-        self.guard.gather(None)
+            publish_model(staged, folder)
+            remove_leftovers(folder)
+        self.guard.wait_for_all()
         self.guard.stage = "done"
 
     def push_to_hub(self, *_arguments, **_options) -> None:
@@ -509,7 +524,7 @@ class Trainer(transformers.Trainer):
 
     def _explained(self, error: Exception) -> Exception:
         """The same error, or when a disk is full, a ValueError that says so."""
-        if not checkpoints.is_full_disk(error):
+        if not is_full_disk(error):
             return error
         where = self.args.output_dir
         return ValueError(f"{where}: the disk is full ({str(error).splitlines()[0]}); the checkpoints in it are whole")

@@ -16,7 +16,10 @@ import torch
 from safetensors.torch import load_file
 
 import train
-from sft.checkpoint.save import consolidate, find_checkpoint, hash_files, list_files, seal
+from sft.checkpoint.consolidate import consolidate
+from sft.checkpoint.manifest import find_checkpoint, hash_files, write_manifest
+from sft.checkpoint.resume import compare_fingerprints
+from sft.checkpoint.save import list_files
 from sft.train.trainer import Trainer
 from tests.conftest import ROOT
 
@@ -146,7 +149,7 @@ def test_a_broken_checkpoint_is_named_and_the_one_before_it_leads_to_the_same_bi
     (tmp_path / "again" / "checkpoint-999" / "thesis.txt").write_text("precious")
     run(tiny_base("qwen2"), data, tmp_path / "again", save_steps=3, save_total_limit=1, resume_from_checkpoint="auto")
     lines = capsys.readouterr().out.splitlines()
-    assert f"{tmp_path}/again/checkpoint-6: skipped, optimizer.pt has other bytes than were sealed" in lines
+    assert f"{tmp_path}/again/checkpoint-6: skipped, optimizer.pt differs from its checksum in manifest.json" in lines
     assert f"resuming from {tmp_path}/again/checkpoint-3" in lines
     assert sorted(p.name for p in (tmp_path / "again").glob("checkpoint-*")) == ["checkpoint-8", "checkpoint-999"]
     assert (tmp_path / "again" / "checkpoint-999" / "thesis.txt").read_text() == "precious"
@@ -215,6 +218,27 @@ def test_a_disk_that_is_full_ends_the_run_before_the_save_and_leaves_the_last_ch
 def test_an_order_of_rows_that_could_not_be_resumed_is_refused(tiny_base, data, tmp_path):
     with pytest.raises(ValueError, match="--train_sampling_strategy group_by_length: use random or sequential"):
         run(tiny_base("qwen2"), data, tmp_path / "run", train_sampling_strategy="group_by_length")
+
+
+def test_a_change_is_named_with_both_values_and_refused_unless_allowed():
+    old = {"exact": {"seed": 1, "data": {"a": "x", "b": "y"}, "world_size": 2}, "told": {"torch": "2.12"}}
+    new = {"exact": {"seed": 1, "data": {"a": "x", "b": "z"}, "world_size": 1}, "told": {"torch": "2.13"}}
+    told = "torch was 2.12 and is 2.13; results may differ in the last bits"
+    assert compare_fingerprints(old, new, []) == (
+        [
+            'data was {"b": "y"} and is {"b": "z"}; give the old one again, or add --allow_changed data',
+            "world_size was 2 and is 1; give the old one again, or add --allow_changed world_size",
+        ],
+        [told],
+    )
+    refused, said = compare_fingerprints(old, new, ["data", "world_size"])
+    assert refused == []
+    assert said[0].startswith('allowed: data was {"b": "y"} and is {"b": "z"}; from here on')
+    assert compare_fingerprints(old, new, ["sed"]) == (
+        ["--allow_changed sed: no such field; there are data, seed, world_size"],
+        [],
+    )
+    assert compare_fingerprints(old, old, []) == ([], [])
 
 
 # --- two processes, for real --------------------------------------------------------------------------------------
@@ -325,7 +349,7 @@ def test_a_model_is_rebuilt_from_the_shards_and_hostile_ones_are_refused(zero, w
     torch.save({"optimizer_state_dict": Evil()}, shard)
     with pytest.raises(ValueError, match=r"rank_1.*has \S+ bytes, not"):
         consolidate(str(hostile))
-    seal(hostile, hash_files(hostile, list_files(hostile)), step=30, run="forged")
+    write_manifest(hostile, hash_files(hostile, list_files(hostile)), step=30, run="forged")
     with pytest.raises(ValueError, match=r"rank_1.*holds more than tensors and numbers; nothing of it was run"):
         consolidate(str(hostile))
     assert not Path("/tmp/sft_was_run").exists()

@@ -12,7 +12,8 @@ import time
 
 import pytest
 
-from sft.launch.processes import LOCK, RANKS, Agreed, Guard, Stopped, _myself, _start_time, take_lock
+from sft.files import start_time, this_process
+from sft.launch.processes import LOCK, RANKS, Guard, Stopped, UserError, lock_folder
 from tests.conftest import ROOT
 
 pytestmark = pytest.mark.slow
@@ -29,7 +30,7 @@ def script(code: str, **environment: str) -> subprocess.Popen:
 def dead_process() -> dict:
     process = subprocess.Popen([sys.executable, "-c", "pass"])
     process.wait()
-    return {**_myself(), "pid": process.pid}
+    return {**this_process(), "pid": process.pid}
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"])
@@ -45,13 +46,13 @@ def test_before_the_first_step_a_signal_ends_the_process_even_inside_a_call_that
 def test_a_signal_in_training_is_kept_for_the_end_of_the_step_and_a_second_changes_nothing():
     with Guard() as guard:
         guard.stage = "training"
-        assert guard.agree_to_stop() is None
+        assert guard.stop_requested() is None
         for number in (signal.SIGUSR1, signal.SIGTERM):
             os.kill(os.getpid(), number)
             deadline = time.monotonic() + 10
             while guard.requested is None and time.monotonic() < deadline:
                 threading.Event().wait(0.01)
-        assert guard.agree_to_stop() == signal.SIGUSR1
+        assert guard.stop_requested() == signal.SIGUSR1
 
 
 def test_handlers_are_put_back():
@@ -61,7 +62,7 @@ def test_handlers_are_put_back():
     assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)] == before
 
 
-def test_sigint_is_heard_in_the_background_of_a_shell_and_sighup_is_not_under_nohup():
+def test_sigint_is_received_in_the_background_of_a_shell_and_sighup_is_not_under_nohup():
     process = script(
         "signal.signal(signal.SIGINT, signal.SIG_IGN)\nsignal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
         "with Guard() as guard:\n    guard.stage = 'training'\n    print('ready', flush=True)\n"
@@ -85,8 +86,8 @@ def test_a_forked_worker_has_its_own_signals():
         assert guard.requested is None
 
 
-def test_when_the_launcher_is_gone_the_process_ends():
-    """A shell stands for the launcher: it starts a worker in the background, says its number, and is killed."""
+def test_the_process_ends_when_the_launcher_is_gone():
+    """A shell instead of the launcher: it starts a worker in the background, prints its number, and is killed."""
     code = (
         'from sft.launch.processes import Guard\nimport time\nwith Guard(): print("ready", flush=True); time.sleep(60)'
     )
@@ -103,15 +104,15 @@ def test_when_the_launcher_is_gone_the_process_ends():
 
 
 def test_a_second_run_in_a_folder_is_refused_with_the_first_ones_process(tmp_path):
-    take_lock(tmp_path)
+    lock_folder(tmp_path)
     with pytest.raises(ValueError, match=f"process {os.getpid()} on {socket.gethostname()} since .* trains into it"):
-        take_lock(tmp_path)
+        lock_folder(tmp_path)
 
 
 def test_the_lock_of_a_dead_process_is_taken_over(tmp_path):
-    for holder in (dead_process(), {**_myself(), "start": "1"}):
+    for holder in (dead_process(), {**this_process(), "start": "1"}):
         (tmp_path / LOCK).write_text(json.dumps(holder))
-        assert json.loads(take_lock(tmp_path).read_text())["pid"] == os.getpid()
+        assert json.loads(lock_folder(tmp_path).read_text())["pid"] == os.getpid()
         (tmp_path / LOCK).unlink()
 
 
@@ -121,33 +122,33 @@ def test_a_lock_that_could_not_be_written_leaves_nothing_behind(tmp_path, monkey
 
     with monkeypatch.context() as patched:
         patched.setattr(os, "link", full)
-        with pytest.raises(Agreed, match=r"--output_dir .*: No space left on device"), Guard() as guard:
-            guard.hold(str(tmp_path), timeout=9, continue_with="")
+        with pytest.raises(UserError, match=r"--output_dir .*: No space left on device"), Guard() as guard:
+            guard.lock_output_dir(str(tmp_path), timeout=9, resume_command="")
     assert os.listdir(tmp_path) == []
 
 
 def test_the_lock_of_another_machine_holds_as_long_as_it_is_touched(tmp_path):
-    (tmp_path / LOCK).write_text(json.dumps({**_myself(), "host": "elsewhere", "start": "1"}))
+    (tmp_path / LOCK).write_text(json.dumps({**this_process(), "host": "elsewhere", "start": "1"}))
     with pytest.raises(ValueError, match="on elsewhere since"):
-        take_lock(tmp_path)
+        lock_folder(tmp_path)
     os.utime(tmp_path / LOCK, (1, 1))
-    assert json.loads(take_lock(tmp_path).read_text())["host"] == socket.gethostname()
+    assert json.loads(lock_folder(tmp_path).read_text())["host"] == socket.gethostname()
 
 
 def test_a_run_that_saves_its_last_checkpoint_is_waited_for(tmp_path):
-    (tmp_path / LOCK).write_text(json.dumps({**_myself(), "stopping": True}))
+    (tmp_path / LOCK).write_text(json.dumps({**this_process(), "stopping": True}))
     threading.Timer(0.3, (tmp_path / LOCK).unlink).start()
-    assert take_lock(tmp_path).is_file()
+    assert lock_folder(tmp_path).is_file()
 
 
 def test_the_folder_is_left_as_it_was_found(tmp_path):
     with Guard() as guard:
-        guard.hold(str(tmp_path / "new"), timeout=9, continue_with="")
+        guard.lock_output_dir(str(tmp_path / "new"), timeout=9, resume_command="")
         assert sorted(os.listdir(tmp_path / "new")) == [LOCK, RANKS]
     assert os.listdir(tmp_path) == []
-    with pytest.raises(Agreed, match="trains into it"), Guard() as guard:
-        take_lock(tmp_path)
-        guard.hold(str(tmp_path), timeout=9, continue_with="")
+    with pytest.raises(UserError, match="trains into it"), Guard() as guard:
+        lock_folder(tmp_path)
+        guard.lock_output_dir(str(tmp_path), timeout=9, resume_command="")
     assert os.listdir(tmp_path) == [LOCK]
 
 
@@ -156,15 +157,17 @@ def test_the_folder_is_left_as_it_was_found(tmp_path):
     [("dead", r"rank 1 \(process \d+ on .*\) died"), ("frozen", r"rank 1 .* has not answered for \d+ seconds")],
 )
 def test_a_rank_that_died_or_froze_ends_the_others_with_its_name(tmp_path, state, said):
-    """Rank 0 of two, without a process group: its guard looks at the file of rank 1."""
+    """Rank 0 of two, without a process group: its guard reads the heartbeat of rank 1."""
     code = (
         "from pathlib import Path\nwith Guard() as guard:\n    guard.world_size = 2\n"
         f"    guard.folder, guard.timeout, guard.stage = Path({str(tmp_path)!r}), 2.0, 'training'\n"
-        "    guard.continue_with = 'continue'\n    time.sleep(60)\n"
+        "    guard.resume_command = 'continue'\n    time.sleep(60)\n"
     )
     other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     (tmp_path / RANKS).mkdir()
-    (tmp_path / RANKS / "1").write_text(json.dumps({**_myself(), "pid": other.pid, "start": _start_time(other.pid)}))
+    (tmp_path / RANKS / "1").write_text(
+        json.dumps({**this_process(), "pid": other.pid, "start": start_time(other.pid)})
+    )
     if state == "dead":
         other.kill()
         other.wait()
@@ -179,9 +182,23 @@ def test_training_that_is_over_stops_for_a_signal_that_came_before():
     guard = Guard()
     guard.requested = signal.SIGTERM
     with pytest.raises(Stopped):
-        guard.finish_training()
+        guard.end_training()
 
 
-def test_nobody_is_frozen_before_the_run_has_said_how_long_that_takes():
-    """The first rank has its folder before the others have answered; a second of them must not count as too long."""
+def test_no_rank_counts_as_frozen_before_the_timeout_is_known():
+    """Rank 0 has its folder before the others have answered; a second must not count as too long."""
     assert Guard().timeout == float("inf")
+
+
+def test_a_signal_before_the_first_step_leaves_no_temporary_file(tmp_path):
+    process = script(
+        f"from pathlib import Path\nfrom sft.files import hold_lock, stage_folder\nfolder = Path({str(tmp_path)!r})\n"
+        "with Guard(), hold_lock(folder / 'lock', on_wait=print), stage_folder(folder / 'new') as staged:\n"
+        "    (staged / 'half').write_text('')\n    print('ready', flush=True)\n    time.sleep(60)\n"
+    )
+    assert process.stdout.readline() == "ready\n"
+    assert len(os.listdir(tmp_path)) == 2
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert os.listdir(tmp_path) == []

@@ -11,7 +11,7 @@ from huggingface_hub import metadata_load
 
 from sft.chat.reply import Reply
 from sft.report import run_page as report
-from sft.report.run_page import RunPage, plot_losses, provenance, render_card, render_page, write_card, write_json
+from sft.report.run_page import RunPage, plot_losses, provenance, render_card, render_page, write_card
 
 
 def test_the_provenance_names_the_command_and_the_versions():
@@ -19,13 +19,6 @@ def test_the_provenance_names_the_command_and_the_versions():
     assert found["versions"]["torch"] == torch.__version__
     assert found["command"][0].endswith(("python", "python3", "python3.11", "python3.12"))
     assert found["git_commit"] is None or len(found["git_commit"]) == 40
-
-
-def test_json_is_written_whole_and_in_place_of_the_old(tmp_path):
-    write_json(tmp_path / "run.json", {"old": 1})
-    write_json(tmp_path / "run.json", {"新": [1.5]})
-    assert json.loads((tmp_path / "run.json").read_text()) == {"新": [1.5]}
-    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
 
 
 def test_the_loss_curve_is_a_picture_even_of_an_empty_history(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sft.checkpoint.save import find_checkpoint
+from sft.checkpoint.manifest import find_checkpoint
 from sft.train.trainer import Trainer
 from tests.checkpoint import test_resume
 from tests.checkpoint.test_resume import logs_of, run
@@ -85,7 +85,7 @@ def test_a_base_with_a_weight_that_is_not_finite_is_named_at_the_first_step(tiny
     assert not list(tmp_path.glob("run/checkpoint-*")) and not list(tmp_path.glob("run/*.safetensors"))
 
 
-def test_weights_that_are_not_finite_are_never_sealed(tiny_base, data, tmp_path, monkeypatch):
+def test_weights_that_are_not_finite_are_never_saved(tiny_base, data, tmp_path, monkeypatch):
     def spoil_weight(self, *arguments, **options):
         with torch.no_grad():
             self.model.model.norm.weight[0] = math.inf

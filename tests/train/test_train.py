@@ -290,7 +290,7 @@ def test_a_model_that_was_saved_badly_is_not_moved_into_place(tiny_base, data, t
     def refuse(folder, expected=None):
         raise ValueError("tensor a is empty")
 
-    monkeypatch.setattr("sft.checkpoint.save.verify_saved", refuse)
+    monkeypatch.setattr("sft.train.trainer.verify_saved", refuse)
     with pytest.raises(ValueError, match="tensor a is empty"):
         run(tiny_base("qwen2"), data, tmp_path / "run", "--max_steps", "1")
     assert not (tmp_path / "run" / "model.safetensors").exists()

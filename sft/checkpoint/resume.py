@@ -1,0 +1,90 @@
+"""Compare the settings of a run with those of the checkpoint that it resumes: what must be equal, what is reported."""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from sft.checkpoint.manifest import FINGERPRINT
+
+MAX_VALUE_CHARACTERS = 300  # of a value in a message
+SAMPLE_BYTES, NUM_SAMPLES = 1 << 16, 64  # of each file of weights
+
+
+def make_fingerprint(flags: dict, *, versions: dict, **exact) -> dict:
+    """Return what a run depends on: `flags` and `exact` must be equal on resume, changed `versions` are printed."""
+    flags = {name: getattr(value, "value", value) for name, value in flags.items()}
+    if flags.get("max_steps", 0) > 0:
+        flags["num_train_epochs"] = None  # not used then
+    return json.loads(json.dumps({"exact": {**flags, **exact}, "told": versions}))
+
+
+def compare_fingerprints(old: dict, new: dict, allowed: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Compare two fingerprints; return a line for each change that refuses a resume, and for each that doesn't.
+
+    A fingerprint is {"exact": {field: value}, "told": {field: value}}: a change in the first needs to be `allowed`.
+    """
+    fields = old["exact"].keys() | new["exact"].keys()
+    if set(allowed) - fields:
+        return [
+            f"--allow_changed {min(set(allowed) - fields)}: no such field; there are {', '.join(sorted(fields))}"
+        ], []
+    refused, lines = [], []
+    for field in sorted(fields):
+        before, now = old["exact"].get(field), new["exact"].get(field)
+        if before == now:
+            continue
+        if isinstance(before, dict) and isinstance(now, dict):
+            keys = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+            before, now = ({key: value.get(key) for key in keys} for value in (before, now))
+        change = f"{field} was {_brief(before)} and is {_brief(now)}"
+        if field in allowed:
+            lines.append(f"allowed: {change}; from here on the run is not bit-identical to one that never stopped")
+        else:
+            refused.append(f"{change}; give the old one again, or add --allow_changed {field}")
+    for field in sorted(old["told"].keys() | new["told"].keys()):
+        if old["told"].get(field) != new["told"].get(field):
+            before, now = _brief(old["told"].get(field)), _brief(new["told"].get(field))
+            lines.append(f"{field} was {before} and is {now}; results may differ in the last bits")
+    return refused, lines
+
+
+def check_unchanged(checkpoint: str | None, new: dict, allow_changed: str | None, say: Callable) -> list[str]:
+    """Print how the run differs from its checkpoint and return the fields; ValueError for a change not allowed."""
+    if checkpoint is None:
+        return []
+    old = json.loads((Path(checkpoint) / FINGERPRINT).read_text(encoding="utf-8"))
+    allowed = [name.strip() for name in (allow_changed or "").split(",") if name.strip()]
+    sizes = ("world_size", "per_device_train_batch_size", "gradient_accumulation_steps")
+    rows, rows_then = (math.prod(of["exact"][name] for name in sizes) for of in (new, old))
+    if "world_size" in allowed and rows == rows_then:  # as ds_all.sh does it: the same rows per update
+        allowed = [*allowed, *sizes[1:]]
+    refused, lines = compare_fingerprints(old, new, allowed)
+    if refused:
+        raise ValueError("\n".join(f"{checkpoint}: {line}" for line in refused))
+    for line in lines:
+        say(line)
+    return [name for name in allowed if old["exact"].get(name) != new["exact"].get(name)]
+
+
+def _brief(value) -> str:
+    text = json.dumps(value, ensure_ascii=False) if not isinstance(value, str) else value
+    return text if len(text) <= MAX_VALUE_CHARACTERS else text[:MAX_VALUE_CHARACTERS] + "..."
+
+
+def hash_base(path: str) -> str | None:
+    """Return a hash of a local base: names, sizes and samples of config and weights; None for a hub model."""
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        return None
+    digest = hashlib.sha256()
+    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin"), folder / "config.json"]):
+        if file.is_file():
+            size = file.stat().st_size
+            digest.update(f"{file.name} {size}\n".encode())
+            with open(file, "rb") as stream:
+                for offset in range(0, size, max(SAMPLE_BYTES, size // NUM_SAMPLES)):
+                    stream.seek(offset)
+                    digest.update(stream.read(SAMPLE_BYTES))
+    return digest.hexdigest()
