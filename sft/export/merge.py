@@ -6,7 +6,7 @@ The written folder is loaded again, and its logits are compared with those of th
 from pathlib import Path
 
 from sft.chat.reply import Chat, load_chat
-from sft.checkpoint.save import saved_shapes, verify_saved
+from sft.checkpoint.weights import saved_shapes, verify_saved
 from sft.export.output import stage_output
 from sft.files import MAX_SHARD_SIZE
 from sft.model.load import set_generation_config
