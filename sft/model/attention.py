@@ -44,7 +44,8 @@ def isolate_documents(model) -> str:
     implementation = base.config.get_text_config()._attn_implementation
     implementation = "sdpa" if implementation == IMPLEMENTATION else implementation
     family = _Family(_model_class(base), base.config.to_json_string(), implementation, base.config)
-    isolate_attention, mixers = _choose_way(family)
+    with torch.device("cpu"):
+        isolate_attention, mixers = _choose_way(family)
     if mixers is None:
         return run_model_by_document(model)
     note = isolate_attention(base)
