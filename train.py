@@ -28,7 +28,8 @@ from transformers import set_seed
 
 from sft.checkpoint.resume import check_unchanged
 from sft.dataset.collate import Collator
-from sft.dataset.dataset import CACHE_DIR, MAX_LENGTH, check_losses, prepare
+from sft.dataset.dataset import CACHE_DIR, MAX_LENGTH, prepare
+from sft.dataset.ledger import check_losses
 from sft.files import MAX_SHARD_SIZE
 from sft.launch.processes import LOST, STOPPED, Guard, Stopped
 from sft.preview.dry_run import Report, show_run
@@ -49,6 +50,9 @@ from sft.train.setup import (
 )
 from sft.train.summary import make_record, run_page, say_opening, write_results
 from sft.train.trainer import SelfTest, Trainer, group_sources, last_evaluation, prepare_model
+
+# The flags that say how data files become tokens.
+READING = ("max_length", "encoding", "reasoning", "preference", "cache_dir")
 
 # flag(default, help, ...) is a field; its metadata has the help, the limits that sft.train.arguments checks (at_least,
 # above, at_most, below), and resume="same" where a checkpoint is resumed only with the same value.
@@ -80,6 +84,16 @@ class DataArguments:
     )
     eval_data_path: list[str] | None = flag(None, "Held-out files; never trained on.")
     encoding: str = flag("utf-8", "Encoding of the data files.", resume="same")
+    reasoning: str = flag(
+        "auto",
+        "Thoughts: keep or drop them; auto keeps them, and stops where the chat format has no place for them.",
+        resume="same unless default",
+    )
+    preference: str | None = flag(
+        None,
+        "chosen: learn the chosen replies of preference data, which is refused without it.",
+        resume="same unless default",
+    )
     chat_format: str = flag("auto", "auto, blossom, chatml, alpaca, mistral, or base (its own).")
     max_length: int = flag(MAX_LENGTH, "Longest row, in tokens.", at_least=1, resume="same")
     packing: bool = flag(
@@ -189,7 +203,7 @@ def train(settings: Settings, checkpoint: str | None, guard: Guard, *, started: 
 def load_data(run: Run, check: Callable = raise_problems) -> Data:
     """Tokenise the files, check what is lost, and lay out the rows of each epoch; a dry run collects problems."""
     settings = run.settings.data
-    limits = {name: getattr(settings, name) for name in ("max_length", "encoding", "cache_dir")}
+    limits = {name: getattr(settings, name) for name in READING}
     examples, ledger = prepare(list(run.files.times), run.renderer, say=say, **limits)
     held_out, held_out_ledger = prepare(run.files.held_out, run.renderer, say=say, **limits)
     ledgers = {"train": ledger} | ({"eval": held_out_ledger} if run.files.held_out else {})

@@ -8,7 +8,6 @@ import mmap
 import os
 import re
 from array import array
-from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -17,12 +16,14 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from sft.dataset import packing
+from sft.dataset.ledger import LOST, WAYS, add_up, count_outcome, new_ledger
 from sft.dataset.mixture import Mixture
 from sft.files import hold_lock, remove_abandoned, stage_folder, write_text
 from sft.format.render import Renderer
 from sft.format.tokens import IGNORE_INDEX, Rows
 from sft.opendata.build import EVAL, TRAIN
-from sft.opendata.conversation import read_conversations
+from sft.opendata.conversation import Conversation, read_conversations
+from sft.opendata.fields import FieldCounts, NotChosen
 from sft.opendata.files import list_files, split_suffix
 
 BATCH_SIZE = 1000  # conversations per call of the tokenizer: enough to keep its threads busy, little memory
@@ -35,8 +36,6 @@ FACTS = [("trained", "<i8"), ("replies", "<i8"), ("prompt", "<i8"), ("stops", "?
 FACTS_AT_A_TIME = 10_000
 MOST_TIMES = 10_000  # that an epoch sees a file
 LET_GO_EVERY = 64  # examples read; one brings a MiB or two of the pages around it
-WAYS = ("whole", "turns_dropped", "cut")
-LOST = ("rejected", "prompt_too_long", "no_trained_token", "boundary", "template")
 
 
 class Examples:
@@ -205,6 +204,8 @@ def prepare(
     *,
     max_length: int,
     encoding: str = "utf-8",
+    reasoning: str = "auto",
+    preference: str | None = None,
     cache_dir: str = CACHE_DIR,
     say: Callable[[str], None] = print,
 ) -> tuple[Examples, dict]:
@@ -213,13 +214,14 @@ def prepare(
     The key covers the bytes of the files, the tokenizer, the chat format, `max_length` and this code, so nothing stale
     can be read. One process builds, others that see the folder, on any machine, wait for it. The ledger counts for each
     file `in` = `kept` + each way to be lost, and among the kept those that lost turns or were cut; `first` names the
-    first place of each. `sources` counts the same by the conversations' source; `source_names` are those that the
-    examples' origins number.
+    first place of each; `not_read` and `notes` count fields by file. `sources` counts the same by the conversations'
+    source; `source_names` are those that the examples' origins number.
     """
-    key = _cache_key(files, renderer, f"{max_length} {encoding}")
+    reading = {"encoding": encoding, "reasoning": reasoning, "preference": preference}
+    key = _cache_key(files, renderer, f"{max_length} {reading}")
     folder = Path(cache_dir).expanduser() / key
     if not folder.exists():
-        _build_once(files, renderer, folder, max_length=max_length, encoding=encoding, say=say)
+        _build_once(files, renderer, folder, max_length=max_length, reading=reading, say=say)
     ledger = json.loads((folder / "ledger.json").read_text(encoding="utf-8"))
     starts, origins = np.load(folder / "starts.npy"), np.load(folder / "origins.npy")
     kinds = (("input_ids", "<i4"), ("in_loss", "?"))
@@ -264,28 +266,29 @@ def _build_once(files: Sequence[str], renderer: Renderer, folder: Path, *, say: 
             raise
 
 
-def _build(files: Sequence[str], renderer: Renderer, folder: Path, *, max_length: int, encoding: str, say) -> None:
+def _build(files: Sequence[str], renderer: Renderer, folder: Path, *, max_length: int, reading: dict, say) -> None:
     """Tokenise into a folder beside, and rename it; once more without the fast encoder if that was wrong."""
     with stage_folder(folder) as staged:
-        first = next(batches((item[-1] for item in _readable(files, _new_ledger(files, 0), encoding)), PROOF_SIZE), [])
+        readable = _readable(files, new_ledger(files, 0), renderer, reading)
+        first = next(batches((item[-1] for item in readable), PROOF_SIZE), [])
         if files:
             encoder = renderer.use_bulk_encoder(first, sum(map(os.path.getsize, files)))
             say(f"tokenising {len(files)} files with {encoder}")
         try:
-            _write(files, renderer, staged, max_length=max_length, encoding=encoding)
+            _write(files, renderer, staged, max_length=max_length, reading=reading)
         except DifferentIds as error:
             say(f"{renderer.encoder} gives other ids at {error}; starting again without it")
             renderer.use_slow_encoder()
-            _write(files, renderer, staged, max_length=max_length, encoding=encoding)
+            _write(files, renderer, staged, max_length=max_length, reading=reading)
 
 
 class DifferentIds(Exception):
     """The bulk encoder and the plain one disagree on a conversation."""
 
 
-def _write(files: Sequence[str], renderer: Renderer, folder: Path, *, max_length: int, encoding: str) -> None:
-    ledger, lengths, origins = _new_ledger(files, max_length), array("q", [0]), []
-    readable, numbers = _readable(files, ledger, encoding), _Numbers()
+def _write(files: Sequence[str], renderer: Renderer, folder: Path, *, max_length: int, reading: dict) -> None:
+    ledger, lengths, origins = new_ledger(files, max_length), array("q", [0]), []
+    readable, numbers = _readable(files, ledger, renderer, reading), _Numbers()
     with open(folder / "input_ids", "wb") as ids, open(folder / "in_loss", "wb") as in_loss:
         for batch in tqdm(batches(readable, BATCH_SIZE), unit="k conversations", disable=None, leave=False):
             rows = renderer.render_rows([messages for *_place, messages in batch], max_length=max_length)
@@ -294,13 +297,13 @@ def _write(files: Sequence[str], renderer: Renderer, folder: Path, *, max_length
             in_loss.write((rows.labels != IGNORE_INDEX).tobytes())
             lengths.frombytes(rows.lengths.astype(np.int64).tobytes())
             for (*place, _messages), outcome in zip(batch, rows.outcomes, strict=True):
-                _count(ledger, *place, outcome)
+                count_outcome(ledger, *place, outcome)
             kept = [(item[2], outcome) for item, outcome in zip(batch, rows.outcomes, strict=True) if outcome in WAYS]
             origins.append(np.array([(numbers[source], WAYS.index(outcome)) for source, outcome in kept], ORIGIN))
     np.save(folder / "starts.npy", np.cumsum(np.frombuffer(lengths, dtype=np.int64)))
     np.save(folder / "origins.npy", np.concatenate([np.zeros(0, ORIGIN), *origins]))
     ledger["source_names"] = list(numbers)
-    _settle(ledger)
+    add_up(ledger)
     (folder / "ledger.json").write_text(json.dumps(ledger, ensure_ascii=False), encoding="utf-8")
 
 
@@ -325,17 +328,34 @@ def _compare_one(batch: list, rows: Rows, renderer: Renderer, max_length: int) -
         raise DifferentIds(f"{file} line {line}")
 
 
-def _new_ledger(files: Sequence[str], max_length: int) -> dict:
-    return {"max_length": max_length, "files": {file: Counter() for file in files}, "sources": {}, "first": {}}
-
-
-def _readable(files: Sequence[str], ledger: dict, encoding: str) -> Iterable[tuple[str, int, str, list[dict]]]:
-    for conversation, error, file, line in read_conversations(files, encoding=encoding):
+def _readable(
+    files: Sequence[str], ledger: dict, renderer: Renderer, reading: dict
+) -> Iterable[tuple[str, int, str, list[dict]]]:
+    """Yield (file, line, source, messages) of each readable conversation, and count the others and their fields."""
+    keeps = reading["reasoning"] != "drop" and getattr(renderer, "keeps_reasoning", False)
+    counts = {file: FieldCounts() for file in files}
+    options = {**reading, "reasoning": "keep" if keeps else "drop", "counts": counts}
+    for conversation, error, file, line in read_conversations(files, **options):
         ledger["files"][file]["in"] += 1
-        if error is None:
-            yield file, line, conversation["source"], conversation["messages"]
+        if error is not None:
+            lost = "not_chosen" if isinstance(error, NotChosen) else "rejected"
+            ledger["rejected"][error.reason] += lost == "rejected"
+            count_outcome(ledger, file, line, Path(file).name, lost, str(error))
+        elif not hasattr(renderer, "takes_tools") and _has_more_than_text(conversation):
+            count_outcome(ledger, file, line, conversation["source"], "template", "no place for tools and calls")
         else:
-            _count(ledger, file, line, Path(file).name, "rejected", str(error))
+            yield file, line, conversation["source"], conversation["messages"]
+    ledger["rejected"] = +ledger["rejected"]
+    ledger["notes"] = {file: dict(+found.notes) for file, found in counts.items() if +found.notes}
+    ledger["not_read"] = {file: dict(found.unread) for file, found in counts.items() if found.unread}
+    if reading["reasoning"] != "drop" and not keeps:
+        ledger["thoughts_without_a_place"] = sum(found.notes["reasoning_dropped"] for found in counts.values())
+
+
+def _has_more_than_text(conversation: Conversation) -> bool:
+    return "tools" in conversation or not all(
+        message.keys() <= {"role", "content", "train"} for message in conversation["messages"]
+    )
 
 
 def batches(items: Iterable, size: int) -> Iterable[list]:
@@ -343,62 +363,6 @@ def batches(items: Iterable, size: int) -> Iterable[list]:
     iterator = iter(items)
     while batch := list(itertools.islice(iterator, size)):
         yield batch
-
-
-def _count(ledger: dict, file: str, line: int, source: str, outcome: str, why: str = "") -> None:
-    of_source = ledger["sources"].setdefault(source, Counter())
-    of_source["in"] += 1
-    for counts in (ledger["files"][file], of_source):
-        if outcome not in LOST:
-            counts["kept"] += 1
-        if outcome != "whole":
-            counts[outcome] += 1
-    if outcome != "whole":
-        ledger["first"].setdefault(outcome, f"{file} line {line}" + (f": {why}" if why else ""))
-
-
-def _settle(ledger: dict) -> None:
-    total = Counter()
-    for counts in ledger["files"].values():
-        total.update(counts)
-    assert total["in"] == total["kept"] + sum(total[reason] for reason in LOST), f"the ledger doesn't add up: {total}"
-    ledger["files"] = {file: dict(counts) for file, counts in ledger["files"].items()}
-    ledger["total"] = dict(total)
-
-
-def ledger_lines(ledger: dict) -> list[str]:
-    """Say in a few lines what went in, what was kept, and where each kind of loss happened first."""
-    total = defaultdict(int, ledger["total"])
-    lines = [f"{total['in']:,} conversations in {len(ledger['files'])} files, {total['kept']:,} kept"]
-    for reason in ("turns_dropped", "cut", *LOST):
-        if total[reason]:
-            lines.append(f"  {EXPLAINED[reason]}: {total[reason]:,} (first: {ledger['first'][reason]})")
-    return lines
-
-
-EXPLAINED = {
-    "turns_dropped": "kept without their last turns, which did not fit max_length",
-    "cut": "kept with their only answer cut at max_length (no stop token taught)",
-    "rejected": "lost, not a conversation",
-    "prompt_too_long": "lost, the prompt alone fills max_length",
-    "no_trained_token": "lost, no token to train on",
-    "boundary": "lost, a token reaches over the start of a reply",
-    "template": "lost, the base's own template renders it differently from what would be trained",
-}
-
-
-def check_losses(ledger: dict, max_lost: float) -> None:
-    """Raise ValueError when nothing is left, or when more than the share `max_lost` of the conversations is lost."""
-    total = defaultdict(int, ledger["total"])
-    lost = total["in"] - total["kept"]
-    summary = "\n".join(ledger_lines(ledger))
-    if not total["kept"]:
-        raise ValueError(f"no conversation to train on in {', '.join(ledger['files']) or 'the given files'}\n{summary}")
-    if lost > max_lost * total["in"]:
-        raise ValueError(
-            f"{lost:,} of {total['in']:,} conversations would be lost, more than --max_lost {max_lost:g}; "
-            f"clean the data with sft.opendata, raise --max_length or raise --max_lost\n{summary}"
-        )
 
 
 def file_hashes(files: Sequence[str]) -> dict[str, str]:

@@ -17,6 +17,7 @@ from typing import Any
 
 from sft.opendata.build import COUNTED, REJECTS, build_opendata, find_problem
 from sft.opendata.cleaning import CHANGES, DROPS, RULES
+from sft.opendata.fields import list_counts
 from sft.opendata.files import MIXES
 
 
@@ -55,8 +56,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--report", help="where the ledger goes instead")
     parser.add_argument("--encoding", default="utf-8", help="of files that are not UTF-8, such as gb18030")
     parser.add_argument(
-        "--reasoning", default="drop", help="what to do with reasoning_content: drop, or keep as <think>"
+        "--reasoning", default="auto", help="thoughts: drop them, or keep them as reasoning_content; auto keeps them"
     )
+    parser.add_argument("--preference", help="chosen: take the chosen replies of preference data, else it is refused")
     parser.add_argument("--seed", type=int, default=42, help="of the samples")
     parser.add_argument("--eval_share", type=float, default=0.02, help="held out, by a hash of the first question")
     parser.add_argument(
@@ -87,10 +89,11 @@ def print_ledger(ledger: dict[str, Any]) -> None:
         print("  ".join(cells + [number.rjust(width) for number, width in zip(numbers, widths[1:], strict=True)]))
     print("p50, p90, p99: characters in a kept conversation")
     for title in ("dropped", "rejected", "changed", "notes"):
-        counts = sorted(ledger["total"][title].items(), key=lambda item: (-item[1], item[0]))
-        if counts:
-            text = ", ".join(f"{name} {count:,}" for name, count in counts)
-            print(textwrap.fill(f"{title}: {text}", 120, subsequent_indent="  "))
+        if counts := ledger["total"][title]:
+            print(textwrap.fill(f"{title}: {list_counts(counts)}", 120, subsequent_indent="  "))
+    for name, row in ledger["files"].items():
+        if row["not_read"]:
+            print(textwrap.fill(f"{name}: not read: {list_counts(row['not_read'])}", 120, subsequent_indent="  "))
 
 
 def _row(name: str, row: dict[str, Any]) -> list[str]:

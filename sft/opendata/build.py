@@ -17,79 +17,17 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from multiprocessing import parent_process
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 from sft.files import lock_stream, move_files, open_whole, sync_folder
-from sft.opendata.cleaning import RULES, clean
-from sft.opendata.conversation import Conversation, read_record
-from sft.opendata.duplicates import NearDuplicates, band_keys, digest_conversation, normalise, shingles
-from sft.opendata.fields import RecordError
-from sft.opendata.files import Source, draw_samples, hash_to_share, resolve_inputs, sample_key, split_source
-from sft.opendata.records import RawRecord, check_encoding, check_file, parse_record
+from sft.opendata.cleaning import RULES, NearDuplicates, Outcome, process_batch
+from sft.opendata.fields import FieldCounts, check_choices
+from sft.opendata.files import Source, check_sources, draw_samples, resolve_inputs, sample_key, split_source
+from sft.opendata.records import RawRecord
 
 TRAIN, EVAL, REJECTS, LEDGER = "train.json", "eval.json", "rejects.jsonl", "ledger.json"
 STAGING, LOCK, SPILL = ".opendata.tmp", "lock", "samples"
 BATCH_RECORDS, BATCH_CHARACTERS = 256, 1 << 19
-
-
-# --- From raw records to outcomes: the work of a worker process
-
-
-class Outcome(NamedTuple):
-    """What became of a record. `kind` is kept, malformed or cleaning; `line` is the JSON to write, newline and all."""
-
-    kind: str
-    line: str
-    reason: str = ""
-    digest: int = 0
-    in_eval: bool = False
-    num_characters: int = 0
-    changed: tuple[str, ...] = ()
-    notes: dict[str, int] | None = None
-    band_keys: tuple[int, ...] = ()
-
-
-def process_batch(
-    source: str, records: list[RawRecord], *, rules: Collection[str], reasoning: str, eval_share: float, near: bool
-) -> list[Outcome]:
-    """Parse, read, clean and serialise raw records of one file."""
-    return [_process(source, raw, rules, reasoning, eval_share, near) for raw in records]
-
-
-def _process(
-    source: str, raw: RawRecord, rules: Collection[str], reasoning: str, eval_share: float, near: bool
-) -> Outcome:
-    kind, notes = "malformed", Counter()
-    try:
-        if raw.error:
-            raise raw.error
-        record = parse_record(raw.raw)
-        conversation = read_record(record, source=source, line=raw.place, reasoning=reasoning, notes=notes)
-        kind = "cleaning"
-        conversation["messages"], changed = clean(conversation["messages"], rules)
-    except RecordError as error:
-        reject = {"file": source, "line": raw.line, "kind": kind, "reason": error.reason, "message": str(error)}
-        # Escapes keep what is no text: undecodable bytes and lone surrogates.
-        return Outcome(kind, json.dumps(reject | {"raw": raw.raw}) + "\n", error.reason, notes=dict(notes))
-    return Outcome(
-        kind="kept",
-        line=json.dumps(conversation, ensure_ascii=False) + "\n",
-        digest=digest_conversation(conversation),
-        in_eval=_is_held_out(conversation, eval_share),
-        num_characters=sum(len(message["content"]) for message in conversation["messages"]),
-        changed=tuple(changed),
-        notes=dict(notes),
-        band_keys=band_keys(shingles(conversation)) if near else (),
-    )
-
-
-def _is_held_out(conversation: Conversation, eval_share: float) -> bool:
-    """Return whether the first question puts a conversation into the held-out split.
-
-    The split depends on that text alone: it stays when data is added, and no prompt is on both sides.
-    """
-    question = next(message["content"] for message in conversation["messages"] if message["role"] == "user")
-    return hash_to_share(normalise(question)) < eval_share
 
 
 # --- The ledger of a file
@@ -107,12 +45,12 @@ class FileLedger:
     rejected: Counter = field(default_factory=Counter)
     changed: Counter = field(default_factory=Counter)
     notes: Counter = field(default_factory=Counter)
+    not_read: Counter = field(default_factory=Counter)
     lengths: Counter = field(default_factory=Counter)
 
     def count(self, outcome: Outcome, where: str) -> None:
         """Add one outcome; `where` is train, eval, duplicates, near_duplicates, malformed or cleaning."""
         self.counts["in"] += 1
-        self.notes.update(outcome.notes)
         if where in ("malformed", "cleaning"):
             (self.rejected if where == "malformed" else self.dropped)[outcome.reason] += 1
             return
@@ -120,6 +58,11 @@ class FileLedger:
         if where in ("train", "eval"):
             self.changed.update(outcome.changed)
             self.lengths[outcome.num_characters] += 1
+
+    def count_fields(self, counts: FieldCounts) -> None:
+        """Add what a batch of records had in fields that were not read, and in ways worth a note."""
+        self.notes.update(counts.notes)
+        self.not_read.update(counts.unread)
 
     def __add__(self, other: "FileLedger") -> "FileLedger":
         return FileLedger(
@@ -130,7 +73,7 @@ class FileLedger:
         row = {name: self.counts[name] for name in ("in", *COUNTED)}
         row |= {"dropped": dict(self.dropped), "rejected": dict(self.rejected)}
         assert row["in"] == sum(row[name] for name in COUNTED) + self.dropped.total() + self.rejected.total(), row
-        row |= {"changed": dict(self.changed), "notes": dict(self.notes)}
+        row |= {"changed": dict(self.changed), "notes": dict(+self.notes), "not_read": dict(self.not_read)}
         return row | {"characters": {f"p{percent}": _percentile(self.lengths, percent) for percent in (50, 90, 99)}}
 
 
@@ -167,7 +110,8 @@ def build_opendata(
     near_duplicates: float | None = None,
     eval_share: float = 0.02,
     encoding: str = "utf-8",
-    reasoning: str = "drop",
+    reasoning: str = "auto",
+    preference: str | None = None,
     seed: int = 42,
     max_rejected: float = 0.01,
     workers: int | None = None,
@@ -182,16 +126,18 @@ def build_opendata(
     targets = {name: os.path.join(output, name) for name in (TRAIN, EVAL, REJECTS)} | {LEDGER: report}
     skip = {os.path.abspath(path) for path in targets.values()}
     sources, mistakes = resolve_inputs(inputs, skip=skip)
-    mistakes += _check_files(sources, encoding)
+    mistakes += check_sources(sources, encoding)
     workers = (os.cpu_count() or 1) if workers is None else workers
-    mistakes += _check_settings(without, near_duplicates, eval_share, max_rejected, reasoning, workers)
+    mistakes += _check_settings(without, near_duplicates, eval_share, max_rejected, workers)
+    mistakes += check_choices(reasoning, preference)
     mistakes += _check_targets(targets, overwrite)
     if mistakes or not sources:
         raise ValueError("\n".join(mistakes or ["no input: name a file, a folder, a glob, a data set or --mix"]))
     rules = tuple(rule for rule in RULES if rule not in without)
-    options = {"rules": rules, "reasoning": reasoning, "eval_share": eval_share, "near": near_duplicates is not None}
+    options = {"rules": rules, "reasoning": reasoning, "preference": preference, "eval_share": eval_share}
+    options["near"] = near_duplicates is not None
     settings = {"max_rejected": max_rejected, "near_duplicates": near_duplicates, "encoding": encoding, "seed": seed}
-    settings |= {"eval_share": eval_share, "reasoning": reasoning, "rules": rules}
+    settings |= {"eval_share": eval_share, "reasoning": reasoning, "preference": preference, "rules": rules}
     with _staging(output) as folder:
         files, outputs = _run(
             sources,
@@ -214,23 +160,8 @@ def build_opendata(
     return ledger
 
 
-def _check_files(sources: list[Source], encoding: str) -> list[str]:
-    mistakes = []
-    try:
-        check_encoding(encoding)
-    except ValueError as error:
-        return [str(error)]
-    for source in sources:
-        try:
-            if source.open_file is None:
-                check_file(source.path, encoding=encoding)
-        except ValueError as error:
-            mistakes.append(str(error))
-    return mistakes
-
-
 def _check_settings(
-    without: Collection[str], near: float | None, eval_share: float, max_rejected: float, reasoning: str, workers: int
+    without: Collection[str], near: float | None, eval_share: float, max_rejected: float, workers: int
 ) -> list[str]:
     unknown = [name for name in without if name not in RULES]
     mistakes = {
@@ -240,7 +171,6 @@ def _check_settings(
         f"--near_duplicates {near}: give a similarity above 0 and up to 1, such as 0.8": near is not None
         and not 0 < near <= 1,
         "--near_duplicates needs rensa; run: pip install rensa": near is not None and find_spec("rensa") is None,
-        f"--reasoning {reasoning}: use drop or keep": reasoning not in ("drop", "keep"),
         f"--workers {workers}: give at least 1": workers < 1,
     }
     return [message for message, wrong in mistakes.items() if wrong]
@@ -326,7 +256,7 @@ def _run(
     sources: list[Source],
     folder: str,
     *,
-    function: Callable[[str, list[RawRecord]], list[Outcome]],
+    function: Callable[[str, list[RawRecord]], Any],
     near: NearDuplicates | None,
     encoding: str,
     seed: int,
@@ -342,7 +272,8 @@ def _run(
         for name, places in drawn.items():
             _skip(files[name], num_seen[name] - len(places))
         records = _records(sources, drawn, spill, files, seed=seed, encoding=encoding)
-        for name, outcomes in _map_in_order(function, _batches(records), workers):
+        for name, (outcomes, counts) in _map_in_order(function, _batches(records), workers):
+            files[name].count_fields(counts)
             for outcome in outcomes:
                 files[name].count(outcome, _write(outcome, writers, digests, near))
             if progress:
@@ -411,8 +342,8 @@ def _batches(records: Iterator[tuple[str, RawRecord]]) -> Iterator[tuple[str, li
 
 
 def _map_in_order(
-    function: Callable[[str, list[RawRecord]], list[Outcome]], batches: Iterator[tuple[str, list]], workers: int
-) -> Iterator[tuple[str, list[Outcome]]]:
+    function: Callable[[str, list[RawRecord]], Any], batches: Iterator[tuple[str, list]], workers: int
+) -> Iterator[tuple[str, Any]]:
     """Apply `function` in `workers` processes, never more than a few batches ahead of what was taken out."""
     if workers == 1:
         for name, batch in batches:

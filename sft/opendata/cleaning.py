@@ -1,26 +1,44 @@
-"""Cleaning rules: a change returns new messages, a drop raises RecordError."""
+"""Cleaning rules, one function each, and duplicates, exact and near.
 
+A change returns new messages, a drop raises RecordError.
+"""
+
+import hashlib
+import json
+import mmap
 import re
+import unicodedata
+from array import array
 from collections.abc import Collection, Iterator
-from itertools import pairwise
+from typing import BinaryIO, NamedTuple
 
-from sft.opendata.conversation import Message, validate
-from sft.opendata.fields import RecordError
+from sft.opendata.conversation import Conversation, Message, read_record, validate
+from sft.opendata.fields import FieldCounts, NotChosen, RecordError
+from sft.opendata.files import hash_to_share
+from sft.opendata.records import RawRecord, parse_record
 
 
 def strip_edges(messages: list[Message]) -> list[Message]:
     """Strip whitespace from both ends of each text."""
-    return [message | {"content": message["content"].strip()} for message in messages]
+    return [message | {key: message[key].strip() for key in _TEXTS if key in message} for message in messages]
+
+
+_TEXTS = ("content", "reasoning_content")
+
+
+def _is_blank(message: Message) -> bool:
+    """Whether a text is missing; a result and the text beside a call may be empty."""
+    return not message["content"].strip() and message["role"] != "tool" and "tool_calls" not in message
 
 
 def cut_at_empty_turn(messages: list[Message]) -> list[Message]:
     """Keep what comes before the first exchange with an empty text; an empty system message just goes."""
     messages = [message for message in messages if message["role"] != "system" or message["content"].strip()]
-    end = next((i for i, message in enumerate(messages) if not message["content"].strip()), None)
+    end = next((i for i, message in enumerate(messages) if _is_blank(message)), None)
     if messages and end is None:
         return messages
     # Back to where the user began to speak: the question goes with the answer.
-    while end and messages[end]["role"] == "assistant":
+    while end and messages[end]["role"] in ("assistant", "tool"):
         end -= 1
     while end and messages[end - 1]["role"] == messages[end]["role"] == "user":
         end -= 1
@@ -33,16 +51,26 @@ def fix_roles(messages: list[Message]) -> list[Message]:
     """Put one system message first, merge neighbours of one role, begin with a user and end with a reply."""
     turns: list[Message] = []
     for message in sorted(messages, key=lambda message: message["role"] != "system"):
-        if turns and turns[-1]["role"] == message["role"]:
-            # Two texts of which one is not to be learned become one that is not.
-            turns[-1] = turns[-1] | message | {"content": f"{turns[-1]['content']}\n{message['content']}"}
-        elif message["role"] != "assistant" or any(turn["role"] == "user" for turn in turns):
+        if turns and turns[-1]["role"] == message["role"] != "tool":
+            turns[-1] = _merge(turns[-1], message)
+        elif message["role"] in ("system", "user") or any(turn["role"] == "user" for turn in turns):
             turns.append(message)
-    if turns and turns[-1]["role"] == "user":
+    while turns and turns[-1]["role"] in ("user", "tool"):
         turns.pop()
     if not any(turn["role"] == "assistant" for turn in turns):
         raise RecordError("role_order", "no user message is followed by a reply")
     return turns
+
+
+def _merge(first: Message, second: Message) -> Message:
+    """One message of two by one speaker. Raises RecordError where that would change what is learned."""
+    if first.get("train") != second.get("train"):
+        raise RecordError("loss_switch", "of two replies in a row only one is to be learned, so they can't be merged")
+    if "tool_calls" in first:
+        raise RecordError("role_order", "a reply with calls is followed by a reply, without a result")
+    if second.get("reasoning_content"):
+        raise RecordError("role_order", "of two replies in a row the second has a thought, so they can't be merged")
+    return second | first | {"content": f"{first['content']}\n{second['content']}"}
 
 
 _MODEL_ZH = r"(?:大型?|自然|人工智能|AI|智能|语言|聊天|虚拟|计算机|机器人|对话){0,4}"
@@ -82,6 +110,8 @@ def drop_cut_off(messages: list[Message]) -> None:
     """Drop conversations whose last reply stops in the middle, as at a token limit."""
     *_, (_, number, reply) = _replies(messages)
     reply = reply.rstrip()
+    if reply.startswith("<think>") and "</think>" not in reply:
+        raise RecordError("cut_off", f"messages[{number}] opens a thought that it does not close")
     if "```" in reply and len(re.findall(r"^[ \t]*```", reply, re.MULTILINE)) % 2:
         raise RecordError("cut_off", f"messages[{number}] opens a ``` block that it does not close")
     if _DANGLING_MARKER.search(reply):
@@ -140,10 +170,13 @@ def drop_role_words(messages: list[Message]) -> None:
 
 
 def _replies(messages: list[Message]) -> Iterator[tuple[str, int, str]]:
-    """Each reply as (what was asked, its number, its text)."""
-    for number, (before, message) in enumerate(pairwise(messages), start=1):
-        if message["role"] == "assistant":
-            yield before["content"], number, message["content"]
+    """Each reply as (the question before it, its number, its text)."""
+    question = ""
+    for number, message in enumerate(messages):
+        if message["role"] == "user":
+            question = message["content"]
+        elif message["role"] == "assistant":
+            yield question, number, message["content"]
 
 
 # --- Languages
@@ -196,3 +229,170 @@ def clean(messages: list[Message], rules: Collection[str] = RULES) -> tuple[list
         if name in rules:
             drop(messages)
     return messages, changed
+
+
+# --- Duplicates
+
+
+def normalise(text: str) -> str:
+    """Fold width (NFKC), case and whitespace, so that texts which look alike are equal."""
+    if not text.isascii():
+        # The common ones by hand: without them most Chinese text passes NFKC's quick check, ten times as fast.
+        for wide, narrow in zip("，！？：；（）", ",!?:;()", strict=True):
+            text = text.replace(wide, narrow)
+        text = unicodedata.normalize("NFKC", text)
+    return " ".join(text.casefold().split())
+
+
+def digest_conversation(conversation: Conversation) -> int:
+    """Return 128 bits of what is learned and shown, equal after NFC and without whitespace at the edges of texts."""
+    messages = conversation["messages"]
+    whole = "\x1e".join(f"{message['role']}\x1f{_fold(message['content'])}" for message in messages)
+    rest = [{key: message[key] for key in message if key not in ("role", "content")} for message in messages]
+    if any(rest) or "tools" in conversation:
+        extra = json.dumps([rest, conversation.get("tools")], ensure_ascii=False, sort_keys=True)
+        whole = f"{whole}\x1d{unicodedata.normalize('NFC', extra)}"
+    return int.from_bytes(hashlib.blake2b(whole.encode(), digest_size=16).digest())
+
+
+def _fold(text: str) -> str:
+    return unicodedata.normalize("NFC", text).strip()
+
+
+# --- Near duplicates
+
+
+SHINGLE = 5
+# 16 bands of 6 permutations find 99% of the pairs with a similarity of 0.8, and 22% of those with 0.5.
+NUM_BANDS, ROWS = 16, 6
+# Per band. The table takes 256 MiB at most; above a million conversations newcomers find ever more slots taken.
+NUM_SLOTS = 1 << 21
+
+
+def shingles(conversation: Conversation) -> set[str]:
+    """The character 5-grams of the normalised texts, thoughts and calls."""
+    text = normalise("\n".join(map(_join_texts, conversation["messages"])))
+    return {text[i : i + SHINGLE] for i in range(max(1, len(text) - SHINGLE + 1))}
+
+
+def _join_texts(message: Message) -> str:
+    if len(message) == 2:
+        return message["content"]
+    calls = json.dumps(message["tool_calls"], ensure_ascii=False) if "tool_calls" in message else ""
+    return "\n".join([message.get("reasoning_content", ""), message["content"], calls])
+
+
+def band_keys(grams: set[str]) -> tuple[int, ...]:
+    """A 64-bit key per band; two texts that share a key are candidates."""
+    import rensa
+
+    minhash = rensa.RMinHash(num_perm=NUM_BANDS * ROWS, seed=0)
+    minhash.update(list(grams))
+    digest = minhash.digest()
+    return tuple(hash(tuple(digest[i : i + ROWS])) % 2**64 for i in range(0, len(digest), ROWS))
+
+
+class NearDuplicates:
+    """Finds the kept conversation of which a new one is nearly a copy, in bounded memory.
+
+    Band keys only give candidates. Each is verified by the exact Jaccard similarity of its 5-grams, read again from the
+    file it was written to.
+    """
+
+    def __init__(self, threshold: float):
+        self.threshold = threshold
+        # An entry is 32 bits of the key and the number of a conversation plus one; anonymous memory starts as zeros.
+        self.table = memoryview(mmap.mmap(-1, 8 * NUM_BANDS * NUM_SLOTS)).cast("Q")
+        self.files: list[BinaryIO] = []
+        self.places = array("Q")
+
+    def find_or_add(self, keys: tuple[int, ...], line: str, file: BinaryIO, offset: int) -> bool:
+        """Return whether a near duplicate of the conversation in `line` was added before; if not, add this one.
+
+        `keys` are its band keys. Its line is about to be written at `offset` of `file`.
+        """
+        slots = [band * NUM_SLOTS + key % NUM_SLOTS for band, key in enumerate(keys)]
+        entries = [(self.table[slot], key >> 32) for slot, key in zip(slots, keys, strict=True)]
+        candidates = sorted({entry & 0xFFFFFFFF for entry, key in entries if entry and entry >> 32 == key})
+        grams = shingles(json.loads(line)) if candidates else set()
+        if any(self._similarity(grams, candidate - 1) >= self.threshold for candidate in candidates):
+            return True
+        if file not in self.files:
+            self.files.append(file)
+        self.places.append(offset << 1 | self.files.index(file))
+        for slot, (entry, key) in zip(slots, entries, strict=True):
+            self.table[slot] = entry or key << 32 | len(self.places)
+        return False
+
+    def _similarity(self, grams: set[str], candidate: int) -> float:
+        file, offset = self.files[self.places[candidate] & 1], self.places[candidate] >> 1
+        end = file.tell()
+        file.seek(offset)
+        other = shingles(json.loads(file.readline()))
+        file.seek(end)
+        return len(grams & other) / len(grams | other)
+
+
+# --- From raw records to outcomes: the work of a worker process
+
+
+class Outcome(NamedTuple):
+    """The fate of a record. `kind` is kept, malformed or cleaning; `line` is the JSON to write, newline and all."""
+
+    kind: str
+    line: str
+    reason: str = ""
+    digest: int = 0
+    in_eval: bool = False
+    num_characters: int = 0
+    changed: tuple[str, ...] = ()
+    band_keys: tuple[int, ...] = ()
+
+
+def process_batch(
+    source: str,
+    records: list[RawRecord],
+    *,
+    rules: Collection[str],
+    reasoning: str,
+    preference: str | None,
+    eval_share: float,
+    near: bool,
+) -> tuple[list[Outcome], FieldCounts]:
+    """Parse, read, clean and serialise raw records of one file."""
+    counts = FieldCounts()
+    options = {"source": source, "reasoning": reasoning, "preference": preference, "counts": counts}
+    return [_process(raw, options, rules, eval_share, near) for raw in records], counts
+
+
+def _process(raw: RawRecord, options: dict, rules: Collection[str], eval_share: float, near: bool) -> Outcome:
+    kind = "malformed"
+    try:
+        if raw.error:
+            raise raw.error
+        conversation = read_record(parse_record(raw.raw), line=raw.place, **options)
+        kind = "cleaning"
+        conversation["messages"], changed = clean(conversation["messages"], rules)
+    except RecordError as error:
+        kind = "cleaning" if isinstance(error, NotChosen) else kind
+        reject = {"file": options["source"], "line": raw.line, "kind": kind, "reason": error.reason}
+        # Escapes keep what is no text: undecodable bytes and lone surrogates.
+        return Outcome(kind, json.dumps(reject | {"message": str(error), "raw": raw.raw}) + "\n", error.reason)
+    return Outcome(
+        kind="kept",
+        line=json.dumps(conversation, ensure_ascii=False) + "\n",
+        digest=digest_conversation(conversation),
+        in_eval=_is_held_out(conversation, eval_share),
+        num_characters=sum(len(message["content"]) for message in conversation["messages"]),
+        changed=tuple(changed),
+        band_keys=band_keys(shingles(conversation)) if near else (),
+    )
+
+
+def _is_held_out(conversation: Conversation, eval_share: float) -> bool:
+    """Return whether the first question puts a conversation into the held-out split.
+
+    The split depends on that text alone: it stays when data is added, and no prompt is on both sides.
+    """
+    question = next(message["content"] for message in conversation["messages"] if message["role"] == "user")
+    return hash_to_share(normalise(question)) < eval_share

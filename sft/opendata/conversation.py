@@ -4,7 +4,6 @@ A record is read by what it holds, never by its file's name. A record that can't
 reason. No text is changed here.
 """
 
-import json
 import os
 import re
 from collections import Counter
@@ -12,22 +11,27 @@ from collections.abc import Iterable, Iterator
 from typing import Any, Literal, NotRequired, TypedDict
 
 from sft.opendata.fields import (
+    MEANING_KEYS,
     MESSAGE_LISTS,
     PAIRS,
     SYSTEM_KEYS,
+    FieldCounts,
+    Form,
     RecordError,
+    check_media,
+    count_unread,
     find_form,
     has_lone_surrogate,
+    is_empty,
     name_type,
+    read_switch,
     read_text,
+    take_chosen,
 )
+from sft.opendata.messages import Parts, list_messages, read_messages, read_reply
 from sft.opendata.records import read_file
+from sft.opendata.tools import check_calls, has_tool_tags, note_calls, parse_calls, read_tools, take_tagged_tools
 
-ROLES = {
-    "system": "system",
-    **dict.fromkeys(("user", "human"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard"), "assistant"),
-}
 NO_INPUT = {"", "<noinput>", "<no input>", "noinput", "no input", "n/a", "none", "null", "nan", "无", "无输入"}
 
 
@@ -91,19 +95,27 @@ class Conversation(TypedDict):
 
 
 def read_conversations(
-    paths: Iterable[str | os.PathLike], *, encoding: str = "utf-8", reasoning: str = "drop"
+    paths: Iterable[str | os.PathLike],
+    *,
+    encoding: str = "utf-8",
+    reasoning: str = "keep",
+    preference: str | None = None,
+    counts: dict[str, FieldCounts] | None = None,
 ) -> Iterator[tuple[Conversation | None, RecordError | None, str, int]]:
     """Read files of any known form as valid conversations; nothing is cleaned.
 
-    Yields (conversation, None, file, line) or (None, error, file, line). Raises ValueError for a file as a whole.
+    Yields (conversation, None, file, line) or (None, error, file, line). `counts` gets an entry for each file. Raises
+    ValueError for a file as a whole.
     """
+    counts = {} if counts is None else counts
     for path in map(os.fspath, paths):
-        source = os.path.basename(path)
+        options = {"source": os.path.basename(path), "reasoning": reasoning, "preference": preference}
+        options["counts"] = counts.setdefault(path, FieldCounts())
         for raw in read_file(path, encoding=encoding):
             try:
                 if raw.error:
                     raise raw.error
-                conversation = read_record(raw.record, source=source, line=raw.place, reasoning=reasoning)
+                conversation = read_record(raw.record, line=raw.place, **options)
                 validate(conversation)
                 yield conversation, None, path, raw.line
             except RecordError as error:
@@ -111,42 +123,46 @@ def read_conversations(
 
 
 def read_record(
-    record: object, *, source: str, line: int | str, reasoning: str = "drop", notes: Counter[str] | None = None
+    record: object,
+    *,
+    source: str,
+    line: int | str,
+    reasoning: str = "keep",
+    preference: str | None = None,
+    counts: FieldCounts | None = None,
 ) -> Conversation:
     """Read a record of any known form, chosen by the keys that are not null and what they hold. Raises RecordError.
 
-    Its own id is kept, else it is `source:line`. `reasoning` is what to do with `reasoning_content`: "drop" it, or
-    "keep" it as `<think>` text before the reply. What is worth knowing but no error is counted in `notes`. Contents may
-    still be empty and roles out of order: that is for `validate`, or for cleaning.
+    Its own id is kept, else it is `source:line`. `reasoning` "drop" leaves out the thoughts. `preference` "chosen"
+    takes the chosen replies of preference data, which is refused without it. Contents may still be empty and roles out
+    of order: that is for `validate`, or for cleaning.
     """
     if not isinstance(record, dict):
         raise RecordError("not_object", f"the record is {name_type(record)}; write it as an object with named fields")
     if record.keys() == _OWN_KEYS and (messages := _own_messages(record["messages"])):
-        return {
-            "id": _read_id(record["id"]) or f"{source}:{line}",
-            "source": _own_source(record["source"]) or source,
-            "messages": messages,
-        }
-    notes = Counter() if notes is None else notes
+        own = _own_source(record["source"]) or source
+        return {"id": _read_id(record["id"]) or f"{source}:{line}", "source": own, "messages": messages}
+    counts = FieldCounts() if counts is None else counts
+    learned = None
+    if not MEANING_KEYS.isdisjoint(record):
+        check_media(record, "")
+        learned = read_switch(record, "")
+        record = take_chosen(record, preference)
     form = find_form(record)
     if form is None:
         raise _unknown_form(record)
-    messages = [
-        {"role": "system", "content": read_text(record[key], key)}
-        for key in SYSTEM_KEYS
-        if record.get(key) not in (None, "")
-    ]
-    if isinstance(form, str):
-        messages += _read_messages(record[form], form, reasoning, notes)
-    elif isinstance(record[form[0]], list):
-        messages += _read_prompt_and_completion(record, form, reasoning, notes)
-    else:
-        messages += _read_pair(record, form, notes)
-    own = record.keys() == _OWN_KEYS and _own_source(record["source"])
-    return {"id": _read_id(record.get("id")) or f"{source}:{line}", "source": own or source, "messages": messages}
+    is_own = _OWN_KEYS <= record.keys() <= _OWN_KEYS | {"tools"}
+    count_unread(record, form.read | {"source"} if is_own else form.read, "", counts.unread)
+    messages = _read_system(record) + _read_form(record, form, counts)
+    if learned is False:
+        messages = [m | {"train": False} if m["role"] == "assistant" else m for m in messages]
+    messages, tools = _complete(messages, read_tools(record), reasoning, counts.notes)
+    own = is_own and _own_source(record["source"])
+    conversation = {"id": _read_id(record.get("id")) or f"{source}:{line}", "source": own or source}
+    return conversation | ({"messages": messages, "tools": tools} if tools else {"messages": messages})
 
 
-# Only our own files have exactly these keys; theirs is the source that counts.
+# Only our own files have exactly these keys, maybe with tools; theirs is the source that counts.
 _OWN_KEYS = {"id", "source", "messages"}
 _OWN_ROLES = {"system", "user", "assistant"}
 
@@ -156,48 +172,18 @@ def _own_source(source: object) -> str:
 
 
 def _own_messages(messages: object) -> list[Message] | None:
-    """The messages as they are if all have just a known role and a text, or None: then each is read with care."""
+    """The messages as they are if all have just a known role and a plain text, or None: then each is read with care."""
     usual = type(messages) is list and all(
         type(message) is dict
         and message.keys() == {"role", "content"}
         and type(message["role"]) is type(message["content"]) is str
         and message["role"] in _OWN_ROLES
+        and "think>" not in message["content"]
+        and "<tool" not in message["content"]
         and not has_lone_surrogate(message["content"])
         for message in messages
     )
-    return messages if usual else None
-
-
-def validate(conversation: Conversation) -> None:
-    """Raise RecordError unless user and assistant take turns after an optional system message, with no text empty."""
-    messages = conversation["messages"]
-    if not messages:
-        raise RecordError("empty", "messages is empty; give at least one user and one assistant message")
-    turns = messages[1:] if messages[0]["role"] == "system" else messages
-    for number, message in enumerate(turns, start=len(messages) - len(turns)):
-        expected = "assistant" if (number - len(messages) + len(turns)) % 2 else "user"
-        if message["role"] != expected:
-            found = f'messages[{number}] has role "{message["role"]}"'
-            raise RecordError("role_order", f"{found} where {expected} should speak; user and assistant take turns")
-    if len(turns) % 2 or not turns:
-        raise RecordError("role_order", "the last message is not the assistant's; end with a reply")
-    for number, message in enumerate(messages):
-        if not read_text(message["content"], f"messages[{number}].content").strip():
-            raise RecordError("empty", f"messages[{number}].content is empty; give a text or leave the record out")
-
-
-def _unknown_form(record: dict) -> RecordError:
-    for question, _, answer in PAIRS:
-        if question in record and answer in record:
-            null = question if record[question] is None else answer
-            return RecordError("null_field", f"{null} is null; give a text or leave the record out")
-    for key, value in record.items():
-        if isinstance(value, list) and value and find_form(value[0]) is not None:
-            advice = f"write its elements as an array or as JSON Lines, e.g. jq -c '.{key}[]'"
-            return RecordError("nested", f'the records are inside "{key}"; {advice}')
-    keys = ", ".join(f'"{key}"' for key, value in list(record.items())[:8] if value is not None) or "no values"
-    known = ", ".join([*MESSAGE_LISTS, *dict.fromkeys(f"{pair[0]}/{pair[2]}" for pair in PAIRS)])
-    return RecordError("unknown_form", f"no known form has {keys[:200]}; use one of {known}")
+    return messages if usual and messages and messages[0]["role"] != "assistant" else None
 
 
 def _read_id(value: object) -> str:
@@ -205,73 +191,142 @@ def _read_id(value: object) -> str:
     return str(value) if usable and not has_lone_surrogate(str(value)) else ""
 
 
-def _read_messages(items: list, where: str, reasoning: str, notes: Counter[str]) -> list[Message]:
-    return [_read_message(item, f"{where}[{number}]", reasoning, notes) for number, item in enumerate(items)]
+def _unknown_form(record: dict) -> RecordError:
+    """Say why no form fits: a null, records nested in a field, or other names."""
+    for form in MESSAGE_LISTS:
+        if not is_empty(value := record.get(form.keys[0])):
+            return RecordError("not_list", f"{form.keys[0]} is {name_type(value)}; write it as a list of messages")
+    for form in PAIRS:
+        if form.keys[0] in record and form.keys[-1] in record:
+            null = next(key for key in form.keys if record.get(key) is None)
+            return RecordError("null_field", f"{null} is null; give a text or leave the record out")
+    for key, value in record.items():
+        if isinstance(value, list) and value and find_form(value[0]) is not None:
+            advice = f"write its elements as an array or as JSON Lines, e.g. jq -c '.{key}[]'"
+            return RecordError("nested", f'the records are inside "{key}"; {advice}')
+    keys = ", ".join(f'"{key}"' for key, value in list(record.items())[:8] if value is not None) or "no values"
+    known = ", ".join("/".join(form.keys) for form in (*MESSAGE_LISTS, *PAIRS))
+    return RecordError("unknown_form", f"no known form has {keys[:200]}; use one of {known}")
 
 
-def _read_message(item: object, where: str, reasoning: str, notes: Counter[str]) -> Message:
-    if not isinstance(item, dict):
-        raise RecordError(
-            "not_object", f'{where} is {name_type(item)}; write it as an object with "role" and "content"'
-        )
-    role = item.get("role") if item.get("role") is not None else item.get("from")
-    if not isinstance(role, str) or role not in ROLES:
-        shown = json.dumps(role)[:80]
-        raise RecordError("unknown_role", f"{where} has role {shown}; use system, user or assistant")
-    key = "content" if item.get("content") is not None or "value" not in item else "value"
-    content = _read_content(item.get(key), f"{where}.{key}")
-    thoughts = item.get("reasoning_content")
-    if ROLES[role] == "assistant" and thoughts not in (None, ""):
-        notes["reasoning_dropped" if reasoning == "drop" else "reasoning_kept"] += 1
-        if reasoning == "keep":
-            content = f"<think>\n{read_text(thoughts, f'{where}.reasoning_content')}\n</think>\n\n{content}"
-    message: Message = {"role": ROLES[role], "content": content}
-    if item.get("train") is False or item.get("weight") == 0:
-        message["train"] = False
-    return message
+def _complete(
+    messages: list[Message], tools: list[Tool], reasoning: str, notes: Counter[str]
+) -> tuple[list[Message], list[Tool]]:
+    """Take tagged tools apart, leave out a greeting and maybe the thoughts, and count what is worth knowing."""
+    if has_tool_tags(messages):
+        messages, tools = take_tagged_tools(messages, tools, notes)
+    first = next((i for i, message in enumerate(messages) if message["role"] != "system"), 0)
+    if messages and messages[first]["role"] == "assistant" and "tool_calls" not in messages[first]:
+        notes["greeting_left_out"] += 1
+        messages = messages[:first] + messages[first + 1 :]
+    thoughts = [message for message in messages if message.get("reasoning_content")]
+    if thoughts:
+        notes["reasoning_dropped" if reasoning == "drop" else "reasoning_kept"] += len(thoughts)
+    if reasoning == "drop":
+        messages = [{key: message[key] for key in message if key != "reasoning_content"} for message in messages]
+    if any("tool_calls" in message for message in messages):
+        note_calls(messages, tools, notes)
+    return messages, tools
 
 
-def _read_content(value: object, where: str) -> str:
-    """A text, or a list of text parts, joined."""
-    if not isinstance(value, list):
-        return read_text(value, where)
-    texts = []
-    for number, part in enumerate(value):
-        if not isinstance(part, dict) or part.get("type") != "text":
-            kind = part.get("type") if isinstance(part, dict) else name_type(part)
-            raise RecordError(
-                "content_part", f"{where}[{number}] is of type {json.dumps(kind)[:80]}; only text is read"
-            )
-        texts.append(read_text(part.get("text"), f"{where}[{number}].text"))
-    return "".join(texts)
+def validate(conversation: Conversation) -> None:
+    """Raise RecordError unless user and assistant take turns and each result answers a call.
+
+    A system message may come first; the results of a reply's calls come before the next reply; the last message is a
+    reply; some reply is learned. Only a reply with calls and a result may be empty.
+    """
+    messages = conversation["messages"]
+    if not messages:
+        raise RecordError("empty", "messages is empty; give at least one user and one assistant message")
+    check_calls(messages)
+    _check_order(messages)
+    for number, message in enumerate(messages):
+        text = read_text(message["content"], f"messages[{number}].content")
+        if not text.strip() and message["role"] != "tool" and "tool_calls" not in message:
+            raise RecordError("empty", f"messages[{number}].content is empty; give a text or leave the record out")
+    if not any(message["role"] == "assistant" and message.get("train") is not False for message in messages):
+        raise RecordError("nothing_learned", "no reply is to be learned; set train for one, or leave the record out")
 
 
-def _read_prompt_and_completion(record: dict, form: tuple, reasoning: str, notes: Counter[str]) -> list[Message]:
+_FOLLOWING = {"user": "assistant", "tool": "assistant", "assistant": "user", "system": "user"}
+
+
+def _check_order(messages: list[Message]) -> None:
+    before = "system"
+    for number, message in enumerate(messages):
+        role = message["role"]
+        is_first_system = role == "system" and number == 0
+        is_result = role == "tool" and before in ("assistant", "tool")
+        if role != _FOLLOWING[before] and not is_first_system and not is_result:
+            expected = f"{_FOLLOWING[before]} should speak; user and assistant take turns"
+            raise RecordError("role_order", f'messages[{number}] has role "{role}" where {expected}')
+        before = role
+    if before != "assistant":
+        raise RecordError("role_order", "the last message is not the assistant's; end with a reply")
+
+
+# --- The forms
+
+
+def _read_system(record: dict) -> list[Message]:
+    filled = [key for key in SYSTEM_KEYS if record.get(key) not in (None, "")]
+    return [{"role": "system", "content": read_text(record[key], key)} for key in filled]
+
+
+def _read_form(record: dict, form: Form, counts: FieldCounts) -> list[Message]:
+    """The messages that the keys of a form hold."""
+    if form in MESSAGE_LISTS:
+        key = form.keys[0]
+        return read_messages(list_messages(record[key], key), key, counts, record.get("loss_mask"))
+    if not is_empty(record.get("loss_mask")):
+        raise RecordError("loss_switch", "loss_mask can't be honoured here; write messages, and a 0 or 1 for each")
+    if form.keys[-1] == "answers":
+        return _read_query_and_calls(record, counts)
+    if isinstance(record[form.keys[0]], list):
+        return _read_prompt_and_completion(record, form, counts)
+    return _read_pair(record, form, counts)
+
+
+def _read_query_and_calls(record: dict, counts: FieldCounts) -> list[Message]:
+    calls = parse_calls(record["answers"], "answers", counts.unread)
+    if not calls:
+        raise RecordError("tool_call", "answers holds no call; give one or leave the record out")
+    question = {"role": "user", "content": read_text(record["query"], "query")}
+    return [question, {"role": "assistant", "content": "", "tool_calls": calls}]
+
+
+def _read_prompt_and_completion(record: dict, form: Form, counts: FieldCounts) -> list[Message]:
     """TRL's conversational form: both are lists of messages, and only the completion is learned."""
-    question, _, answer = form
+    question, answer = form.keys
     if not isinstance(record[answer], list):
         raise RecordError("not_text", f"{question} is a list of messages and {answer} is not; write both alike")
-    prompt = _read_messages(record[question], question, reasoning, notes)
+    if all(isinstance(text, str) for text in record[question] + record[answer]):
+        raise RecordError("file_of_columns", "the record is a whole file of columns; write an object for each row")
+    prompt = read_messages(record[question], question, counts)
     prompt = [message | {"train": False} if message["role"] == "assistant" else message for message in prompt]
-    return prompt + _read_messages(record[answer], answer, reasoning, notes)
+    return prompt + read_messages(record[answer], answer, counts)
 
 
-def _read_pair(record: dict, form: tuple, notes: Counter[str]) -> list[Message]:
-    question, context, answer = form
-    asked, reply = read_text(record[question], question), read_text(record[answer], answer)
-    extra = read_text(record[context], context) if context and record.get(context) is not None else ""
+def _read_pair(record: dict, form: Form, counts: FieldCounts) -> list[Message]:
+    question, answer = form.keys
+    if isinstance(record[question], dict) and isinstance(record[answer], dict):
+        raise RecordError("file_of_columns", "the record is a whole file of columns; write an object for each row")
+    asked = read_text(record[question], question)
+    context = next((key for key in form.optional if key != "history" and record.get(key) is not None), None)
+    extra = read_text(record[context], context) if context else ""
     if extra.strip().casefold() not in NO_INPUT:
         asked = f"{asked}\n{extra}" if asked else extra
     elif extra.strip():
-        notes["input_placeholder"] += 1
-    turns = _read_belle_turns(asked, question, notes)
-    return [*_read_history(record.get("history")), *turns, {"role": "assistant", "content": reply}]
+        counts.notes["input_placeholder"] += 1
+    turns = _read_belle_turns(asked, question, counts.notes)
+    reply = read_reply({**record, "content": ""}, Parts(read_text(record[answer], answer)), answer, counts)
+    return [*_read_history(record.get("history")), *turns, reply]
 
 
 def _read_history(history: object) -> list[Message]:
     """LLaMA-Factory's alpaca: earlier turns as [[question, answer], ...]."""
     messages: list[Message] = []
-    if history is None:
+    if is_empty(history):
         return messages
     if not isinstance(history, list):
         raise RecordError("not_text", f"history is {name_type(history)}; write it as a list of [question, answer]")

@@ -1,19 +1,12 @@
-"""The known record forms: which keys they have, and the error for a record that can't be used."""
+"""The table of fields: which keys a record form has, which keys change what a record means, and how one field is read.
 
-MESSAGE_LISTS = ("messages", "conversations")
-SYSTEM_KEYS = ("system", "system_prompt")
-# Question, what may come with it, answer. The first row of which question and answer are not null decides.
-PAIRS = (
-    ("instruction", "input", "output"),
-    ("instruction", "context", "response"),
-    ("prompt", None, "completion"),
-    ("prompt", None, "response"),
-    ("query", None, "response"),
-    ("question", None, "answer"),
-    ("question", None, "response"),
-    ("input", None, "target"),
-    ("input", None, "output"),
-)
+A key that holds something is read, honoured, refused by name, or counted as not read; no key passes silently.
+"""
+
+import json
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
 
 
 class RecordError(ValueError):
@@ -28,17 +21,175 @@ class RecordError(ValueError):
         return self.args[1]
 
 
-def find_form(record: object) -> str | tuple | None:
-    """The key of a message list, or a row of PAIRS."""
+@dataclass
+class FieldCounts:
+    """Of one file: `unread` counts the fields that were not read by name, `notes` what was read in a special way."""
+
+    unread: Counter[str] = field(default_factory=Counter)
+    notes: Counter[str] = field(default_factory=Counter)
+
+
+class NotChosen(RecordError):
+    """The record is left out because `--preference chosen` says so; nothing is wrong with it."""
+
+
+# --- Keys that change what a record means
+
+SYSTEM_KEYS = ("system", "system_prompt")
+TOOL_KEYS = ("tools", "functions")
+# The text that a model thinks before it replies.
+THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking")
+# Whether a reply is learned, in the words of several toolkits: train (ours, axolotl), loss (ms-swift), weight (OpenAI),
+# loss_weight (LLaMA-Factory v1), training and trainable.
+SWITCHES = ("train", "loss", "training", "trainable", "weight", "loss_weight")
+# The same for parts of a text, or as a factor: never honoured.
+OTHER_SWITCHES = ("loss_scale", "train_detail", "training_detail", "mask")
+# Files beside the text. LLaMA-Factory and ms-swift use the plural, LLaVA and others the singular.
+MEDIA_KEYS = ("images", "image", "videos", "video", "audios", "audio")
+MEDIA_KEYS += tuple(
+    f"{kind}_{what}" for kind in ("image", "video", "audio") for what in ("path", "paths", "url", "urls")
+)
+# The better and the worse of two replies, and what holds them.
+CHOSEN_KEYS = ("chosen", "chosen_response", "response_chosen", "preferred_output")
+REJECTED_KEYS = ("rejected", "rejected_response", "response_rejected", "rejected_messages", "non_preferred_output")
+
+MEANING_KEYS = frozenset((*SWITCHES, *OTHER_SWITCHES, *MEDIA_KEYS, *CHOSEN_KEYS, *REJECTED_KEYS, "label", "loss_mask"))
+
+# --- The forms
+
+
+@dataclass(frozen=True)
+class Form:
+    """A way to write a conversation: `keys` hold it, and `optional` keys are read where they are there."""
+
+    keys: tuple[str, ...]
+    optional: tuple[str, ...] = ()
+
+    @property
+    def read(self) -> frozenset[str]:
+        """All keys of a record that are read or checked."""
+        return _READ[self]
+
+
+_EVERYWHERE = ("id", *SYSTEM_KEYS, *TOOL_KEYS)
+MESSAGE_LISTS = (Form(("messages",)), Form(("conversations",)))
+# Question, answer, and what may come with the question. The first row whose keys are not null decides.
+PAIRS = (
+    Form(("instruction", "output"), ("input", "history")),
+    Form(("instruction", "response"), ("context", "history")),
+    Form(("prompt", "completion"), ("history",)),
+    Form(("prompt", "response"), ("history",)),
+    Form(("query", "response"), ("history",)),
+    Form(("question", "answer"), ("history",)),
+    Form(("question", "response"), ("history",)),
+    Form(("input", "target"), ("history",)),
+    Form(("input", "output"), ("history",)),
+    Form(("query", "tools", "answers")),
+)
+_READ = {form: frozenset((*form.keys, *form.optional, *_EVERYWHERE, *MEANING_KEYS)) for form in MESSAGE_LISTS}
+_READ |= {form: frozenset((*form.keys, *form.optional, *_EVERYWHERE, *MEANING_KEYS, *THOUGHT_KEYS)) for form in PAIRS}
+
+MESSAGE_KEYS = frozenset(("role", "from", "content", "value", *SWITCHES, *OTHER_SWITCHES, *MEDIA_KEYS))
+ASSISTANT_KEYS = MESSAGE_KEYS.union(THOUGHT_KEYS, ("tool_calls", "function_call"))
+TOOL_MESSAGE_KEYS = MESSAGE_KEYS.union(("tool_call_id", "name"))
+
+
+def find_form(record: object) -> Form | None:
+    """Return the form of a record: a filled list of messages, else a pair, else an empty list of messages."""
     if not isinstance(record, dict):
         return None
-    lists = [key for key in MESSAGE_LISTS if isinstance(record.get(key), list)]
-    pairs = [pair for pair in PAIRS if record.get(pair[0]) is not None and record.get(pair[2]) is not None]
-    filled = [key for key in lists if record[key]]
-    return next(iter(filled + pairs + lists), None)
+    empty = None
+    for form in MESSAGE_LISTS:
+        value = record.get(form.keys[0])
+        if value and (isinstance(value, list) or is_messages_text(value) or is_columns(value)):
+            return form
+        if isinstance(value, list):
+            empty = empty or form
+    for form in PAIRS:
+        if all(record.get(key) is not None for key in form.keys):
+            return form
+    return empty
+
+
+def is_messages_text(value: object) -> bool:
+    """Whether a list of messages is written as JSON text, as some Parquet and CSV files have it."""
+    return isinstance(value, str) and value.lstrip()[:1] == "[" and "{" in value
+
+
+def is_columns(value: object) -> bool:
+    """Whether messages are an object of two lists, roles and texts, as Parquet exports have them."""
+    return isinstance(value, dict) and len([key for key in value if isinstance(value[key], list)]) >= 2
+
+
+def count_unread(item: dict, read: frozenset[str], prefix: str, unread: Counter[str]) -> None:
+    """Count the keys of `item` that hold something and are not in `read`."""
+    for key, value in item.items():
+        if key not in read and not is_empty(value):
+            unread[f"{prefix}{key}"] += 1
+
+
+def list_counts(counts: dict[str, int]) -> str:
+    """`lang 300, score 12`: the largest count first."""
+    return ", ".join(
+        f"{name} {count:,}" for name, count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    )
+
+
+def is_empty(value: object) -> bool:
+    """Whether a field holds nothing: null, or an empty text, list or object."""
+    return value is None or (isinstance(value, str | list | dict) and not value)
+
+
+def check_media(item: dict, where: str) -> None:
+    """Raise RecordError if there are pictures, sounds or films beside the text."""
+    for key in MEDIA_KEYS:
+        if not is_empty(item.get(key)):
+            message = f"{where}{key} holds media, and only text is learned; leave the record out"
+            raise RecordError(key.partition("_")[0].rstrip("s") + "s", message)
+
+
+def read_switch(item: dict, where: str) -> bool | None:
+    """Return whether a reply is to be learned, or None where it isn't said. Raises RecordError for other values."""
+    for key in OTHER_SWITCHES:
+        if not is_empty(item.get(key)):
+            raise RecordError("loss_switch", f"{where}{key} can't be honoured; use train: false for a whole reply")
+    found = {key: as_boolean(item[key]) for key in SWITCHES if item.get(key) is not None}
+    for key, value in found.items():
+        if value is None:
+            shown = json.dumps(item[key])[:40]
+            raise RecordError("loss_switch", f"{where}{key} is {shown}; only 0 and 1, false and true are honoured")
+    if len(set(found.values())) > 1:
+        raise RecordError("loss_switch", f"{where}{' and '.join(found)} contradict each other; keep one")
+    return next(iter(found.values()), None)
+
+
+def read_learned(item: dict, mask: object, is_reply: bool, where: str) -> dict[str, bool]:
+    """Return {"train": False} for a message that is not to be learned, by a switch or by the record's loss_mask."""
+    learned = read_switch(item, f"{where}.")
+    if mask is not None:
+        masked = as_boolean(mask)
+        if masked is None or learned not in (None, masked):
+            raise RecordError("loss_switch", f"{where}: its loss_mask is neither 0 nor 1, or contradicts its switch")
+        learned = masked
+    if learned and not is_reply:
+        raise RecordError("loss_switch", f"{where} is to be learned, but only replies are; set its switch to 0")
+    return {"train": False} if learned is False and is_reply else {}
+
+
+def as_boolean(value: object) -> bool | None:
+    """0/1, false/true, and these as text; None for everything else."""
+    if isinstance(value, str):
+        value = {"true": True, "false": False, "0": False, "1": True, "0.0": False, "1.0": True}.get(
+            value.strip().lower()
+        )
+    return bool(value) if isinstance(value, bool | int | float) and value in (0, 1) else None
+
+
+# --- One field
 
 
 def name_type(value: object) -> str:
+    """Name the JSON type of a value, with its article."""
     names = {bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "a list", dict: "an object"}
     return "null" if value is None else names.get(type(value), type(value).__name__)
 
@@ -53,6 +204,7 @@ def has_lone_surrogate(text: str) -> bool:
 
 
 def read_text(value: object, where: str) -> str:
+    """Return a text as it is. Raises RecordError for null, other types and halves of characters."""
     if not isinstance(value, str):
         if value is None:
             raise RecordError("null_field", f"{where} is null; give a text or leave the record out")
@@ -62,3 +214,91 @@ def read_text(value: object, where: str) -> str:
         found = f"a lone surrogate (\\u{ord(char):04x}) at character {position + 1}"
         raise RecordError("lone_surrogate", f"{where} has {found}, half of a character; fix the text")
     return value
+
+
+def parse_json(text: str) -> Any:
+    """Parse JSON that stands inside a text. Raises ValueError, for a key that is there twice and for NaN too."""
+    return json.loads(text, object_pairs_hook=unique_keys, parse_constant=_refuse_constant)
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make an object of its pairs. Raises RecordError for a key that is there twice."""
+    record = dict(pairs)
+    if len(record) != len(pairs):
+        key = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise RecordError("duplicate_key", f'key "{key}" stands twice in one object; keep one')
+    return record
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def check_json(value: object, where: str) -> None:
+    """Raise RecordError unless `value` can be written as JSON in UTF-8."""
+    try:
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    except UnicodeEncodeError as error:
+        raise RecordError("lone_surrogate", f"{where} has a lone surrogate, half of a character; fix it") from error
+    except (ValueError, RecursionError) as error:
+        raise RecordError("not_json", f"{where} can't be written as JSON ({error}); fix it") from error
+
+
+# --- Choices of the user
+
+REASONING = ("auto", "keep", "drop")
+PREFERENCES = ("chosen",)
+
+
+def check_choices(reasoning: str, preference: str | None) -> list[str]:
+    """List what is wrong with --reasoning and --preference."""
+    mistakes = [] if reasoning in REASONING else [f"--reasoning {reasoning}: use {', '.join(REASONING)}"]
+    if preference not in (None, *PREFERENCES):
+        mistakes.append(f"--preference {preference}: use {', '.join(PREFERENCES)}, or leave it out")
+    return mistakes
+
+
+def take_chosen(record: dict, preference: str | None) -> dict:
+    """Return preference data as a record of another form that holds the chosen reply; other records as they are.
+
+    Raises RecordError without `--preference chosen`, and NotChosen for what is labelled as bad.
+    """
+    keys = [key for key in (*CHOSEN_KEYS, *REJECTED_KEYS) if not is_empty(record.get(key))]
+    label = as_boolean(record.get("label"))
+    if not keys and label is None:
+        return record
+    if preference is None:
+        shown = " and ".join(keys or ["label"])
+        advice = "--preference chosen takes the chosen replies and leaves out the others"
+        raise RecordError("preference", f"{shown}: preference data, of which half is bad; {advice}")
+    if label is False:
+        raise NotChosen("not_chosen", "label is false: left out by --preference chosen")
+    rest = {key: value for key, value in record.items() if key not in (*keys, "label")}
+    chosen = next((record[key] for key in CHOSEN_KEYS if key in keys), None)
+    return rest if chosen is None else _put_chosen(rest, chosen)
+
+
+def _put_chosen(record: dict, chosen: object) -> dict:
+    if isinstance(chosen, dict):
+        chosen = [chosen]
+    if isinstance(chosen, list) and chosen and isinstance(chosen[0], dict):
+        first = chosen[0].get("role") or chosen[0].get("from")
+        if first in ("user", "human", "system"):
+            return {key: value for key, value in record.items() if key != "prompt"} | {"messages": chosen}
+    inner = record.get("input")
+    if isinstance(inner, dict) and isinstance(inner.get("messages"), list):
+        record = {key: value for key, value in record.items() if key != "input"} | inner
+    for form in MESSAGE_LISTS:
+        if isinstance(messages := record.get(form.keys[0]), list):
+            reply = [{"role": "assistant", "content": chosen}] if isinstance(chosen, str) else chosen
+            return record | {form.keys[0]: [*messages, *reply]}
+    for form in PAIRS:
+        question, answer = form.keys[0], form.keys[-1]
+        if record.get(question) is not None and len(form.keys) == 2:
+            if isinstance(record[question], list) == isinstance(chosen, list):
+                return record | {answer: chosen}
+            if isinstance(chosen, list):
+                asked = {"role": "user", "content": record[question]}
+                return {key: value for key, value in record.items() if key != question} | {"messages": [asked, *chosen]}
+            return record | {answer: [{"role": "assistant", "content": chosen}]}
+    raise RecordError("preference", "the chosen reply has no question beside it; write prompt, chosen and rejected")

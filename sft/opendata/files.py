@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from sft.opendata.records import RawRecord, split_file
+from sft.opendata.records import RawRecord, check_encoding, check_file, split_file
 
 EXTENSIONS = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
 # Never read as data: what sft.opendata writes beside its conversations, and what the hub keeps beside a data set.
@@ -168,6 +168,22 @@ def _short_names(paths: list[str]) -> dict[str, str]:
         if num_uses.total() == len(num_uses):
             return {path: os.fsencode(name).decode("utf-8", "backslashreplace") for path, name in names.items()}
         depths = {path: depth + (num_uses[names[path]] > 1) for path, depth in depths.items()}
+
+
+def check_sources(sources: list[Source], encoding: str) -> list[str]:
+    """List what is wrong with whole files: missing, not permitted, or in another encoding."""
+    mistakes = []
+    try:
+        check_encoding(encoding)
+    except ValueError as error:
+        return [str(error)]
+    for source in sources:
+        try:
+            if source.open_file is None:
+                check_file(source.path, encoding=encoding)
+        except ValueError as error:
+            mistakes.append(str(error))
+    return mistakes
 
 
 # --- Sampling

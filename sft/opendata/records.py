@@ -11,11 +11,10 @@ import json
 import os
 import re
 import zlib
-from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import Any, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple
 
-from sft.opendata.fields import RecordError, find_form, has_lone_surrogate
+from sft.opendata.fields import RecordError, find_form, has_lone_surrogate, unique_keys
 
 # The largest record in characters (up to 64 MiB in UTF-8), and how much of a broken stretch is kept as its raw text.
 MAX_RECORD_CHARACTERS = 16 << 20
@@ -374,17 +373,9 @@ def _next_restart(text: _TextWindow, offset: int, key: re.Match | None) -> int:
 # --- Parsing
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    record = dict(pairs)
-    if len(record) != len(pairs):
-        key = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise RecordError("duplicate_key", f'key "{key}" stands twice in one object; keep one')
-    return record
-
-
 # NaN is what pandas writes where a concatenated table has no value.
 _decoder = json.JSONDecoder(
-    object_pairs_hook=_unique_keys, parse_constant=lambda name: None if name == "NaN" else float(name)
+    object_pairs_hook=unique_keys, parse_constant=lambda name: None if name == "NaN" else float(name)
 )
 
 

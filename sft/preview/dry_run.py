@@ -19,7 +19,8 @@ import numpy as np
 
 from sft.checkpoint.manifest import PROGRESS
 from sft.checkpoint.resume import check_unchanged
-from sft.dataset.dataset import EXPLAINED, LOST, WAYS, Examples, TrainingRows, ledger_lines
+from sft.dataset.dataset import Examples, TrainingRows
+from sft.dataset.ledger import EXPLAINED, LOST, WAYS, ledger_lines
 from sft.dataset.mixture import mixture_table
 from sft.dataset.sampler import Updates
 from sft.format.contract import check_contract

@@ -20,10 +20,13 @@ from sft.checkpoint.save import check_output_dir
 from sft.dataset.dataset import find_files
 from sft.format.table import FORMAT_NAMES
 from sft.model.load import check_dtype, check_model_path, choose_compute
+from sft.opendata.fields import check_choices
 from sft.train.deepspeed import check_deepspeed_config, deepspeed_config, start_deepspeed_on_cpu
 
 LIMITS = ("at_least", "above", "at_most", "below")  # keys of a field's metadata: the values that it allows
-RESUME = "resume"  # "same": a checkpoint is resumed only with the same value, unless --allow_changed names it
+# "same": a checkpoint is resumed only with the same value, unless --allow_changed names it. "same unless default": its
+# default counts as the value of older checkpoints, which lack the flag.
+RESUME = "resume"
 # The same for flags that train.py leaves as transformers has them. All others (logging, saving, evaluation, paths)
 # don't change what is computed, and may differ freely in a resumed run.
 OF_TRANSFORMERS = {
@@ -64,8 +67,11 @@ class Settings:
         """Return the flags that change what is computed: a resume must have the same."""
         groups = (self.model, self.data, self.training)
         metadata = {entry.name: entry.metadata for group in groups for entry in fields(group)} | OF_TRANSFORMERS
-        flags = self.by_name()
-        return {name: flags[name] for name, keys in metadata.items() if keys.get(RESUME) == "same" and name in flags}
+        flags, same = self.by_name(), ("same", "same unless default")
+        found = {name: flags[name] for name, keys in metadata.items() if keys.get(RESUME) in same and name in flags}
+        defaults = {entry.name: entry.default for group in groups for entry in fields(group)}
+        later = [name for name in found if metadata[name][RESUME] != "same" and found[name] == defaults[name]]
+        return {name: value for name, value in found.items() if name not in later}
 
 
 def parse_arguments(groups: tuple[type, type, type], arguments: Sequence[str] | None) -> Settings:
@@ -166,6 +172,7 @@ def check_arguments(arguments: dict[str, Any], groups: Sequence[type]) -> list[s
         check_dtype(arguments["dtype"], lora=arguments["lora"]),
         check_output_dir(arguments["output_dir"], resume=resume),
         *_check_data(arguments),
+        *check_choices(arguments["reasoning"], arguments["preference"]),
         *_check_limits(arguments, groups),
         *check_deepspeed_config(arguments),
         *_check_combinations(arguments),

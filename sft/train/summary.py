@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from sft.dataset.dataset import ledger_lines
+from sft.dataset.ledger import ledger_lines
 from sft.dataset.mixture import mixture_table
 from sft.files import write_json, write_text
 from sft.model.load import count_parameters

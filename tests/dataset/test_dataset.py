@@ -12,17 +12,8 @@ import numpy as np
 import pytest
 
 from sft.dataset import dataset
-from sft.dataset.dataset import (
-    BATCH_SIZE,
-    Examples,
-    TrainingRows,
-    batches,
-    check_losses,
-    file_hashes,
-    find_files,
-    ledger_lines,
-    prepare,
-)
+from sft.dataset.dataset import BATCH_SIZE, Examples, TrainingRows, batches, file_hashes, find_files, prepare
+from sft.dataset.ledger import check_losses, ledger_lines
 from sft.format.render import Renderer
 from sft.format.tokens import IGNORE_INDEX
 from tests.conftest import ROOT
@@ -80,7 +71,7 @@ def test_the_ledger_counts_every_record_with_its_first_place(tmp_path, renderer)
             '{"instruction": "broken',
             record("long " * 40, "never seen"),
             record("cut", "word " * 100),
-            {"messages": [{"role": "bot", "content": "x"}]},
+            {"messages": [{"role": "narrator", "content": "x"}]},
             {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "train": False}]},
         ],
     )
@@ -88,16 +79,17 @@ def test_the_ledger_counts_every_record_with_its_first_place(tmp_path, renderer)
     assert ledger["total"] == {
         "in": 6,
         "kept": 2,
-        "rejected": 2,
+        "rejected": 3,
         "prompt_too_long": 1,
         "cut": 1,
-        "no_trained_token": 1,
     }
     assert len(examples) == 2
     assert ledger["first"]["prompt_too_long"] == f"{file} line 3"
     assert ledger["first"]["rejected"].startswith(f"{file} line 2: ")
     assert ledger_lines(ledger)[0] == "6 conversations in 1 files, 2 kept"
-    assert f"  lost, no token to train on: 1 (first: {file} line 6)" in ledger_lines(ledger)
+    assert ledger["rejected"] == {"malformed_json": 1, "unknown_role": 1, "nothing_learned": 1}
+    reasons = "malformed_json 1, nothing_learned 1, unknown_role 1"
+    assert ledger_lines(ledger)[2].startswith(f"  lost, not a conversation: 3 ({reasons}; first: {file} line 2: ")
 
 
 def test_a_run_stops_when_more_than_the_stated_share_is_lost(tmp_path, renderer):

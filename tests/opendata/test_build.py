@@ -20,7 +20,7 @@ def test_every_record_is_accounted_for_and_every_loss_is_traceable(tmp_path):
     bad, surrogate = '{"instruction": "q"', '{"instruction": "\\ud800", "output": "a"}'
     lines = [
         record(1),
-        record(1, instruction="Question １ "),
+        record(1, instruction="question 1 "),
         record(2, output=""),
         bad,
         surrogate,
@@ -41,6 +41,7 @@ def test_every_record_is_accounted_for_and_every_loss_is_traceable(tmp_path):
         "rejected": {"malformed_json": 1, "lone_surrogate": 1},
         "changed": {"strip_edges": 1},
         "notes": {},
+        "not_read": {},
         "characters": {"p50": 19, "p90": 19, "p99": 19},
     }
     assert ledger["total"] == total
@@ -127,12 +128,14 @@ def test_the_held_out_split_stays_when_data_is_added_and_shares_no_prompt(tmp_pa
     assert before[1] <= after[1]
 
 
-def test_reasoning_is_kept_on_request(tmp_path):
+def test_thoughts_are_kept_unless_they_are_to_be_dropped(tmp_path):
     reply = {"role": "assistant", "content": "a.", "reasoning_content": "r"}
     path = write(tmp_path / "a.json", [{"messages": [{"role": "user", "content": "q"}, reply]}])
-    assert build(path, tmp_path / "out")["total"]["notes"] == {"reasoning_dropped": 1}
-    build(path, tmp_path / "kept", reasoning="keep")
-    assert texts(tmp_path / "kept") == [["q", "<think>\nr\n</think>\n\na."]]
+    for reasoning, kept in (("auto", {"reasoning_content": "r"}), ("keep", {"reasoning_content": "r"}), ("drop", {})):
+        ledger = build(path, tmp_path / reasoning, reasoning=reasoning)
+        assert ledger["total"]["notes"] == {f"reasoning_{'kept' if kept else 'dropped'}": 1}
+        answer = read_lines(tmp_path / reasoning / "train.json")[0]["messages"][1]
+        assert answer == {"role": "assistant", "content": "a."} | kept
 
 
 def test_another_encoding_is_read_on_request(tmp_path):

@@ -55,8 +55,8 @@ def test_all_mistakes_are_told_at_once_in_a_line_each_and_nothing_is_written(tmp
         "--eval_share 2.0: give a share from 0 up to, but without, 1",
         "--max_rejected 3.0: give a share from 0 to 1",
         "--near_duplicates 7.0: give a similarity above 0 and up to 1, such as 0.8",
-        "--reasoning maybe: use drop or keep",
         "--workers 0: give at least 1",
+        "--reasoning maybe: use auto, keep, drop",
         f"{tmp_path}/file: can't be written to; choose another --output or --report",
     ]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "file", "gbk.json"]

@@ -2,11 +2,11 @@
 
 import subprocess
 import sys
-from collections import Counter
 
 import pytest
 
 from sft.opendata.conversation import read_conversations, read_record, validate
+from sft.opendata.fields import FieldCounts
 from tests.opendata.make import ONE_TURN, messages_of, pair, reason_of, write_file
 
 
@@ -50,11 +50,11 @@ def test_every_raw_form_reads_as_the_same_conversation(record):
 
 def test_a_filled_input_follows_the_instruction_on_a_new_line_and_a_placeholder_does_not():
     assert messages_of({"instruction": "q", "input": "x", "output": "a"})[0] == ("user", "q\nx")
-    notes = Counter()
+    counts = FieldCounts()
     for placeholder in ("<noinput>", "N/A", "无", "None", None, " "):
         record = {"instruction": "q", "input": placeholder, "output": "a"}
-        assert messages_of(record, notes=notes) == ONE_TURN
-    assert notes == {"input_placeholder": 4}
+        assert messages_of(record, counts=counts) == ONE_TURN
+    assert counts.notes == {"input_placeholder": 4}
 
 
 def test_system_and_history_come_before_the_question():
@@ -84,12 +84,12 @@ def test_belle_markers_that_do_not_alternate_are_rejected_and_a_lookalike_is_not
     )
     assert reason == "belle_alternation"
     assert message == "instruction has the markers Human, Human, Assistant; Human: and Assistant: must take turns"
-    notes = Counter()
-    assert messages_of({"instruction": "Human:a", "output": "b"}, notes=notes) == [
+    counts = FieldCounts()
+    assert messages_of({"instruction": "Human:a", "output": "b"}, counts=counts) == [
         ("user", "Human:a"),
         ("assistant", "b"),
     ]
-    assert notes == {"belle_lookalike": 1}
+    assert counts.notes == {"belle_lookalike": 1}
 
 
 def test_what_is_not_to_be_learned_is_marked():
@@ -105,14 +105,15 @@ def test_what_is_not_to_be_learned_is_marked():
         assert [m.get("train") for m in read_record(record, source="f", line=1)["messages"]] == [None, False]
 
 
-def test_reasoning_is_dropped_and_noted_or_kept_as_thoughts():
+def test_a_thought_is_kept_in_its_field_or_dropped_and_both_are_counted():
     record = {
         "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "reasoning_content": "r"}]
     }
-    notes = Counter()
-    assert messages_of(record, notes=notes) == ONE_TURN
-    assert notes == {"reasoning_dropped": 1}
-    assert messages_of(record, reasoning="keep")[1] == ("assistant", "<think>\nr\n</think>\n\na")
+    for reasoning, kept, note in (("keep", "r", "reasoning_kept"), ("drop", None, "reasoning_dropped")):
+        counts = FieldCounts()
+        read = read_record(record, source="f", line=1, reasoning=reasoning, counts=counts)
+        assert read["messages"][1].get("reasoning_content") == kept
+        assert counts.notes == {note: 1}
 
 
 def test_an_id_is_kept_and_a_missing_one_is_the_place():
@@ -137,9 +138,9 @@ def test_an_id_is_kept_and_a_missing_one_is_the_place():
         ({"instruction": "q", "output": None}, "null_field", "output is null; give a text or leave the record out"),
         ({"instruction": 1, "output": "a"}, "not_text", "instruction is a number; write it as a string"),
         (
-            {"messages": [{"role": "user", "content": "q"}, {"role": "bot", "content": "a"}]},
+            {"messages": [{"role": "user", "content": "q"}, {"role": "narrator", "content": "a"}]},
             "unknown_role",
-            'messages[1] has role "bot"; use system, user or assistant',
+            'messages[1] has role "narrator"; use system, user or assistant',
         ),
         (
             {"messages": [{"role": "user", "content": None}]},

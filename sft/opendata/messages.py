@@ -1,0 +1,243 @@
+"""From the messages of a record to canonical messages: roles, contents in parts, thoughts and loss switches."""
+
+import json
+from collections import Counter
+from typing import Any, NamedTuple
+
+from sft.opendata.fields import (
+    ASSISTANT_KEYS,
+    MESSAGE_KEYS,
+    THOUGHT_KEYS,
+    TOOL_MESSAGE_KEYS,
+    FieldCounts,
+    RecordError,
+    check_media,
+    count_unread,
+    is_empty,
+    name_type,
+    parse_json,
+    read_learned,
+    read_text,
+)
+from sft.opendata.tools import generalise, parse_calls, read_calls, read_result
+
+CALL = "call"
+ROLES = {
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("user", "human"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "model", "bot"), "assistant"),
+    **dict.fromkeys(("tool", "tool_response", "function", "function_response", "observation", "ipython"), "tool"),
+    **dict.fromkeys(("tool_call", "function_call"), CALL),
+}
+
+
+class Parts(NamedTuple):
+    """What a content holds; `results` are tool messages."""
+
+    text: str
+    thought: str | None = None
+    calls: tuple[dict, ...] = ()
+    results: tuple[dict, ...] = ()
+
+
+def list_messages(value: Any, key: str) -> list:
+    """Messages as a list of objects: also from JSON text, and from an object of columns."""
+    if isinstance(value, str):
+        try:
+            value = parse_json(value)
+        except (ValueError, RecursionError) as error:
+            raise RecordError("not_list", f"{key} is a text that is no JSON ({error}); write it as a list") from error
+    if isinstance(value, dict):
+        columns = {name: column for name, column in value.items() if isinstance(column, list)}
+        if len({len(column) for column in columns.values()}) != 1:
+            raise RecordError("not_list", f"{key} is an object of lists of several lengths; write a list of messages")
+        value = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    return value
+
+
+def read_messages(items: list, where: str, counts: FieldCounts, mask: object = None) -> list[dict]:
+    """Read each message; calls that stand in messages of their own join the reply before them."""
+    if not is_empty(mask) and (not isinstance(mask, list) or len(mask) != len(items)):
+        raise RecordError(
+            "loss_switch", f"loss_mask must be a list with a 0 or 1 for each of the {len(items)} messages"
+        )
+    messages: list[dict] = []
+    for number, item in enumerate(items):
+        for message in _read_message(item, f"{where}[{number}]", counts, mask[number] if mask else None):
+            if message["role"] == CALL and messages and messages[-1]["role"] == "assistant":
+                messages[-1] = _join_calls(messages[-1], message, f"{where}[{number}]")
+            else:
+                messages.append(message | {"role": "assistant"} if message["role"] == CALL else message)
+    return messages
+
+
+def _join_calls(reply: dict, calls: dict, where: str) -> dict:
+    if reply.get("train") != calls.get("train"):
+        raise RecordError("loss_switch", f"{where} belongs to the reply before it, which has another switch")
+    if calls.get("reasoning_content"):
+        raise RecordError("two_thoughts", f"{where} has a thought in the middle of a reply; write it before the text")
+    return reply | {"tool_calls": [*reply.get("tool_calls", ()), *calls["tool_calls"]]}
+
+
+_KEYS = {"assistant": ASSISTANT_KEYS, CALL: ASSISTANT_KEYS, "tool": TOOL_MESSAGE_KEYS}
+
+
+def _read_message(item: object, where: str, counts: FieldCounts, mask: object) -> list[dict]:
+    """One message; more where its content holds results of calls."""
+    if not isinstance(item, dict):
+        raise RecordError(
+            "not_object", f'{where} is {name_type(item)}; write it as an object with "role" and "content"'
+        )
+    given = item.get("role") if item.get("role") is not None else item.get("from")
+    role = ROLES.get(given.strip().lower()) if isinstance(given, str) else None
+    if role is None:
+        shown = json.dumps(given)[:80]
+        raise RecordError("unknown_role", f"{where} has role {shown}; use system, user or assistant")
+    check_media(item, f"{where}.")
+    count_unread(item, _KEYS.get(role, MESSAGE_KEYS), generalise(where), counts.unread)
+    key = "content" if item.get("content") is not None or "value" not in item else "value"
+    learned = read_learned(item, mask, role in ("assistant", CALL), where)
+    if role == "tool":
+        return [_read_tool_message(item, key, where)]
+    if role == CALL:
+        return [_read_call_message(item, key, where, counts) | learned]
+    parts = _read_content(item, key, where, counts)
+    if role != "assistant":
+        if parts.calls or parts.thought is not None:
+            raise RecordError("content_part", f"{where}.{key} holds a call or a thought, which only a reply may have")
+        return [*parts.results, *([{"role": role, "content": parts.text}] if parts.text or not parts.results else [])]
+    return [read_reply(item, parts, where, counts) | learned]
+
+
+def _read_content(item: dict, key: str, where: str, counts: FieldCounts) -> Parts:
+    """A text, or a list of parts; null in a reply that has calls."""
+    value = item.get(key)
+    if isinstance(value, list):
+        return read_parts(value, f"{where}.{key}", counts.unread)
+    if value is None and not (is_empty(item.get("tool_calls")) and is_empty(item.get("function_call"))):
+        return Parts("")
+    if key not in item:
+        other = next((name for name, text in item.items() if isinstance(text, str) and name not in ASSISTANT_KEYS), "")
+        raise RecordError(
+            "no_content", f"{where} has no `content`" + (f", but `{other}`; name it `content`" * bool(other))
+        )
+    return Parts(read_text(value, f"{where}.{key}"))
+
+
+def read_reply(item: dict, parts: Parts, where: str, counts: FieldCounts) -> dict:
+    """The message of an assistant: its text, and its thought and calls where it has them."""
+    in_text, text = split_thought(parts.text, counts.notes)
+    in_parts = join_thoughts(parts.thought, in_text, where)
+    thought = join_thoughts(read_thought(item, f"{where}."), in_parts, where)
+    calls = [*parts.calls, *read_calls(item, where, counts.unread)]
+    message: dict = {"role": "assistant", "content": text}
+    if thought is not None:
+        message["reasoning_content"] = thought
+    return message | {"tool_calls": calls} if calls else message
+
+
+def _read_call_message(item: dict, key: str, where: str, counts: FieldCounts) -> dict:
+    """A message that holds nothing but calls, as JSON, maybe after a thought."""
+    value, thought = item.get(key), None
+    if isinstance(value, str):
+        thought, value = split_thought(read_text(value, f"{where}.{key}"), counts.notes)
+    thought = join_thoughts(read_thought(item, f"{where}."), thought, where)
+    calls = parse_calls(value, f"{where}.{key}", counts.unread)
+    if not calls:
+        raise RecordError("tool_call", f"{where}.{key} holds no call; write it as JSON with name and arguments")
+    message: dict = {"role": CALL, "content": "", "tool_calls": calls}
+    return message if thought is None else message | {"reasoning_content": thought}
+
+
+def _read_tool_message(item: dict, key: str, where: str) -> dict:
+    message: dict = {"role": "tool", "content": read_result(item.get(key), f"{where}.{key}")}
+    for name in ("tool_call_id", "name"):
+        if item.get(name) not in (None, ""):
+            message[name] = read_text(item[name], f"{where}.{name}")
+    return message
+
+
+# --- Content in parts
+
+
+def read_parts(parts: list, where: str, unread: Counter[str]) -> Parts:
+    """Read the parts of OpenAI, LLaMA-Factory v1 (key `value`) and Anthropic; texts are joined. Raises RecordError."""
+    texts, thoughts, calls, results = [], [], [], []
+    for number, part in enumerate(parts):
+        place = f"{where}[{number}]"
+        kind = part.get("type", "text") if isinstance(part, dict) else name_type(part)
+        key = _PART_KEYS.get(kind) if isinstance(kind, str) and isinstance(part, dict) else None
+        if key is None and not (kind is None and isinstance(part.get("text"), str)):
+            raise RecordError("content_part", f"{place} is of type {json.dumps(kind)[:80]}; only text is read")
+        keys = key or ("text",)
+        name = next((name for name in keys if part.get(name) is not None), keys[0])
+        read = ("type", name, *(("id", "name") if kind == "tool_use" else ("tool_use_id",) * (kind == "tool_result")))
+        count_unread(part, frozenset(read), generalise(place), unread)
+        if kind in ("reasoning", "thinking"):
+            thoughts.append(read_text(part.get(name), f"{place}.{name}"))
+        elif kind == "tool_call":
+            calls += parse_calls(part.get(name), f"{place}.{name}", unread)
+        elif kind == "tool_use":
+            calls += parse_calls({key: part.get(key) for key in ("id", "name", "input")}, place, unread)
+        elif kind == "tool_result":
+            results.append(_read_tool_result(part, place, unread))
+        else:
+            texts.append(read_text(part.get(name), f"{place}.{name}"))
+    return Parts("".join(texts), "\n".join(thoughts) if thoughts else None, tuple(calls), tuple(results))
+
+
+# The key that holds a part's content, by its type; the first that is not null.
+_PART_KEYS = {
+    **dict.fromkeys(("text", "input_text", "output_text"), ("text", "value")),
+    "reasoning": ("value", "text", "reasoning"),
+    "thinking": ("thinking", "value", "text"),
+    "tool_call": ("value",),
+    "tool_use": ("input",),
+    "tool_result": ("content",),
+}
+
+
+def _read_tool_result(part: dict, where: str, unread: Counter[str]) -> dict:
+    content = part.get("content")
+    is_parts = isinstance(content, list) and all(isinstance(inner, dict) and "type" in inner for inner in content)
+    text = read_parts(content, f"{where}.content", unread).text if is_parts else read_result(content or "", where)
+    number = part.get("tool_use_id")
+    return {"role": "tool", "content": text, **({} if number in (None, "") else {"tool_call_id": str(number)})}
+
+
+# --- Thoughts
+
+
+def split_thought(text: str, notes: Counter[str]) -> tuple[str | None, str]:
+    """Split `<think>…</think>` off the head of a reply, also without its opening tag; (None, text) if there is none.
+
+    Without the opening tag, the only closing tag must end its line, else it is taken for a word of the text. Tags that
+    stay in the text are counted.
+    """
+    head = text.lstrip()
+    if "</think>" not in head and not head.startswith("<think>"):
+        return None, text
+    before, closing, after = head.partition("</think>")
+    opened = before.startswith("<think>")
+    thought = before.removeprefix("<think>")
+    is_alone = not opened and "<think>" not in head and "</think>" not in after and "`" not in before[-1:]
+    if closing and (opened or (is_alone and (not after.strip(" ") or after.lstrip(" ")[0] in "\r\n"))):
+        return thought.strip("\r\n"), after.lstrip("\r\n")
+    notes["think_tag_left_in_the_text"] += 1
+    return None, text
+
+
+def read_thought(item: dict, where: str) -> str | None:
+    """Return the thought in one of THOUGHT_KEYS, None where there is none. Raises RecordError for two of them."""
+    found = {key: read_text(item[key], f"{where}{key}") for key in THOUGHT_KEYS if item.get(key) is not None}
+    filled = {text for text in found.values() if text}
+    if len(filled) > 1:
+        raise RecordError("two_thoughts", f"{where}{' and '.join(found)} differ; keep one")
+    return next(iter(filled or found.values()), None)
+
+
+def join_thoughts(field: str | None, from_text: str | None, where: str) -> str | None:
+    """The thought of a reply that may stand in a field, in the text, or in both alike."""
+    if field and from_text and field.strip() != from_text.strip():
+        raise RecordError("two_thoughts", f"{where} has one thought in a field and another in its text; keep one")
+    return field or from_text if from_text is not None else field
