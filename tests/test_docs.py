@@ -118,7 +118,7 @@ def test_the_chinese_twin_has_the_same_outline_and_code(english, chinese):
         assert without_comments(theirs) == without_comments(ours)
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", [*PAGES, "CONTRIBUTING.md", "CHANGELOG.md"])
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)\s]+)\)", without_code(page)):
         path, _, anchor = target.partition("#")
@@ -129,6 +129,13 @@ def test_links_lead_somewhere(page):
         if anchor:
             headings = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), re.MULTILINE)
             assert anchor in map(slug, headings), target
+
+
+@pytest.mark.parametrize("page", [*PAGES, "CONTRIBUTING.md", "CHANGELOG.md"])
+def test_the_files_that_are_named_exist(page):
+    named = re.findall(r"`((?:sft|tests|docs|recipes|benchmarks|data_proj|suites|\.ci)/[\w./-]*)`", read(page))
+    made = {"data_proj/opendata"}
+    assert [path for path in named if not (ROOT / path).exists() and path not in made] == []
 
 
 @pytest.mark.parametrize("page", PAGES)
