@@ -8,16 +8,19 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from typing import Any, Literal, NotRequired, TypedDict
+from typing import Any
 
 from sft.opendata.fields import (
     MEANING_KEYS,
     MESSAGE_LISTS,
     PAIRS,
     SYSTEM_KEYS,
+    Conversation,
     FieldCounts,
     Form,
+    Message,
     RecordError,
+    Tool,
     check_media,
     count_unread,
     find_form,
@@ -28,70 +31,20 @@ from sft.opendata.fields import (
     read_text,
     take_chosen,
 )
-from sft.opendata.messages import Parts, list_messages, read_messages, read_reply
+from sft.opendata.messages import (
+    Parts,
+    check_calls,
+    list_messages,
+    note_calls,
+    parse_calls,
+    read_definitions,
+    read_messages,
+    read_reply,
+    read_tools,
+)
 from sft.opendata.records import read_file
-from sft.opendata.tools import check_calls, has_tool_tags, note_calls, parse_calls, read_tools, take_tagged_tools
 
 NO_INPUT = {"", "<noinput>", "<no input>", "noinput", "no input", "n/a", "none", "null", "nan", "无", "无输入"}
-
-
-class Function(TypedDict):
-    """The function of a call; `arguments` is an object, never JSON text."""
-
-    name: str
-    arguments: dict[str, Any]
-
-
-class ToolCall(TypedDict):
-    """One call in an assistant message."""
-
-    id: NotRequired[str]
-    type: Literal["function"]
-    function: Function
-
-
-class FunctionDefinition(TypedDict):
-    """A function that the model may call; `parameters` is a JSON schema."""
-
-    name: str
-    description: NotRequired[str]
-    parameters: NotRequired[dict[str, Any]]
-
-
-class Tool(TypedDict):
-    """A tool definition of a conversation."""
-
-    type: Literal["function"]
-    function: FunctionDefinition
-
-
-class Message(TypedDict):
-    """A message. Role is system, user, assistant or tool; keys that don't apply to the role are absent.
-
-    assistant: `content` may be "" beside `tool_calls`; `train` is absent (trained) or False.
-    tool: `content` is the result of the call `tool_call_id`, or of the next call without a result if that is absent.
-    """
-
-    role: str
-    content: str
-    reasoning_content: NotRequired[str]
-    tool_calls: NotRequired[list[ToolCall]]
-    tool_call_id: NotRequired[str]
-    name: NotRequired[str]
-    train: NotRequired[bool]
-
-
-class Conversation(TypedDict):
-    """The canonical record: maybe a system message, then user and assistant take turns; the last turn is a reply.
-
-    The results of a reply's calls, one tool message each, come between it and the next reply. `tools` are the
-    definitions offered, absent where there are none.
-    """
-
-    id: str
-    source: str
-    messages: list[Message]
-    tools: NotRequired[list[Tool]]
 
 
 def read_conversations(
@@ -363,3 +316,69 @@ def _read_belle_turns(text: str, where: str, notes: Counter[str]) -> list[Messag
     roles = [{"Human": "user", "Assistant": "assistant"}[marker] for marker in markers]
     # The line breaks and blanks around a body belong to the markers.
     return [{"role": role, "content": body.strip(" \r\n")} for role, body in zip(roles[:-1], bodies[:-1], strict=True)]
+
+
+# --- Hermes: tools, calls and results as tagged text
+
+_TOOLS_BLOCK = re.compile(r"\s*<tools>(.*?)</tools>", re.DOTALL)
+_CALL_BLOCK = re.compile(r"\s*<tool_call>(.*?)</tool_call>", re.DOTALL)
+_RESULT_BLOCK = re.compile(r"\s*<tool_response>(.*?)</tool_response>\s*", re.DOTALL)
+# How the published prompts begin that only explain the tags; they go with the definitions.
+_HERMES_PROMPT = re.compile(r"\s*You are a function calling AI model\. You are provided with function signatures")
+_QWEN_PROMPT = re.compile(r"\s*# Tools\s+You may call one or more functions to assist with the user query")
+
+
+def has_tool_tags(messages: list[dict]) -> bool:
+    """Whether a reply or the system text holds the tags of Hermes."""
+    return any("<tool_call>" in m["content"] or "<tools>" in m["content"] for m in messages if m["role"] != "user")
+
+
+def take_tagged_tools(messages: list[dict], tools: list[dict], notes: Counter[str]) -> tuple[list[dict], list[dict]]:
+    """Turn tagged text into tools, calls and results if every block can be read; else leave all of it as text."""
+    try:
+        taken = [_take_definitions(m) if m["role"] == "system" else (m, []) for m in messages]
+        defined = [tool for _, found in taken for tool in found]
+        if not (defined or tools):
+            raise ValueError("no definitions")
+        parts = [part for m, _ in taken for part in _take_calls_and_results(m)]
+        check_calls(parts)
+    except ValueError:
+        notes["tool_tags_left_as_text"] += 1
+        return messages, tools
+    return [m for m in parts if m["role"] != "system" or m["content"].strip()], tools or defined
+
+
+def _take_definitions(message: dict) -> tuple[dict, list[dict]]:
+    text = message["content"]
+    blocks = [block for block in _TOOLS_BLOCK.finditer(text) if block.group(1).strip()]
+    if not blocks:
+        return message, []
+    tools = [tool for block in blocks for tool in _parse_block(block.group(1), read_definitions, "tools")]
+    if start := _HERMES_PROMPT.match(text) or _QWEN_PROMPT.search(text):
+        return message | {"content": text[: start.start()]}, tools
+    rest = _TOOLS_BLOCK.sub(lambda block: "" if block.group(1).strip() else block.group(), text)
+    return message | {"content": rest.strip("\n")}, tools
+
+
+def _parse_block(text: str, read: Any, where: str) -> list[dict]:
+    """Read a block that is one JSON value, or one a line."""
+    try:
+        return read(text, where)
+    except ValueError:
+        return [found for line in text.strip().splitlines() if line.strip() for found in read(line, where)]
+
+
+def _take_calls_and_results(message: dict) -> list[dict]:
+    text = message["content"]
+    if message["role"] == "assistant" and "<tool_call>" in text:
+        blocks = _CALL_BLOCK.findall(text)
+        if text.count("<tool_call>") != len(blocks):
+            raise ValueError("a block is not closed")
+        parsed = [
+            _parse_block(block, lambda value, where: parse_calls(value, where, Counter()), "") for block in blocks
+        ]
+        content = _CALL_BLOCK.sub("", text).strip()
+        return [message | {"content": content, "tool_calls": [call for calls in parsed for call in calls]}]
+    if message["role"] in ("tool", "user") and _RESULT_BLOCK.match(text) and not _RESULT_BLOCK.sub("", text):
+        return [message | {"role": "tool", "content": block.strip("\n")} for block in _RESULT_BLOCK.findall(text)]
+    return [message]

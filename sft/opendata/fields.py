@@ -6,7 +6,7 @@ A key that holds something is read, honoured, refused by name, or counted as not
 import json
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, NotRequired, TypedDict
 
 
 class RecordError(ValueError):
@@ -31,6 +31,68 @@ class FieldCounts:
 
 class NotChosen(RecordError):
     """The record is left out because `--preference chosen` says so; nothing is wrong with it."""
+
+
+# --- The canonical record
+
+
+class Function(TypedDict):
+    """The function of a call; `arguments` is an object, never JSON text."""
+
+    name: str
+    arguments: dict[str, Any]
+
+
+class ToolCall(TypedDict):
+    """One call in an assistant message."""
+
+    id: NotRequired[str]
+    type: Literal["function"]
+    function: Function
+
+
+class FunctionDefinition(TypedDict):
+    """A function that the model may call; `parameters` is a JSON schema."""
+
+    name: str
+    description: NotRequired[str]
+    parameters: NotRequired[dict[str, Any]]
+
+
+class Tool(TypedDict):
+    """A tool definition of a conversation."""
+
+    type: Literal["function"]
+    function: FunctionDefinition
+
+
+class Message(TypedDict):
+    """A message. Role is system, user, assistant or tool; keys that don't apply to the role are absent.
+
+    assistant: `content` may be "" beside `tool_calls`; `train` is absent (trained) or False.
+    tool: `content` is the result of the call `tool_call_id`, or of the next call without a result if that is absent.
+    """
+
+    role: str
+    content: str
+    reasoning_content: NotRequired[str]
+    tool_calls: NotRequired[list[ToolCall]]
+    tool_call_id: NotRequired[str]
+    name: NotRequired[str]
+    train: NotRequired[bool]
+
+
+class Conversation(TypedDict):
+    """The canonical record: maybe a system message, then user and assistant take turns; the last turn is a reply.
+
+    The results of a reply's calls, one tool message each, come between it and the next reply. `tools` are the
+    definitions offered, absent where there are none.
+    """
+
+    id: str
+    source: str
+    messages: list[Message]
+    tools: NotRequired[list[Tool]]
 
 
 # --- Keys that change what a record means
@@ -214,6 +276,13 @@ def read_text(value: object, where: str) -> str:
         found = f"a lone surrogate (\\u{ord(char):04x}) at character {position + 1}"
         raise RecordError("lone_surrogate", f"{where} has {found}, half of a character; fix the text")
     return value
+
+
+def drop_nulls(value: Any) -> Any:
+    """Leave out keys whose value is null: padding, where a table gives all rows the keys of all others."""
+    if isinstance(value, dict):
+        return {key: drop_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [drop_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
 def parse_json(text: str) -> Any:

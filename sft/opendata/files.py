@@ -1,4 +1,4 @@
-"""From what a user names to files: paths, folders, globs, data sets on the hub, mixes and sample sizes."""
+"""From what a user names to files: paths, folders, globs, data sets on the hub, mixes and samples."""
 
 import functools
 import glob
@@ -12,9 +12,13 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from sft.opendata.records import RawRecord, check_encoding, check_file, split_file
+from sft.opendata.decoding import check_encoding
+from sft.opendata.records import RawRecord, check_file, split_file
 
-EXTENSIONS = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
+_TEXT_EXTENSIONS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv")
+_COMPRESSED_EXTENSIONS = ("", ".gz", ".bz2", ".xz", ".zst", ".zstd")
+EXTENSIONS = (*(text + packed for text in _TEXT_EXTENSIONS for packed in _COMPRESSED_EXTENSIONS), ".parquet")
+KNOWN_FILES = "JSON, JSON Lines, CSV, TSV (each maybe compressed) or Parquet file"
 # Never read as data: what sft.opendata writes beside its conversations, and what the hub keeps beside a data set.
 NOT_DATA = ("ledger.json", "rejects.jsonl", "dataset_info.json", "dataset_infos.json")
 # The mixes that the seeds were trained on. Belle: the BLOOM folder's sets, 20,000 of each. Blossom v5 (model card): 40K
@@ -55,7 +59,7 @@ def list_files(path_or_glob: str | os.PathLike) -> list[str]:
     if os.path.isdir(path):
         found = _walk(path)
         if not found:
-            raise ValueError(f"{path}: the folder holds no {', '.join(EXTENSIONS)} file")
+            raise ValueError(f"{path}: the folder holds no {KNOWN_FILES}")
         return found
     matches = sorted(match for match in glob.glob(path, recursive=True) if os.path.basename(match) not in NOT_DATA)
     found = {file for match in matches for file in ([match] if os.path.isfile(match) else _walk(match))}
@@ -145,7 +149,7 @@ def _list_hub(name: str, group: str, sample: int | float | None) -> list[Source]
     paths = sorted(file.rfilename for file in info.siblings or [])
     paths = [path for path in paths if path.endswith(EXTENSIONS) and os.path.basename(path) not in NOT_DATA]
     if not paths:
-        raise ValueError(f"{name}: the data set on the hub holds no {', '.join(EXTENSIONS)} file")
+        raise ValueError(f"{name}: the data set on the hub holds no {KNOWN_FILES}")
     files = HfFileSystem(endpoint=endpoint)
     return [
         Source(
@@ -170,6 +174,9 @@ def _short_names(paths: list[str]) -> dict[str, str]:
         depths = {path: depth + (num_uses[names[path]] > 1) for path, depth in depths.items()}
 
 
+# --- Sources of a run, whole or as a sample
+
+
 def check_sources(sources: list[Source], encoding: str) -> list[str]:
     """List what is wrong with whole files: missing, not permitted, or in another encoding."""
     mistakes = []
@@ -184,9 +191,6 @@ def check_sources(sources: list[Source], encoding: str) -> list[str]:
         except ValueError as error:
             mistakes.append(str(error))
     return mistakes
-
-
-# --- Sampling
 
 
 def split_source(source: Source, encoding: str) -> Iterator[RawRecord]:

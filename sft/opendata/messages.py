@@ -1,6 +1,11 @@
-"""From the messages of a record to canonical messages: roles, contents in parts, thoughts and loss switches."""
+"""From the messages of a record to canonical messages: roles, contents in parts, thoughts, tools, calls, results.
+
+Tools and calls are read in the spellings of OpenAI, ShareGPT, ms-swift, Anthropic and others, and become objects of one
+shape. Arguments are an object, also where a file has them as JSON text.
+"""
 
 import json
+import re
 from collections import Counter
 from typing import Any, NamedTuple
 
@@ -8,18 +13,20 @@ from sft.opendata.fields import (
     ASSISTANT_KEYS,
     MESSAGE_KEYS,
     THOUGHT_KEYS,
+    TOOL_KEYS,
     TOOL_MESSAGE_KEYS,
     FieldCounts,
     RecordError,
+    check_json,
     check_media,
     count_unread,
+    drop_nulls,
     is_empty,
     name_type,
     parse_json,
     read_learned,
     read_text,
 )
-from sft.opendata.tools import generalise, parse_calls, read_calls, read_result
 
 CALL = "call"
 ROLES = {
@@ -241,3 +248,149 @@ def join_thoughts(field: str | None, from_text: str | None, where: str) -> str |
     if field and from_text and field.strip() != from_text.strip():
         raise RecordError("two_thoughts", f"{where} has one thought in a field and another in its text; keep one")
     return field or from_text if from_text is not None else field
+
+
+# --- Tools and calls
+
+
+def read_tools(record: dict) -> list[dict]:
+    """Return the tool definitions of a record, whole, each as {"type": "function", "function": {"name", ...}}."""
+    found = {key: record[key] for key in TOOL_KEYS if not is_empty(record.get(key))}
+    tools = [tool for key, value in found.items() for tool in read_definitions(value, key)]
+    names = [tool["function"]["name"] for tool in tools]
+    if len(found) == 2 and names[: len(names) // 2] == names[len(names) // 2 :]:
+        return tools[: len(names) // 2]
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise RecordError("tool_definition", f'{" and ".join(found)} define "{twice[0]}" twice; keep one')
+    return tools
+
+
+def read_definitions(value: object, where: str) -> list[dict]:
+    value = _from_text(value, where, "tool_definition")
+    if isinstance(value, dict):
+        value = [value]
+    if not isinstance(value, list):
+        raise RecordError("tool_definition", f"{where} is {name_type(value)}; write it as a list of definitions")
+    return [_read_definition(item, f"{where}[{number}]") for number, item in enumerate(value)]
+
+
+def _read_definition(item: object, where: str) -> dict:
+    item = _from_text(item, where, "tool_definition")
+    if not isinstance(item, dict):
+        raise RecordError("tool_definition", f"{where} is {name_type(item)}; write it as an object with a name")
+    if item.get("type") not in (None, "function"):
+        raise RecordError(
+            "tool_definition", f"{where} has type {json.dumps(item['type'])[:80]}; only functions are read"
+        )
+    function = item["function"] if isinstance(item.get("function"), dict) else item
+    function = {key: value for key, value in function.items() if function is not item or key != "type"}
+    if "input_schema" in function and "parameters" not in function:
+        function["parameters"] = function.pop("input_schema")
+    if isinstance(function.get("parameters"), str):
+        function["parameters"] = _from_text(function["parameters"], f"{where}.parameters", "tool_definition")
+    if not isinstance(function.get("name"), str) or not function["name"]:
+        raise RecordError("tool_definition", f"{where} has no name; give the function's")
+    check_json(function, where)
+    return {"type": "function", "function": drop_nulls(function)}
+
+
+def _from_text(value: object, where: str, reason: str) -> object:
+    """Parse `value` if it is JSON text."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return parse_json(value) if value.strip() else []
+    except RecordError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise RecordError(reason, f"{where} is no JSON ({error}); write it as JSON") from error
+
+
+def read_calls(item: dict, where: str, unread: Counter[str]) -> list[dict]:
+    """Return the calls of an assistant message, from `tool_calls` or the older `function_call`."""
+    found = {key: item[key] for key in ("tool_calls", "function_call") if not is_empty(item.get(key))}
+    calls = [parse_calls(value, f"{where}.{key}", unread) for key, value in found.items()]
+    if len(calls) == 2 and [call["function"] for call in calls[0]] != [call["function"] for call in calls[1]]:
+        raise RecordError("tool_call", f"{where} has other calls in tool_calls than in function_call; keep one")
+    return calls[0] if calls else []
+
+
+def parse_calls(value: object, where: str, unread: Counter[str]) -> list[dict]:
+    """Return calls given as an object, a list of objects, or JSON text of either. Raises RecordError."""
+    value = _from_text(value, where, "tool_call")
+    items = value if isinstance(value, list) else [value]
+    single = not isinstance(value, list)
+    return [_read_call(item, where if single else f"{where}[{n}]", unread) for n, item in enumerate(items)]
+
+
+def _read_call(item: object, where: str, unread: Counter[str]) -> dict:
+    item = _from_text(item, where, "tool_call")
+    if not isinstance(item, dict):
+        raise RecordError("tool_call", f"{where} is {name_type(item)}; write it as an object with name and arguments")
+    if item.get("type") not in (None, "function", "tool_use", "tool_call"):
+        raise RecordError("tool_call", f"{where} has type {json.dumps(item['type'])[:80]}; only functions are read")
+    function = item["function"] if isinstance(item.get("function"), dict) else item
+    key = next((key for key in ("arguments", "parameters", "input") if function.get(key) is not None), "arguments")
+    if function is not item:
+        count_unread(item, frozenset(("id", "type", "function")), generalise(where), unread)
+        count_unread(function, frozenset(("name", key)), generalise(where) + "function.", unread)
+    else:
+        count_unread(item, frozenset(("id", "type", "name", key)), generalise(where), unread)
+    if not isinstance(function.get("name"), str) or not function["name"]:
+        raise RecordError("tool_call", f"{where} has no name; give the function's")
+    inner = where if function is item else f"{where}.function"
+    arguments = _read_arguments(function.get(key), f"{inner}.{key}")
+    call = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
+    check_json(call, where)
+    number = item.get("id")
+    return call if number in (None, "") else {"id": str(number), **call}
+
+
+def _read_arguments(value: object, where: str) -> dict:
+    value = {} if value is None else value
+    if isinstance(value, str):
+        try:
+            value = parse_json(value) if value.strip() else {}
+        except (ValueError, RecursionError) as error:
+            raise RecordError("tool_arguments", f"{where} are no JSON object ({error}); fix them") from error
+    if not isinstance(value, dict):
+        raise RecordError("tool_arguments", f"{where} are {name_type(value)}, not a JSON object; fix them")
+    return value
+
+
+def generalise(where: str) -> str:
+    """`messages[3].tool_calls[0]` -> `messages[].tool_calls[].`: the same for all records."""
+    return re.sub(r"\[\d+\]", "[]", where) + "."
+
+
+def read_result(value: object, where: str) -> str:
+    """Return the result of a call: a text, or JSON text of an object or list that isn't one."""
+    if not isinstance(value, dict | list):
+        return read_text(value, where)
+    check_json(value, where)
+    return json.dumps(value, ensure_ascii=False)
+
+
+def check_calls(messages: list[dict]) -> None:
+    """Raise RecordError if a result answers no call of the turn before it."""
+    waiting: list[str | None] = []
+    for number, message in enumerate(messages):
+        if message["role"] != "tool":
+            waiting = [call.get("id") for call in message.get("tool_calls", ())]
+            continue
+        wanted = message.get("tool_call_id")
+        match = next((i for i, id_ in enumerate(waiting) if wanted is None or id_ is None or id_ == wanted), None)
+        if match is None:
+            raise RecordError("tool_result", f"messages[{number}] is a tool result that answers no call before it")
+        waiting.pop(match)
+
+
+def note_calls(messages: list[dict], tools: list[dict], notes: Counter[str]) -> None:
+    """Count calls of a function that isn't among the tools, and calls without a result in the middle."""
+    known = {tool["function"]["name"] for tool in tools}
+    for number, message in enumerate(messages):
+        calls = message.get("tool_calls", ())
+        notes["call_of_an_undefined_tool"] += sum(call["function"]["name"] not in known for call in calls)
+        if calls and number + 1 < len(messages):
+            results = next((i for i, m in enumerate(messages[number + 1 :]) if m["role"] != "tool"), None)
+            notes["call_without_a_result"] += max(0, len(calls) - results) if results is not None else 0

@@ -1,27 +1,39 @@
-"""From bytes to raw records: JSON, JSON Lines, gzip, Parquet and other encodings than UTF-8, in bounded memory.
+"""From files to raw records: JSON, JSON Lines, CSV, TSV and Parquet, all or a sample, in bounded memory.
 
 One broken record is an error with its line and reason; the records around it are kept.
 """
 
-import codecs
-import contextlib
+import csv
 import functools
-import gzip
 import json
 import os
 import re
-import zlib
 from collections.abc import Callable, Iterator
 from typing import BinaryIO, NamedTuple
 
-from sft.opendata.fields import RecordError, find_form, has_lone_surrogate, unique_keys
+from sft.opendata import decoding
+from sft.opendata.decoding import (
+    TextWindow,
+    check_encoding,
+    check_kind,
+    choose_codec,
+    decode,
+    find_compression,
+    read_chunks,
+)
+from sft.opendata.fields import (
+    CHOSEN_KEYS,
+    PAIRS,
+    RecordError,
+    drop_nulls,
+    find_form,
+    has_lone_surrogate,
+    unique_keys,
+)
 
 # The largest record in characters (up to 64 MiB in UTF-8), and how much of a broken stretch is kept as its raw text.
 MAX_RECORD_CHARACTERS = 16 << 20
 MAX_RAW_CHARACTERS = 1 << 20
-# Bytes read at a time, and bytes looked at to tell the encoding.
-CHUNK_BYTES = 256 << 10
-PROBE_BYTES = 1 << 20
 # Characters that are enough to tell a cut escape, literal or exponent from a broken one.
 LOOKAHEAD_CHARACTERS = 12
 
@@ -37,7 +49,7 @@ class RawRecord(NamedTuple):
 
 
 def read_file(path: str | os.PathLike, *, encoding: str = "utf-8") -> Iterator[RawRecord]:
-    """Stream the records of a JSON, JSON Lines (each also gzipped) or Parquet file in bounded memory.
+    """Stream the records of a JSON, JSON Lines, CSV, TSV (each maybe compressed) or Parquet file in bounded memory.
 
     `encoding` is that of files which are not UTF-8. What is wrong with one record comes in its `error`; ValueError is
     for the file as a whole: missing, unreadable, or plainly in another encoding.
@@ -67,18 +79,12 @@ def split_file(
     check_encoding(encoding)
     try:
         with (open_file or functools.partial(open, path, "rb"))() as stream:
-            magic = stream.read(4)
+            magic = stream.read(512)
             stream.seek(0)
-            if magic == b"PAR1":
+            if magic.startswith(b"PAR1"):
                 yield from _split_parquet(stream)
-                return
-            zipped = magic.startswith(b"\x1f\x8b")
-            head = b""
-            with contextlib.suppress(RecordError):
-                head = next(_read_chunks(stream, zipped, PROBE_BYTES), b"")
-            codec = _choose_codec(head, encoding)
-            stream.seek(0)
-            yield from _split_text(_TextWindow(_decode(_read_chunks(stream, zipped, CHUNK_BYTES), codec)), parse)
+            else:
+                yield from _split_bytes(stream, os.fspath(path), magic, encoding, parse)
     except RecordError:
         raise
     except OSError as error:
@@ -103,139 +109,133 @@ def _split_parquet(stream: BinaryIO) -> Iterator[RawRecord]:
         for batch in pyarrow.parquet.ParquetFile(stream).iter_batches(batch_size=1000):
             for record in batch.to_pylist():
                 row += 1
+                record = {key: drop_nulls(value) for key, value in record.items()}
                 raw = json.dumps(record, ensure_ascii=False, default=lambda value: {"parquet": repr(value)})
                 yield RawRecord(row, str(row), raw)
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise ValueError(f"not a readable Parquet file after row {row}: {str(error).splitlines()[0]}") from error
 
 
-# --- Encodings
-
-
-def check_encoding(encoding: str) -> None:
-    """Raise ValueError unless Python knows a text encoding of this name."""
+def _split_bytes(stream: BinaryIO, path: str, magic: bytes, encoding: str, parse: bool) -> Iterator[RawRecord]:
+    """Decompress and decode a file, and split its text into records: rows of a table, or JSON values."""
+    compression = find_compression(magic)
+    chunks = read_chunks(stream, compression, decoding.CHUNK_BYTES)
+    first, fault = [], None
     try:
-        "".encode(encoding)
-    except LookupError as error:
-        raise ValueError(f"--encoding {encoding}: unknown; use utf-8, gb18030, big5, utf-16 or the like") from error
-
-
-def _choose_codec(head: bytes, encoding: str) -> str:
-    """The codec to read with. Raises ValueError, naming the likely encoding, when UTF-8 is plainly wrong."""
-    text = codecs.getincrementaldecoder("utf-8")("surrogateescape").decode(head)
-    num_bad = len(text) - len(text.encode("utf-8", "ignore").decode())
-    num_good = len(text) - len(text.encode("ascii", "ignore")) - num_bad
-    name = codecs.lookup(encoding).name
-    if not name.startswith("utf-8") and not head.startswith(codecs.BOM_UTF8) and (num_bad or num_good < 8):
-        return name
-    # JSON begins with ASCII, so its first bytes tell UTF-16 and UTF-32; two NULs are rather a damaged file.
-    likely = json.detect_encoding(head[:4]) if head[:2].strip(b"\0") else "utf-8"
-    if num_bad >= 8 and num_bad > num_good and likely.startswith("utf-8"):
-        likely = _guess_encoding(head)
-    if not likely.startswith("utf-8"):
-        raise ValueError(f"not UTF-8 text, it looks like {likely}; read it with --encoding {likely}, or convert it")
-    return "utf-8"
-
-
-def _guess_encoding(head: bytes) -> str:
-    """The encoding in which most of the commonest characters turn up."""
-
-    def num_common(name: str) -> int:
-        text = head[: PROBE_BYTES // 8].decode(name, errors="replace")
-        return len(re.findall("[的是不了在有我这為這個のはがをにの는이의을에]", text)) - text.count("\ufffd")
-
-    best = max(("gb18030", "big5", "shift_jis", "euc_kr"), key=num_common)
-    return best if num_common(best) > 0 else "cp1252"
-
-
-def _escape_undecodable(error: UnicodeError) -> tuple[str, int]:
-    """Like surrogateescape, which raises where a stray byte is ASCII, as happens in GB18030 and UTF-16."""
-    if not isinstance(error, UnicodeDecodeError):
-        raise error
-    return "".join(chr(0xDC00 + byte) for byte in error.object[error.start : error.end]), error.end
-
-
-codecs.register_error("sft_escape", _escape_undecodable)
-
-
-def _read_chunks(stream: BinaryIO, zipped: bool, size: int) -> Iterator[bytes]:
-    """Bytes, unzipped; a damaged gzip file gives what can be had and then a RecordError."""
-    read = gzip.GzipFile(fileobj=stream).read1 if zipped else stream.read
-    try:
-        while data := read(size):
-            yield data
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise RecordError("damaged_gzip", f"the gzip file is damaged from here on ({error}); fetch it again") from error
-
-
-def _decode(chunks: Iterator[bytes], encoding: str) -> Iterator[str]:
-    """Text, with undecodable bytes as lone surrogates; a RecordError comes last."""
-    decoder = codecs.getincrementaldecoder(encoding)("surrogateescape" if encoding == "utf-8" else "sft_escape")
-    fault = None
-    try:
-        for chunk in chunks:
-            yield decoder.decode(chunk)
+        while sum(map(len, first)) < decoding.PROBE_BYTES and (chunk := next(chunks, b"")):
+            first.append(chunk)
     except RecordError as error:
         fault = error
-    yield decoder.decode(b"", final=True)
+    head = b"".join(first)
+    check_kind(head)
+    text = TextWindow(decode(_chain(first, chunks, fault), choose_codec(head, encoding)))
+    table = _find_table(text, path)
+    yield from _split_table(text, *table) if table else _split_text(text, parse)
+
+
+def _chain(first: list[bytes], rest: Iterator[bytes], fault: RecordError | None) -> Iterator[bytes]:
+    yield from first
     if fault:
         raise fault
+    yield from rest
 
 
-# --- JSON values in a text
+# --- Tables: CSV and TSV
+
+_DELIMITERS = ("\t", ",", ";")
+_CHOSEN, _QUESTIONS = frozenset(CHOSEN_KEYS), frozenset(form.keys[0] for form in PAIRS)
 
 
-class _TextWindow:
-    """A window on decoded text: `buffer[start:]` is unread, `start` is on line `line` of the file."""
+def _find_table(text: TextWindow, path: str) -> tuple[str, list[str]] | None:
+    """Return the delimiter and the column names of a table with a header, None for JSON. Raises ValueError.
 
-    def __init__(self, chunks: Iterator[str]):
-        self.chunks, self.buffer, self.start, self.line = chunks, "", 0, 1
-        self.ended, self.fault = False, None
-        self.last_line, self.num_on_line = 0, 0
-
-    def grow(self) -> bool:
-        """Read on, at least as much as is unread: trying again stays linear. False, and no change, at the end."""
-        parts, num_new = [self.buffer[self.start :]], 0
-        wanted = max(1, len(parts[0]))
-        while num_new < wanted and not self.ended:
-            try:
-                parts.append(next(self.chunks))
-                num_new += len(parts[-1])
-            except StopIteration:
-                self.ended = True
-            except RecordError as error:
-                self.ended, self.fault = True, error
-        if num_new:
-            self.buffer, self.start = "".join(parts), 0
-        return num_new > 0
-
-    def skip(self) -> str:
-        """Pass over what may stand between records; the next character, or "" at the end."""
-        while True:
-            self.advance(SEPARATORS.match(self.buffer, self.start).end())
-            if self.start < len(self.buffer):
-                return self.buffer[self.start]
-            if not self.grow():
-                return ""
-
-    def advance(self, end: int) -> None:
-        self.line += self.buffer.count("\n", self.start, end)
-        self.start = end
-
-    def begin(self) -> tuple[int, str]:
-        """Line and place of the record that begins here."""
-        self.num_on_line = self.num_on_line + 1 if self.line == self.last_line else 1
-        self.last_line = self.line
-        return self.line, str(self.line) if self.num_on_line == 1 else f"{self.line}.{self.num_on_line}"
-
-    def take(self, length: int) -> str:
-        raw = self.buffer[self.start : self.start + length]
-        self.advance(self.start + length)
-        return raw
+    A header names the fields of a known form. A file that is called .csv or .tsv without such a header is refused.
+    """
+    text.grow()
+    text.advance(re.compile("[\ufeff\r\n]*").match(text.buffer, text.start).end())
+    if text.buffer[text.start : text.start + 100].lstrip()[:1] in ("", "{", "["):
+        return None
+    while (end := text.buffer.find("\n", text.start)) < 0 and len(text.buffer) < decoding.PROBE_BYTES and text.grow():
+        continue
+    line = text.buffer[text.start : end if end >= 0 else None].rstrip("\r\n")
+    headers = [(delimiter, _split_header(line, delimiter)) for delimiter in _DELIMITERS]
+    for delimiter, names in headers:
+        record = dict.fromkeys(names, "[{")
+        if find_form(record) or (not _CHOSEN.isdisjoint(record) and not _QUESTIONS.isdisjoint(record)):
+            if len(record) < len(names):
+                raise ValueError(f'this is a table with two columns of one name; its header is "{line[:200]}"')
+            text.advance(text.start + len(line))
+            return delimiter, names
+    if re.search(r"\.[ct]sv(\.\w+)?$", path):
+        advice = "name them instruction and output, prompt and completion, or the like"
+        raise ValueError(f'this is a table whose header "{line[:200]}" names no known form; {advice}')
+    return None
 
 
-# A comma after a record is forgiven outside an array, and a missing one inside; files are glued together BOM and all.
-SEPARATORS = re.compile(r"[ \t\r\n,\ufeff]*")
+def _split_header(line: str, delimiter: str) -> list[str]:
+    try:
+        names = next(csv.reader([line], delimiter=delimiter, strict=True), [])
+    except csv.Error:
+        return []
+    return [name.strip() or f"column {number}" for number, name in enumerate(names, start=1)]
+
+
+class _Lines:
+    """The lines of a text; `taken` are those of the row that is being read."""
+
+    def __init__(self, text: TextWindow):
+        self.text, self.taken, self.again = text, [], []
+
+    def __iter__(self) -> "_Lines":
+        return self
+
+    def __next__(self) -> str:
+        if sum(map(len, self.taken)) > MAX_RAW_CHARACTERS:
+            raise csv.Error("a quote is not closed within a Mi characters")
+        line = self.again.pop() if self.again else self._take()
+        if not line:
+            raise StopIteration
+        self.taken.append(line)
+        return line
+
+    def _take(self) -> str:
+        text = self.text
+        while (end := text.buffer.find("\n", text.start)) < 0 and text.grow():
+            continue
+        return text.take((end + 1 if end >= 0 else len(text.buffer)) - text.start)
+
+
+def _split_table(text: TextWindow, delimiter: str, names: list[str]) -> Iterator[RawRecord]:
+    """The rows of a table as JSON text; a row that can't be read costs its first line only."""
+    csv.field_size_limit(MAX_RECORD_CHARACTERS)
+    lines, line = _Lines(text), text.line
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    while True:
+        lines.taken = []
+        try:
+            row, error = next(reader, None), None
+        except csv.Error as problem:
+            row, error = [], RecordError("malformed_csv", f"{problem}; this is no valid row of a table")
+            lines.again += lines.taken[:0:-1]
+            reader, lines.taken = csv.reader(lines, delimiter=delimiter, strict=True), lines.taken[:1]
+        if row is None:
+            break
+        if row and len(row) != len(names):
+            advice = (
+                f"the row has {len(row)} fields and the header {len(names)}; quote fields that hold a {delimiter!r}"
+            )
+            error = RecordError("malformed_csv", advice)
+        raw = "".join(lines.taken) if error else json.dumps(dict(zip(names, row, strict=True)), ensure_ascii=False)
+        if row or error:
+            yield RawRecord(line, str(line), raw, error=error)
+        line += sum(taken.count("\n") for taken in lines.taken)
+    if text.fault:
+        yield RawRecord(line, str(line), "", error=text.fault)
+
+
+# --- JSON
+
+
 # Only finds where a value ends; the parse that counts is parse_record's.
 _scan_once = json.JSONDecoder(parse_int=str).scan_once
 # Where a record may begin inside a broken stretch: a brace before a key, here; or a new line that isn't indented.
@@ -245,7 +245,7 @@ _RESTART_IN_LINES = re.compile(_RESTART + r"|\n(?![ \t\]}])")
 _FIRST_KEY = re.compile(r'\{\s*"[^"\\]{0,100}"')
 
 
-def _split_text(text: _TextWindow, parse: bool) -> Iterator[RawRecord]:
+def _split_text(text: TextWindow, parse: bool) -> Iterator[RawRecord]:
     """Records of an array, one a line, or simply one after another; broken ones come with their error."""
     in_array = False
     while char := text.skip():
@@ -270,7 +270,7 @@ def _split_text(text: _TextWindow, parse: bool) -> Iterator[RawRecord]:
         yield RawRecord(*text.begin(), "", error=text.fault or unclosed)
 
 
-def _parse_at_once(text: _TextWindow) -> tuple[int, object]:
+def _parse_at_once(text: TextWindow) -> tuple[int, object]:
     """Length and value of the object that starts here, or 0 where it has to be looked at more closely."""
     try:
         record, end = _decoder.scan_once(text.buffer, text.start)
@@ -285,7 +285,7 @@ def _parse_at_once(text: _TextWindow) -> tuple[int, object]:
     return (length, record) if usual else (0, None)
 
 
-def _scan(text: _TextWindow) -> int:
+def _scan(text: TextWindow) -> int:
     """Length of the JSON value that starts here; reads on while it is incomplete. Raises RecordError."""
     while True:
         length, error = _measure(text.buffer, text.start, ended=text.ended)
@@ -326,7 +326,7 @@ def _malformed(message: str, position: int) -> RecordError:
     return RecordError("malformed_json", f"{where}; this is not valid JSON")
 
 
-def _take_broken(text: _TextWindow, error: RecordError, *, in_array: bool) -> tuple[str, RecordError]:
+def _take_broken(text: TextWindow, error: RecordError, *, in_array: bool) -> tuple[str, RecordError]:
     """Take what is broken as one record: up to the next good record, and outside an array to the end of its lines."""
     restart = _RESTART_IN_ARRAY if in_array else _RESTART_IN_LINES
     # What is nested too deeply is full of beginnings like its own.
@@ -351,7 +351,7 @@ def _take_broken(text: _TextWindow, error: RecordError, *, in_array: bool) -> tu
     return raw.removesuffix("]").rstrip() if in_array else raw, error
 
 
-def _next_restart(text: _TextWindow, offset: int, key: re.Match | None) -> int:
+def _next_restart(text: TextWindow, offset: int, key: re.Match | None) -> int:
     """0 if a record of a known form, or one that begins like the broken one, is at `offset`; else where to go on."""
     if text.buffer[max(0, text.start + offset - 64) : text.start + offset].rstrip().endswith(":"):
         return offset + 1

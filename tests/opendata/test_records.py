@@ -10,6 +10,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from sft.opendata import decoding
 from sft.opendata import records as module
 from sft.opendata.conversation import read_conversations
 from sft.opendata.fields import RecordError
@@ -49,7 +50,7 @@ def test_splitting_does_not_depend_on_where_chunks_end(tmp_path, monkeypatch):
     expected = [raw.raw for raw in read_file(write_file(tmp_path, content))]
     assert expected == [pair(1), *numbers, pair(2)]
     for size in (1, 2, 3, 7):
-        monkeypatch.setattr(module, "CHUNK_BYTES", size)
+        monkeypatch.setattr(decoding, "CHUNK_BYTES", size)
         assert [raw.raw for raw in read_file(write_file(tmp_path, content))] == expected
 
 
@@ -145,7 +146,7 @@ def test_numbers_out_of_range_and_nan_only_matter_where_text_is_wanted(tmp_path)
 def test_a_record_over_the_limit_is_rejected_in_bounded_memory(tmp_path, monkeypatch, form):
     monkeypatch.setattr(module, "MAX_RECORD_CHARACTERS", 10_000)
     monkeypatch.setattr(module, "MAX_RAW_CHARACTERS", 100)
-    monkeypatch.setattr(module, "CHUNK_BYTES", 1000)
+    monkeypatch.setattr(decoding, "CHUNK_BYTES", 1000)
     for closing in ('", "output": "a"}', ""):
         big = '{"instruction": "' + "x" * 50_000 + closing
         raws = list(read_file(write_file(tmp_path, form.format(big, pair(2)))))

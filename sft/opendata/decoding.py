@@ -1,0 +1,207 @@
+"""From bytes to text: compression and encodings, and the name of what holds no text."""
+
+import bz2
+import codecs
+import gzip
+import json
+import lzma
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from typing import BinaryIO
+
+from sft.opendata.fields import RecordError
+
+# Bytes read at a time, and bytes looked at to tell the encoding.
+CHUNK_BYTES = 256 << 10
+PROBE_BYTES = 1 << 20
+COMPRESSIONS = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+# How files begin that hold no text, the byte where that is, and what to do with them.
+FOREIGN_FILES = (
+    (b"PK\x03\x04", 0, "a ZIP archive (.zip, .xlsx, .docx)", "unpack it, or save the table as CSV"),
+    (b"7z\xbc\xaf\x27\x1c", 0, "a 7z archive", "unpack it"),
+    (b"Rar!", 0, "a RAR archive", "unpack it"),
+    (b"ustar", 257, "a tar archive", "unpack it"),
+    (b"PAR1", 0, "a compressed Parquet file", "decompress it"),
+    (b"ARROW1", 0, "an Arrow file of columns", "save it as Parquet"),
+    (b"FEA1", 0, "a Feather file of columns", "save it as Parquet"),
+    (b"\xff\xff\xff\xff", 0, "an Arrow stream of columns, as datasets caches it", "save it by to_parquet"),
+    (b"ORC", 0, "an ORC file of columns", "save it as Parquet"),
+    (b"Obj\x01", 0, "an Avro file", "save it as JSON Lines"),
+    (b"\x89HDF", 0, "an HDF5 file", "save it as JSON Lines"),
+    (b"SQLite format 3", 0, "an SQLite database", "save the table as CSV"),
+    (b"\x93NUMPY", 0, "a NumPy array", "save it as JSON Lines"),
+    *((bytes((0x80, version)), 0, "a pickle, which may run code", "save it as JSON Lines") for version in range(2, 6)),
+    (b"\x04\x22\x4d\x18", 0, "an LZ4 file", "decompress it"),
+    (b"\x1f\x9d", 0, "a file of compress (.Z)", "decompress it"),
+    (b"\xff\x06\0\0sNaPpY", 0, "a Snappy file", "decompress it"),
+    (b"%PDF", 0, "a PDF", "save its text as JSON Lines"),
+    (b"\x89PNG", 0, "a picture", "leave it out"),
+    (b"\xff\xd8\xff", 0, "a picture", "leave it out"),
+    (b"GIF8", 0, "a picture", "leave it out"),
+    (b"RIFF", 0, "a sound or film", "leave it out"),
+    (b"version https://git-lfs", 0, "a pointer of Git LFS, not the file itself", "fetch it by: git lfs pull"),
+    (b"<!doctype html", 0, "an HTML page", "download the data itself"),
+    (b"<html", 0, "an HTML page", "download the data itself"),
+    (b"<?xml", 0, "an XML file", "save it as JSON Lines"),
+)
+
+
+def find_compression(head: bytes) -> str | None:
+    """Return how a file is compressed, by its first bytes."""
+    return next((name for magic, name in COMPRESSIONS.items() if head.startswith(magic)), None)
+
+
+def check_kind(head: bytes) -> None:
+    """Raise ValueError, naming it, for a file that holds no text."""
+    for magic, place, name, advice in FOREIGN_FILES:
+        if head[place : place + len(magic)].lower() == magic.lower():
+            raise ValueError(f"this is {name}; {advice}")
+
+
+def read_chunks(stream: BinaryIO, compression: str | None, size: int) -> Iterator[bytes]:
+    """Yield decompressed bytes; a damaged file gives what can be had and then a RecordError."""
+    read = _open_compressed(stream, compression)
+    try:
+        while data := read(size):
+            yield data
+    except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
+        if getattr(error, "errno", None):  # of the disk or the network
+            raise
+        message = f"the {compression} file is damaged from here on ({error}); fetch it again"
+        raise RecordError(f"damaged_{compression}", message) from error
+
+
+def _open_compressed(stream: BinaryIO, compression: str | None) -> Callable[[int], bytes]:
+    if compression == "gzip":
+        return gzip.GzipFile(fileobj=stream).read1
+    if compression == "bzip2":
+        return bz2.BZ2File(stream).read1
+    if compression == "xz":
+        return lzma.LZMAFile(stream).read1
+    if compression == "zstd":
+        import pyarrow  # Python's own comes with 3.14
+
+        return pyarrow.CompressedInputStream(stream, "zstd").read
+    return stream.read
+
+
+# --- Encodings
+
+
+def check_encoding(encoding: str) -> None:
+    """Raise ValueError unless Python knows a text encoding of this name."""
+    try:
+        "".encode(encoding)
+    except LookupError as error:
+        raise ValueError(f"--encoding {encoding}: unknown; use utf-8, gb18030, big5, utf-16 or the like") from error
+
+
+def choose_codec(head: bytes, encoding: str) -> str:
+    """The codec to read with. Raises ValueError, naming the likely encoding, when UTF-8 is plainly wrong."""
+    text = codecs.getincrementaldecoder("utf-8")("surrogateescape").decode(head)
+    num_bad = len(text) - len(text.encode("utf-8", "ignore").decode())
+    num_good = len(text) - len(text.encode("ascii", "ignore")) - num_bad
+    name = codecs.lookup(encoding).name
+    if not name.startswith("utf-8") and not head.startswith(codecs.BOM_UTF8) and (num_bad or num_good < 8):
+        return name
+    # JSON begins with ASCII, so its first bytes tell UTF-16 and UTF-32; two NULs are rather a damaged file.
+    likely = json.detect_encoding(head[:4]) if head[:2].strip(b"\0") else "utf-8"
+    if num_bad >= 8 and num_bad > num_good and likely.startswith("utf-8"):
+        likely = _guess_encoding(head)
+    if not likely.startswith("utf-8"):
+        raise ValueError(f"not UTF-8 text, it looks like {likely}; read it with --encoding {likely}, or convert it")
+    return "utf-8"
+
+
+def _guess_encoding(head: bytes) -> str:
+    """The encoding in which most of the commonest characters turn up."""
+
+    def num_common(name: str) -> int:
+        text = head[: PROBE_BYTES // 8].decode(name, errors="replace")
+        return len(re.findall("[的是不了在有我这為這個のはがをにの는이의을에]", text)) - text.count("\ufffd")
+
+    best = max(("gb18030", "big5", "shift_jis", "euc_kr"), key=num_common)
+    if num_common(best) <= 0 and re.search(rb"[\0-\x08\x0e-\x1a\x1c-\x1f]", head):
+        raise ValueError(f"this is no text: it begins with the bytes {head[:8].hex(' ')}; give JSON, CSV or Parquet")
+    return best if num_common(best) > 0 else "cp1252"
+
+
+def _escape_undecodable(error: UnicodeError) -> tuple[str, int]:
+    """Like surrogateescape, which raises where a stray byte is ASCII, as happens in GB18030 and UTF-16."""
+    if not isinstance(error, UnicodeDecodeError):
+        raise error
+    return "".join(chr(0xDC00 + byte) for byte in error.object[error.start : error.end]), error.end
+
+
+codecs.register_error("sft_escape", _escape_undecodable)
+
+
+def decode(chunks: Iterator[bytes], encoding: str) -> Iterator[str]:
+    """Text, with undecodable bytes as lone surrogates; a RecordError comes last."""
+    decoder = codecs.getincrementaldecoder(encoding)("surrogateescape" if encoding == "utf-8" else "sft_escape")
+    fault = None
+    try:
+        for chunk in chunks:
+            yield decoder.decode(chunk)
+    except RecordError as error:
+        fault = error
+    yield decoder.decode(b"", final=True)
+    if fault:
+        raise fault
+
+
+# --- JSON values in a text
+
+
+# A comma after a record is forgiven outside an array, and a missing one inside; files are glued together BOM and all.
+SEPARATORS = re.compile(r"[ \t\r\n,\ufeff]*")
+
+
+class TextWindow:
+    """A window on decoded text: `buffer[start:]` is unread, `start` is on line `line` of the file."""
+
+    def __init__(self, chunks: Iterator[str]):
+        self.chunks, self.buffer, self.start, self.line = chunks, "", 0, 1
+        self.ended, self.fault = False, None
+        self.last_line, self.num_on_line = 0, 0
+
+    def grow(self) -> bool:
+        """Read on, at least as much as is unread: trying again stays linear. False, and no change, at the end."""
+        parts, num_new = [self.buffer[self.start :]], 0
+        wanted = max(1, len(parts[0]))
+        while num_new < wanted and not self.ended:
+            try:
+                parts.append(next(self.chunks))
+                num_new += len(parts[-1])
+            except StopIteration:
+                self.ended = True
+            except RecordError as error:
+                self.ended, self.fault = True, error
+        if num_new:
+            self.buffer, self.start = "".join(parts), 0
+        return num_new > 0
+
+    def skip(self) -> str:
+        """Pass over what may stand between records; the next character, or "" at the end."""
+        while True:
+            self.advance(SEPARATORS.match(self.buffer, self.start).end())
+            if self.start < len(self.buffer):
+                return self.buffer[self.start]
+            if not self.grow():
+                return ""
+
+    def advance(self, end: int) -> None:
+        self.line += self.buffer.count("\n", self.start, end)
+        self.start = end
+
+    def begin(self) -> tuple[int, str]:
+        """Line and place of the record that begins here."""
+        self.num_on_line = self.num_on_line + 1 if self.line == self.last_line else 1
+        self.last_line = self.line
+        return self.line, str(self.line) if self.num_on_line == 1 else f"{self.line}.{self.num_on_line}"
+
+    def take(self, length: int) -> str:
+        raw = self.buffer[self.start : self.start + length]
+        self.advance(self.start + length)
+        return raw
