@@ -20,7 +20,7 @@ from sft.dataset.ledger import LOST, WAYS, add_up, count_outcome, new_ledger
 from sft.dataset.mixture import Mixture
 from sft.files import hold_lock, remove_abandoned, stage_folder, write_text
 from sft.format.render import Renderer
-from sft.format.tokens import IGNORE_INDEX, Rows
+from sft.format.tokens import IGNORE_INDEX, Rows, join_rows
 from sft.opendata.build import EVAL, TRAIN
 from sft.opendata.conversation import Conversation, read_conversations
 from sft.opendata.fields import FieldCounts, NotChosen
@@ -291,15 +291,16 @@ def _write(files: Sequence[str], renderer: Renderer, folder: Path, *, max_length
     readable, numbers = _readable(files, ledger, renderer, reading), _Numbers()
     with open(folder / "input_ids", "wb") as ids, open(folder / "in_loss", "wb") as in_loss:
         for batch in tqdm(batches(readable, BATCH_SIZE), unit="k conversations", disable=None, leave=False):
-            rows = renderer.render_rows([messages for *_place, messages in batch], max_length=max_length)
+            rows = renderer.render_rows([conversation for *_place, conversation in batch], max_length=max_length)
             _compare_one(batch, rows, renderer, max_length)
             ids.write(rows.input_ids.astype("<i4").tobytes())
             in_loss.write((rows.labels != IGNORE_INDEX).tobytes())
             lengths.frombytes(rows.lengths.astype(np.int64).tobytes())
-            for (*place, _messages), outcome in zip(batch, rows.outcomes, strict=True):
-                count_outcome(ledger, *place, outcome)
+            for (*place, _conversation), *found in zip(batch, rows.outcomes, rows.num_rows, rows.whys, strict=True):
+                count_outcome(ledger, *place, *found)
             kept = [(item[2], outcome) for item, outcome in zip(batch, rows.outcomes, strict=True) if outcome in WAYS]
-            origins.append(np.array([(numbers[source], WAYS.index(outcome)) for source, outcome in kept], ORIGIN))
+            of_each = np.array([(numbers[source], WAYS.index(outcome)) for source, outcome in kept], ORIGIN)
+            origins.append(np.repeat(of_each, [count for count in rows.num_rows if count]))
     np.save(folder / "starts.npy", np.cumsum(np.frombuffer(lengths, dtype=np.int64)))
     np.save(folder / "origins.npy", np.concatenate([np.zeros(0, ORIGIN), *origins]))
     ledger["source_names"] = list(numbers)
@@ -320,19 +321,21 @@ def _compare_one(batch: list, rows: Rows, renderer: Renderer, max_length: int) -
     kept = [item for item, outcome in zip(batch, rows.outcomes, strict=True) if outcome not in LOST]
     if not kept:
         return
-    file, line, _source, messages = kept[-1]
-    expected = renderer.render(messages, max_length=max_length)
-    size = int(rows.lengths[-1])
-    same = [np.array_equal(rows[place][-size:], expected[place]) for place in (0, 1)]
+    file, line, _source, conversation = kept[-1]
+    expected = join_rows(
+        [renderer.render_conversation(conversation["messages"], tools=conversation.get("tools"), max_length=max_length)]
+    )
+    size = len(expected.input_ids)
+    same = [np.array_equal(rows[place][len(rows[place]) - size :], expected[place]) for place in (0, 1)]
     if not all(same):
         raise DifferentIds(f"{file} line {line}")
 
 
 def _readable(
     files: Sequence[str], ledger: dict, renderer: Renderer, reading: dict
-) -> Iterable[tuple[str, int, str, list[dict]]]:
-    """Yield (file, line, source, messages) of each readable conversation, and count the others and their fields."""
-    keeps = reading["reasoning"] != "drop" and getattr(renderer, "keeps_reasoning", False)
+) -> Iterable[tuple[str, int, str, Conversation]]:
+    """Yield (file, line, source, conversation) of each readable conversation, and count the others and their fields."""
+    keeps = reading["reasoning"] != "drop" and renderer.keeps_reasoning
     counts = {file: FieldCounts() for file in files}
     options = {**reading, "reasoning": "keep" if keeps else "drop", "counts": counts}
     for conversation, error, file, line in read_conversations(files, **options):
@@ -340,22 +343,14 @@ def _readable(
         if error is not None:
             lost = "not_chosen" if isinstance(error, NotChosen) else "rejected"
             ledger["rejected"][error.reason] += lost == "rejected"
-            count_outcome(ledger, file, line, Path(file).name, lost, str(error))
-        elif not hasattr(renderer, "takes_tools") and _has_more_than_text(conversation):
-            count_outcome(ledger, file, line, conversation["source"], "template", "no place for tools and calls")
+            count_outcome(ledger, file, line, Path(file).name, lost, why=str(error))
         else:
-            yield file, line, conversation["source"], conversation["messages"]
+            yield file, line, conversation["source"], conversation
     ledger["rejected"] = +ledger["rejected"]
     ledger["notes"] = {file: dict(+found.notes) for file, found in counts.items() if +found.notes}
     ledger["not_read"] = {file: dict(found.unread) for file, found in counts.items() if found.unread}
     if reading["reasoning"] != "drop" and not keeps:
         ledger["thoughts_without_a_place"] = sum(found.notes["reasoning_dropped"] for found in counts.values())
-
-
-def _has_more_than_text(conversation: Conversation) -> bool:
-    return "tools" in conversation or not all(
-        message.keys() <= {"role", "content", "train"} for message in conversation["messages"]
-    )
 
 
 def batches(items: Iterable, size: int) -> Iterable[list]:

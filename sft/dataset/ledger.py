@@ -8,23 +8,30 @@ from sft.opendata.fields import list_counts
 
 WAYS = ("whole", "turns_dropped", "cut")
 LOST = ("rejected", "not_chosen", "prompt_too_long", "no_trained_token", "boundary", "template")
+MAX_WORDS_SHOWN = 5  # of chat formats that refuse conversations
 
 
 def new_ledger(files: Sequence[str], max_length: int) -> dict:
-    """Return an account with nothing in it; `rejected` counts the reasons of records that are no conversation."""
+    """Return an account with nothing in it.
+
+    `rejected` counts the reasons of records that are no conversation, `template_words` why chat formats refused one.
+    """
     return {
         "max_length": max_length,
         "files": {file: Counter() for file in files},
         "sources": {},
         "first": {},
         "rejected": Counter(),
+        "template_words": Counter(),
         "not_read": {},
         "notes": {},
     }
 
 
-def count_outcome(ledger: dict, file: str, line: int, source: str, outcome: str, why: str = "") -> None:
-    """Add what became of the conversation on `line` of `file`."""
+def count_outcome(
+    ledger: dict, file: str, line: int, source: str, outcome: str, num_rows: int = 0, why: str = ""
+) -> None:
+    """Add what became of the conversation on `line` of `file`, and the rows that it has beyond one."""
     of_source = ledger["sources"].setdefault(source, Counter())
     of_source["in"] += 1
     for counts in (ledger["files"][file], of_source):
@@ -32,6 +39,10 @@ def count_outcome(ledger: dict, file: str, line: int, source: str, outcome: str,
             counts["kept"] += 1
         if outcome != "whole":
             counts[outcome] += 1
+        if num_rows > 1:
+            counts["further_rows"] += num_rows - 1
+    if outcome == "template":
+        ledger["template_words"][why] += 1
     if outcome != "whole":
         ledger["first"].setdefault(outcome, f"{file} line {line}" + (f": {why}" if why else ""))
 
@@ -44,16 +55,21 @@ def add_up(ledger: dict) -> None:
     assert total["in"] == total["kept"] + sum(total[reason] for reason in LOST), f"the ledger doesn't add up: {total}"
     ledger["files"] = {file: dict(counts) for file, counts in ledger["files"].items()}
     ledger["rejected"], ledger["total"] = dict(ledger["rejected"]), dict(total)
+    ledger["template_words"] = dict(ledger["template_words"].most_common())
 
 
 def ledger_lines(ledger: dict) -> list[str]:
     """Say in a few lines what went in, what was kept, and where each kind of loss happened first."""
     total = defaultdict(int, ledger["total"])
     lines = [f"{total['in']:,} conversations in {len(ledger['files'])} files, {total['kept']:,} kept"]
+    if further := total["further_rows"]:
+        lines.append(f"  {further:,} further rows, as the chat template writes earlier turns anew for later ones")
     for reason in ("turns_dropped", "cut", *LOST):
         if total[reason]:
             reasons = f"{list_counts(ledger['rejected'])}; " if reason == "rejected" else ""
             lines.append(f"  {EXPLAINED[reason]}: {total[reason]:,} ({reasons}first: {ledger['first'][reason]})")
+    for why, count in list(ledger["template_words"].items())[:MAX_WORDS_SHOWN]:
+        lines.append(f"    {count:,} x {why}")
     for file, counts in ledger["not_read"].items():
         lines.append(f"  {Path(file).name}: not read: {list_counts(counts)}")
     notes = sum(map(Counter, ledger["notes"].values()), Counter())
@@ -68,7 +84,7 @@ EXPLAINED = {
     "prompt_too_long": "lost, the prompt alone fills max_length",
     "no_trained_token": "lost, no token to train on",
     "boundary": "lost, a token reaches over the start of a reply",
-    "template": "lost, the base's own template renders it differently from what would be trained",
+    "template": "lost, the chat format has no place for it",
 }
 
 

@@ -17,11 +17,10 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from sft.format.table import Part
-from sft.format.tokens import IGNORE_INDEX, Rendered, Rows, shorten, text_around_by_decoding
+from sft.format.tokens import HALF_CHARACTER, IGNORE_INDEX, Rendered, Rows, shorten, text_around_by_decoding
 
 MIN_FAST_BYTES = 2 << 20  # of data: for less, making the fastest encoder takes longer than it saves
 PROOF_EXTRA_TOKENS = (8, 21)  # behind a short prompt: lengths at which a bulk encoder must cut as `render` does
-HALF_CHARACTER = "\ufffd"  # decoded from the bytes of half a character
 
 # Texts to token ids of all, and the number of tokens of each.
 Encode = Callable[[list[str]], tuple[np.ndarray, np.ndarray]]
@@ -30,13 +29,14 @@ Encode = Callable[[list[str]], tuple[np.ndarray, np.ndarray]]
 class Segments(NamedTuple):
     """A layout, cut where the loss begins and ends.
 
-    `template` takes the contents and has a seam between two segments; `reply_of` is for each segment the index of the
-    message that it is the reply of, or -1.
+    `template` takes the contents, and after them the thoughts, and has a seam between two segments. `reply_of` is for
+    each segment the index of the message that it is the reply of, or -1; `row_sizes` how many segments each row has.
     """
 
     template: str
     reply_of: list[int]
     is_reply: list[bool]
+    row_sizes: list[int]
 
 
 def cut_into_segments(parts: Sequence[Part], seam: str) -> Segments:
@@ -44,71 +44,91 @@ def cut_into_segments(parts: Sequence[Part], seam: str) -> Segments:
     pieces, reply_of = [], []
     for part in parts:
         reply = part.message if part.in_loss else -1
-        piece = f"{{{part.message}}}" if part.text is None else re.sub(r"[{}]", r"\g<0>\g<0>", part.text)
+        piece = f"{{{part.message}}}" if part.text is None else escape_braces(part.text)
         if reply_of and reply_of[-1] == reply:
             pieces.append(piece)
         elif piece:
             pieces += [seam, piece] if reply_of else [piece]
             reply_of.append(reply)
-    return Segments("".join(pieces), reply_of, [reply >= 0 for reply in reply_of])
+    return Segments("".join(pieces), reply_of, [reply >= 0 for reply in reply_of], [len(reply_of)])
+
+
+def escape_braces(text: str) -> str:
+    return re.sub(r"[{}]", r"\g<0>\g<0>", text)
 
 
 def render_segments(
     batch: Sequence[Sequence[dict]],
-    segments_of: Callable[[tuple[str, ...]], Segments],
+    segments_of: Callable[[Sequence[dict]], Segments | None],
     seam: str,
     encode: Encode,
     *,
     max_length: int | None,
     backend: Tokenizer,
-    render_alone: Callable[[Sequence[dict]], Rendered],
+    render_alone: Callable[[int], Sequence[Rendered]],
 ) -> Rows:
     """Render conversations without Python per token, and without any per row that simply fits.
 
-    `render_alone` renders a conversation whose cut can't be found by decoding.
+    `render_alone` renders the conversation of an index: one without segments, or whose cut can't be found by decoding.
     """
-    texts, is_reply, in_loss, counts = [], [], [], []
+    texts, is_reply, in_loss, row_sizes, num_rows = [], [], [], [], []
     for messages in batch:
-        segments = segments_of(tuple([message["role"] for message in messages]))
-        text = segments.template.format(*[message["content"].strip() for message in messages])
-        texts += text.split(seam)
+        segments = segments_of(messages)
+        num_rows.append(len(segments.row_sizes) if segments else 0)
+        if segments is None:
+            continue
+        contents = [message["content"].strip() for message in messages]
+        contents += [message.get("reasoning_content", "") for message in messages]
+        texts += segments.template.format(*contents).split(seam)
         is_reply += segments.is_reply
         in_loss += segments.is_reply
-        counts.append(len(segments.is_reply))
+        row_sizes += segments.row_sizes
         if any([not message.get("train", True) for message in messages]):
             trained = [reply >= 0 and messages[reply].get("train", True) for reply in segments.reply_of]
-            in_loss[-counts[-1] :] = trained
+            in_loss[-len(trained) :] = trained
     assert len(texts) == len(is_reply)
     ids, lengths = encode(texts)
-    first = np.cumsum([0, *counts])  # each conversation's first segment
+    first = np.cumsum([0, *row_sizes])  # each row's first segment
     ends = np.concatenate([[0], np.cumsum(lengths)])
     row_lengths = np.diff(ends[first])
-    num_trained = np.diff(np.concatenate([[0], np.cumsum(lengths * in_loss)])[first])
-    labels = np.where(np.repeat(in_loss, lengths), ids, np.int32(IGNORE_INDEX))
-    rows = Rows(ids, labels, row_lengths, ["whole"] * len(batch))
-    replaced = {}
-    for index in np.flatnonzero((num_trained == 0) | (row_lengths > (max_length or np.inf))).tolist():
-        segment, token = slice(first[index], first[index + 1]), slice(ends[first[index]], ends[first[index + 1]])
-        if any(HALF_CHARACTER in text for text in texts[segment]):
-            replaced[index] = render_alone(batch[index])
+    num_trained = np.diff(np.concatenate([[0], np.cumsum(lengths * np.asarray(in_loss, dtype=bool))])[first])
+    labels = np.where(np.repeat(np.asarray(in_loss, dtype=bool), lengths), ids, np.int32(IGNORE_INDEX))
+    rows = Rows(ids, labels, row_lengths, ["whole"] * len(batch), num_rows, [""] * len(batch))
+    owners = np.repeat(np.arange(len(batch)), num_rows)
+    replaced = {index: () for index, count in enumerate(num_rows) if not count}
+    for row in np.flatnonzero((num_trained == 0) | (row_lengths > (max_length or np.inf))).tolist():
+        segment, token = slice(first[row], first[row + 1]), slice(ends[first[row]], ends[first[row + 1]])
+        owner = int(owners[row])
+        if num_rows[owner] > 1 or any(HALF_CHARACTER in text for text in texts[segment]):
+            replaced[owner] = ()
         else:
             replies, segment_ends = np.asarray(is_reply[segment]), np.cumsum(lengths[segment])
             around = text_around_by_decoding(backend, ids[token], int(segment_ends[~replies][0]))
-            replaced[index] = shorten(ids[token], labels[token], segment_ends[replies], max_length, around)
-    return _replace_rows(rows, replaced) if replaced else rows
+            replaced[owner] = [shorten(ids[token], labels[token], segment_ends[replies], max_length, around)]
+    return _replace_rows(rows, {i: replaced[i] or render_alone(i) for i in sorted(replaced)}) if replaced else rows
 
 
-def _replace_rows(rows: Rows, replaced: dict[int, Rendered]) -> Rows:
-    """Replace or remove some rows; between them the arrays are sliced, not walked through."""
+def _replace_rows(rows: Rows, replaced: dict[int, Sequence[Rendered]]) -> Rows:
+    """Replace the rows of some conversations; between them the arrays are sliced, not walked through."""
+    first_row = np.concatenate([[0], np.cumsum(rows.num_rows)])
     starts = np.concatenate([[0], np.cumsum(rows.lengths)])
-    pieces, place = [], 0
-    for index, row in replaced.items():
-        pieces += [(rows.input_ids[starts[place] : starts[index]], rows.labels[starts[place] : starts[index]]), row[:2]]
-        rows.lengths[index], rows.outcomes[index] = len(row.input_ids), row.outcome
+    id_pieces, label_pieces, length_pieces, place = [], [], [], 0
+    for index, rendered in [*replaced.items(), (len(rows.num_rows), ())]:
+        row_span = slice(first_row[place], first_row[index])
+        token_span = slice(starts[first_row[place]], starts[first_row[index]])
+        kept = [row for row in rendered if len(row.input_ids)]
+        id_pieces += [rows.input_ids[token_span], *(row.input_ids for row in kept)]
+        label_pieces += [rows.labels[token_span], *(row.labels for row in kept)]
+        length_pieces += [rows.lengths[row_span], np.array([len(row.input_ids) for row in kept], dtype=np.int64)]
+        if rendered:
+            rows.outcomes[index], rows.num_rows[index], rows.whys[index] = (
+                rendered[0].outcome,
+                len(kept),
+                rendered[0].why,
+            )
         place = index + 1
-    pieces.append((rows.input_ids[starts[place] :], rows.labels[starts[place] :]))
-    ids, labels = (np.concatenate(parts) for parts in zip(*pieces, strict=True))
-    return Rows(ids, labels, rows.lengths[rows.lengths > 0], rows.outcomes)
+    ids, labels, lengths = (np.concatenate(pieces) for pieces in (id_pieces, label_pieces, length_pieces))
+    return rows._replace(input_ids=ids, labels=labels, lengths=lengths)
 
 
 def are_same_rows(found: Rows, expected: Rows) -> bool:

@@ -1,9 +1,12 @@
 """The contract with whoever serves the model: the prompt ids of a server are those of training."""
 
+import json
 import random
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sft.format.table import CHAT_FORMATS, FORMAT_NAMES, saved_format
 from sft.format.tokens import IGNORE_INDEX
 from sft.opendata.fields import RecordError
 
@@ -35,7 +38,10 @@ def check_contract(renderer: "Renderer", conversations: Iterable[Sequence[dict]]
     for messages in [*probe_conversations(), *conversations]:
         try:
             problems.update(dict.fromkeys(_check_conversation(renderer, list(messages))))
-        except (ValueError, RecordError) as error:
+        except RecordError as error:
+            if renderer.name != "base" or error.reason != "template":  # a template may refuse some conversations
+                problems[str(error)] = None
+        except ValueError as error:
             problems[str(error)] = None
     if renderer.can_text_write_control_tokens():
         problems["control tokens typed in a message become control ids"] = None
@@ -72,21 +78,108 @@ def probe_conversations() -> Iterable[list[dict]]:
 
 
 def _check_conversation(renderer: "Renderer", messages: list[dict]) -> Iterable[str]:
-    tokenizer, template = renderer.tokenizer, renderer.chat_template
-    rendered = renderer.render(messages)
-    ids = rendered.input_ids.tolist()
+    rows = [row for row in renderer.render_conversation(messages) if len(row.input_ids)]
     example = repr(messages[-1]["content"][:20])
-    if tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False) != renderer.text(messages):
+    if _serve(renderer, messages, add_generation_prompt=False) != renderer.text(messages):
         yield f"the chat template renders other text than training does (reply {example})"
-    if tokenizer.apply_chat_template(messages, chat_template=template, return_dict=False) != ids:
-        yield f"the chat template gives other ids than training does (reply {example})"
     for index, message in enumerate(messages):
         if message["role"] == "assistant":
-            prompt = renderer.prompt(messages[:index])
-            if ids[: len(prompt)] != prompt or len(ids) <= len(prompt):
+            prompt = renderer.prompt(messages[:index], thinking=bool(message.get("reasoning_content")))
+            if prompt != _served_ids(renderer, messages[:index], thinking=bool(message.get("reasoning_content"))):
+                yield f"the chat template gives other ids than training does (reply {example})"
+            holding = [row for row in rows if row.input_ids[: len(prompt)].tolist() == prompt]
+            if not any(len(row.input_ids) > len(prompt) for row in holding):
                 yield f"the prompt is not a prefix of the training ids (reply {example})"
-            elif rendered.labels[len(prompt)] == IGNORE_INDEX:
+            elif all(row.labels[len(prompt) :][:1].tolist() == [IGNORE_INDEX] for row in holding):
                 yield f"the first token of a reply is not trained (reply {example})"
-    trained = rendered.labels[rendered.labels != IGNORE_INDEX]
-    if not len(trained) or trained[-1] != renderer.stop_ids[0]:
-        yield f"a reply does not end in the stop token (reply {example})"
+    for row in rows:
+        trained = row.labels[row.labels != IGNORE_INDEX]
+        if not len(trained) or trained[-1] not in renderer.stop_ids:
+            yield f"a reply does not end in the stop token (reply {example})"
+
+
+def _serve(renderer: "Renderer", messages: list[dict], *, add_generation_prompt: bool, thinking: bool | None = None):
+    """Render as a server does, by transformers' own code."""
+    variables = dict(renderer.template_kwargs)
+    if thinking is not None and renderer.thinking_switch:
+        variables = {renderer.thinking_switch: thinking, **variables}
+    return renderer.tokenizer.apply_chat_template(
+        messages,
+        chat_template=renderer.chat_template,
+        add_generation_prompt=add_generation_prompt,
+        tokenize=False,
+        **variables,
+    )
+
+
+def _served_ids(renderer: "Renderer", messages: list[dict], *, thinking: bool | None) -> list[int]:
+    text = _serve(renderer, messages, add_generation_prompt=True, thinking=thinking)
+    return renderer.tokenizer.encode(text, add_special_tokens=False)
+
+
+# --- choosing a format --------------------------------------------------------------------------------------------
+
+
+def saved_run(tokenizer) -> dict:
+    """Return the run.json beside a checkpoint's tokenizer, or an empty dict."""
+    try:
+        return json.loads((Path(tokenizer.name_or_path) / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def own_chat_template(tokenizer) -> str | None:
+    """Return the tokenizer's chat template; of several, the one named default."""
+    template = tokenizer.chat_template
+    return template.get("default") if isinstance(template, dict) else template
+
+
+def choose_format(name: str, tokenizer) -> tuple[str, str]:
+    """Resolve "auto" to a format; return its name and why.
+
+    A checkpoint of ours keeps its format. A chat model keeps its own template where that passes the contract, else
+    ChatML or Mistral's. A base model gets Blossom's, which is made of ordinary characters: base Qwen has a ChatML
+    template too, but its `<|im_end|>` row was never trained.
+    """
+    if name not in FORMAT_NAMES:
+        raise ValueError(f"unknown chat format {name!r}; use one of {', '.join(FORMAT_NAMES)}")
+    if name != "auto":
+        return name, "as asked"
+    template = own_chat_template(tokenizer) or ""
+    saved = saved_format(template) or saved_run(tokenizer).get("chat_format")
+    if saved in FORMAT_NAMES[1:]:
+        return saved, "the checkpoint was trained with it"
+    problem = find_own_template_problem(tokenizer) if template else "it has no chat template"
+    if not problem:
+        return "base", "the model's own template passes the checks, and the model was trained on its stop token"
+    if tokenizer.eos_token == CHAT_FORMATS["chatml"].end:
+        return "chatml", f"the model ends its turns with {tokenizer.eos_token}; {problem}"
+    if CHAT_FORMATS["mistral"].user[1].strip() in template:
+        return "mistral", f"the model's template is Mistral's; {problem}"
+    return "blossom", f"made of ordinary characters, for a base model; {problem}"
+
+
+def find_own_template_problem(tokenizer) -> str:
+    """Return why `auto` doesn't take a tokenizer's own chat template, or ""."""
+    from sft.format.render import Renderer  # which asks this module for the format
+
+    try:
+        renderer = Renderer(tokenizer, "base")
+    except ValueError as error:
+        return str(error)
+    if renderer.stop_ids[0] not in trained_stop_ids(tokenizer):
+        stop = tokenizer.convert_ids_to_tokens(renderer.stop_ids[0])
+        return f"its own template ends turns with {stop}, on which it may not have been trained"
+    return next(iter(check_contract(renderer)), "")
+
+
+def trained_stop_ids(tokenizer) -> set[int]:
+    """Return the ids that a model is known to end its replies with: eos, and those of its generation_config.json."""
+    found = {tokenizer.eos_token_id}
+    try:
+        config = json.loads((Path(tokenizer.name_or_path) / "generation_config.json").read_text(encoding="utf-8"))
+        ids = config.get("eos_token_id")
+        found |= set(ids) if isinstance(ids, list) else {ids}
+    except (OSError, ValueError):
+        pass
+    return found

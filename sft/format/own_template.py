@@ -1,56 +1,405 @@
-"""The base's own chat template as a layout, found by rendering placeholders."""
+"""A model's own chat template: for each trained turn, the prompt that a server builds and the reply that is learned.
 
+    prompt                                                          reply
+    render(messages[:t], add_generation_prompt=True)                the rest of render(messages[:t + 1]), up to its stop
+
+Both come from rendering: no template is edited, and `{% generation %}` isn't read. How a template takes calls, thoughts
+and a thinking switch, and how it ends a turn, is found once by rendering probes.
+"""
+
+import json
+import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
-from sft.format.table import Part
+from sft.format.bulk import Segments, escape_braces
+from sft.format.reply import OPENED_AT_THE_END, OPENERS
+from sft.format.template import CallForm, ChatTemplate, Escaper, in_call_form
 from sft.format.tokens import any_of
+from sft.opendata.fields import RecordError
+
+# Stop tokens of call turns in published templates: gpt-oss, Llama 3.1.
+CALL_STOPS = ("<|call|>", "<|eom_id|>", "<|return|>")
+LOOKS_LIKE_END = re.compile(r"end|eot|eom|eos|stop|return|</|\[/", re.IGNORECASE)
+SWITCH_NAME = re.compile(r"think|reason", re.IGNORECASE)
+EMPTY_THOUGHT = re.compile("|".join(rf"\A{re.escape(start)}\s*{re.escape(end)}\s*" for start, end in OPENERS.items()))
+TAG = re.compile(r"</?[^<>\s]{1,40}>|\[/?[A-Z_]{2,40}\]")
 
 
-def own_layout(tokenizer, template: str, roles: Sequence[str]) -> list[Part]:
-    """Lay a sequence of roles out as the base's own chat template does, found by rendering placeholders.
+class Turn(NamedTuple):
+    """A trained turn: `prompt` and `reply` are escaped texts, `message` its index in the conversation."""
 
-    Raises ValueError when the template rewrites earlier turns, moves or drops contents, or doesn't close a reply with a
-    control token: labels made for such a template would not be what a server renders.
+    prompt: str
+    reply: str
+    message: int
+
+
+class OwnTemplate:
+    """A chat template with what probes found out about it.
+
+    `switch` is the variable that turns thoughts on and off, or None. `thoughts` says where a reply's thought goes:
+    "field" (the template writes it), "inline" (at the head of the content), "opened" (the prompt opens it and the
+    template never writes it), or "" where it has no place. `call_form` is None where the template has no calls.
+    `stop` ends a plain reply, `call_stop` one that calls; the text before the token is what separates it from the reply
+    where the next turn's header is the stop.
     """
-    mark = "\ue000" + secrets.token_hex(4)
-    messages = [{"role": role, "content": f"{mark}{index}\ue001"} for index, role in enumerate(roles)]
 
-    def text(count: int, prompt: bool) -> str:
-        return apply_template(tokenizer, template, messages[:count], prompt)
+    def __init__(self, template: ChatTemplate, controls: Iterable[str], eos: str, variables: dict):
+        self.template, self._eos, self._fixed = template, eos, set(variables)
+        controls = set(controls)
+        self._controls = any_of(controls)
+        inside, whole = template.compared_texts()
+        self.escaper = Escaper(controls | {tag for text in inside for tag in TAG.findall(text)})
+        looked_for = {text for text in inside if not re.fullmatch(r"[a-z_]+", text)}
+        self._looked_for, self._equal_texts = any_of({*looked_for, *controls}), whole
+        self._depends_on_length, self._mark = template.measures_texts(), f"q{secrets.token_hex(6)}y"
+        self.switch = self._find_switch()
+        self.stop, self.stop_is_written = self._find_stop()
+        self.thoughts = self._find_thoughts()
+        self.takes_tools = self._writes_definitions()
+        self.call_form = self._find_call_form()
+        self.call_stop, self.call_stop_is_written = self._find_call_stop() if self.call_form else (self.stop, True)
 
-    full = text(len(roles), roles[-1] == "user")
-    controls = any_of(tokenizer.get_added_vocab())
-    parts, position = [], 0
-    for index, message in enumerate(messages):
-        found = full.find(message["content"], position)
-        if found < 0 or full.count(message["content"]) != 1:
-            raise ValueError("chat format 'base': the base's own template moves or drops a message; use chatml")
-        start = found
-        if message["role"] == "assistant":
-            prompt, ended = text(index, prompt=True), text(index + 1, prompt=False)
-            if not (full.startswith(prompt) and full.startswith(ended.rstrip()) and position <= len(prompt) <= found):
-                raise ValueError(
-                    "chat format 'base': the base's own template renders a turn differently once it is history, or its "
-                    "generation prompt is not how a reply begins (thinking templates do this); use chatml"
+    # --- rendering ------------------------------------------------------------------------------------------------
+
+    def prompt(
+        self, messages: Sequence[dict], tools: Sequence[dict] | None = None, thinking: bool | None = None
+    ) -> str:
+        """Render up to where the model speaks, as an escaped text."""
+        return self._render(self.prepare(messages), self.escaper.escape(tools), thinking, add_generation_prompt=True)
+
+    def text(self, messages: Sequence[dict], tools: Sequence[dict] | None, thinking: bool | None) -> str:
+        """Render as a server does, nothing escaped; with a generation prompt unless the last turn is a reply."""
+        escaped = self._render(
+            self.prepare(messages),
+            self.escaper.escape(tools),
+            thinking,
+            add_generation_prompt=messages[-1]["role"] != "assistant",
+        )
+        return self.escaper.unescape(escaped)
+
+    def _render(self, messages: list[dict], tools, thinking: bool | None, *, add_generation_prompt: bool) -> str:
+        options = (
+            {} if self.switch is None or thinking is None or self.switch in self._fixed else {self.switch: thinking}
+        )
+        return self.template.render(messages, tools=tools, add_generation_prompt=add_generation_prompt, **options)
+
+    def prepare(self, messages: Sequence[dict]) -> list[dict]:
+        """Return the messages in the form that the template takes, their texts escaped."""
+        form = getattr(self, "call_form", None)
+        prepared = [
+            {key: self.escaper.escape(value) for key, value in message.items() if key != "train"}
+            for message in messages
+        ]
+        return in_call_form(prepared, form) if form else prepared
+
+    def turns(
+        self, messages: Sequence[dict], tools: Sequence[dict] | None = None, *, trained: Sequence[int]
+    ) -> list[Turn]:
+        """Return prompt and reply of the assistant messages `trained`; RecordError where one can't be trained."""
+        if tools and not self.takes_tools and not self.call_form:
+            raise RecordError("template", "the chat template has no place for tools")
+        prepared, escaped_tools = self.prepare(messages), self.escaper.escape(tools) or None
+        found = []
+        for index in trained:
+            thinking = bool(prepared[index].get("reasoning_content"))
+            prompt = self._render(prepared[:index], escaped_tools, thinking, add_generation_prompt=True)
+            _check_prompt(prompt, prepared[:index], escaped_tools if self.takes_tools else None)
+            reply = self._reply(prepared[: index + 1], escaped_tools, prompt, thinking)
+            _check_reply(reply, prepared[index])
+            found.append(Turn(prompt, reply, index))
+        return found
+
+    # --- the reply ------------------------------------------------------------------------------------------------
+
+    def _reply(self, messages: list[dict], tools, prompt: str, thinking: bool) -> str:
+        """Return what the model has to write after the prompt, its stop token included."""
+        *history, message = messages
+        thought = message.get("reasoning_content") or ""
+        if message.get("tool_calls") and not self.call_form:
+            raise RecordError("template", "the chat template has no place for calls")
+        if thought and self.thoughts == "inline":
+            opener, closer = next(iter(OPENERS.items()))
+            content = f"{opener}\n{thought}\n{closer}\n\n{message.get('content') or ''}"
+            message = {key: value for key, value in message.items() if key != "reasoning_content"}
+            message["content"] = content
+        full = self._render([*history, message], tools, thinking, add_generation_prompt=False)
+        rest = self._rest_after(prompt, full, history, tools, thinking, thought)
+        return self._up_to_stop(rest, is_call=bool(message.get("tool_calls")))
+
+    def _rest_after(self, prompt: str, full: str, history: list[dict], tools, thinking: bool, thought: str) -> str:
+        """Return the part of a rendered conversation that comes after its last prompt."""
+        if full.startswith(prompt):
+            return full[len(prompt) :]
+        closed = self._render(history, tools, thinking, add_generation_prompt=False)
+        header = prompt[len(closed) :] if prompt.startswith(closed) else ""
+        for token in reversed(list(self._controls.finditer(header))):
+            head = closed + header[: token.start()]
+            if full.startswith(head):
+                return _after_opened(full[len(head) :], header[token.start() :], thought)
+        place = full.rfind(header) if self._controls.search(header) else -1
+        if place < 0:
+            raise RecordError("template", "the chat template writes a reply differently from what its prompt begins")
+        return full[place + len(header) :]
+
+    def _up_to_stop(self, rest: str, *, is_call: bool) -> str:
+        stop, is_written = (self.call_stop, self.call_stop_is_written) if is_call else (self.stop, self.stop_is_written)
+        if is_written:
+            place = rest.rfind(stop)
+            if place < 0:
+                raise RecordError("template", f"the chat template doesn't end a reply with {stop}")
+            return rest[: place + len(stop)]
+        return rest.rstrip() + stop
+
+    def stops(self) -> list[str]:
+        """Return the control tokens that a reply can end in, a plain reply's first."""
+        return list(dict.fromkeys(self._controls.findall(stop)[-1] for stop in (self.stop, self.call_stop)))
+
+    # --- in bulk --------------------------------------------------------------------------------------------------
+
+    def shape_of(self, messages: Sequence[dict]) -> tuple | None:
+        """Return what decides the layout of a conversation of plain texts; None where its texts might.
+
+        A template may look at a text only for its edges, for being empty, and for `compared_texts`.
+        """
+        if self._depends_on_length:
+            return None
+        shape, texts = [], []
+        for message in messages:
+            thought = message.get("reasoning_content")
+            if len(message) != 2 and not message.keys() <= {"role", "content", "train", "reasoning_content"}:
+                return None
+            texts.append(message["content"])
+            if thought:
+                texts.append(thought)
+            shape.append((message["role"], bool(thought), message.get("train", True)))
+        if any([not text or text[0].isspace() or text[-1].isspace() for text in texts]):
+            return None
+        if not self._equal_texts.isdisjoint(texts) or self._looked_for.search("\n".join(texts)):
+            return None
+        return tuple(shape)
+
+    def segments(self, shape: tuple, literal: Callable[[str], str], seam: str) -> Segments | None:
+        """Lay out conversations of a shape by rendering placeholders; None where the template changes a text."""
+        contents = [self._placeholder(number) for number in range(2 * len(shape))]
+        messages = [
+            {"role": role, "content": content, "train": train} | ({"reasoning_content": thought} if has_thought else {})
+            for (role, has_thought, train), content, thought in zip(
+                shape, contents, contents[len(shape) :], strict=False
+            )
+        ]
+        trained = [index for index, (role, _, train) in enumerate(shape) if role == "assistant" and train]
+        try:
+            turns = self.turns(messages, trained=trained)
+        except RecordError:
+            return None
+        pieces, reply_of, row_sizes, row = [], [], [], ""
+        for turn in turns:
+            if not row or not turn.prompt.startswith(row):
+                row = ""
+                row_sizes.append(0)
+            pieces += [turn.prompt[len(row) :], turn.reply]
+            reply_of += [-1, turn.message]
+            row_sizes[-1] += 2
+            row = turn.prompt + turn.reply
+        template = escape_braces(literal(seam.join(pieces)))
+        for number, content in enumerate(contents):
+            template = template.replace(content, f"{{{number}}}")
+        if not turns or self._mark in template:
+            return None
+        return Segments(template, reply_of, [reply >= 0 for reply in reply_of], row_sizes)
+
+    def _placeholder(self, number: int) -> str:
+        return f"{self._mark}{number}a \"\\'<&>\n汉 {number}b"
+
+    # --- probes ---------------------------------------------------------------------------------------------------
+
+    def _find_switch(self) -> str | None:
+        """Find the variable that turns thoughts on and off by rendering a prompt both ways."""
+        names = [name for name in self.template.undeclared if SWITCH_NAME.search(name)]
+        for name in sorted(names, key=lambda name: (name != "enable_thinking", name)):
+            question = [{"role": "user", "content": "x"}]
+            try:
+                on, off = (
+                    self.template.render(question, tools=None, add_generation_prompt=True, **{name: value})
+                    for value in (True, False)
                 )
-            start = len(prompt)
-        parts.append(Part(full[position:start], index))
-        in_loss = message["role"] == "assistant"
-        parts += [Part(full[start:found], index, in_loss), Part(None, index, in_loss)]
-        position = found + len(message["content"])
-        if in_loss:
-            end = controls.search(full, position)
-            if end is None:
-                raise ValueError("chat format 'base': no control token ends a reply in the base's own template")
-            parts.append(Part(full[position : end.end()], index, in_loss=True, ends_turn=True))
-            position = end.end()
-    return [*parts, Part(full[position:], len(roles) - 1)]
+            except RecordError:
+                continue
+            if on != off:
+                return name
+        return None
+
+    def _find_stop(self) -> tuple[str, bool]:
+        """Return the text that ends a plain reply, and whether a conversation that ends there holds it."""
+        question, answer = _probe("user"), _probe("assistant")
+        full = self._render([question, answer], None, False, add_generation_prompt=False)
+        _before, _, after = full.rpartition(answer["content"])
+        if stop := self._stop_at_start(after):
+            return stop, True
+        longer = self._render([question, answer, _probe("user", 1)], None, False, add_generation_prompt=False)
+        following = longer.partition(answer["content"])[2]
+        token = self._controls.match(following, len(following) - len(following.lstrip()))
+        if answer["content"] not in full or token is None:
+            raise ValueError("no control token ends a reply in the model's own chat template")
+        return following[: token.end()], False
+
+    def _stop_at_start(self, after: str) -> str:
+        """Return the text up to and with the run of control tokens that ends a turn, or "" if none does."""
+        token = self._controls.search(after)
+        if token is None:
+            return ""
+        end = token.end()
+        if token.group() == self._eos:
+            return after[token.start() : end]
+        while following := self._controls.match(after, end):
+            if not LOOKS_LIKE_END.search(following.group()):
+                break
+            end = following.end()
+            if following.group() == self._eos:
+                break
+        return after[token.start() : end]
+
+    def _find_thoughts(self) -> str:
+        """Say where the thought of a reply goes: "field", "inline", "opened", or "" for nowhere."""
+        question, answer = _probe("user"), _probe("assistant")
+        thought = _probe("thought")["content"]
+        prompt = self._render([question], None, True, add_generation_prompt=True)
+        for place, message in (
+            ("field", {**answer, "reasoning_content": thought}),
+            ("inline", {**answer, "content": f"<think>\n{thought}\n</think>\n\n{answer['content']}"}),
+        ):
+            if place == "inline" and "</think>" not in self.template.source:
+                continue
+            try:
+                full = self._render([question, message], None, True, add_generation_prompt=False)
+            except RecordError:
+                continue
+            if thought in full:
+                return place
+        return "opened" if OPENED_AT_THE_END.search(prompt) else ""
+
+    def _writes_definitions(self) -> bool:
+        try:
+            return PROBE_TOOL["function"]["name"] in self._render(
+                [_probe("user")], [PROBE_TOOL], False, add_generation_prompt=True
+            )
+        except RecordError:
+            return False
+
+    def _find_call_form(self) -> CallForm | None:
+        """Find the form of calls in which the template writes a call's arguments."""
+        for as_text in (False, True):
+            for needs_ids in (False, True):
+                form = CallForm(as_text, needs_ids)
+                try:
+                    full = self._render_call(form, with_result=True)
+                except RecordError:
+                    continue
+                if _writes_call(full):
+                    shows_ids = PROBE_ID in self._render_call(CallForm(as_text, True), with_result=True)
+                    return CallForm(as_text, needs_ids or shows_ids)
+        return None
+
+    def _render_call(self, form: CallForm, *, with_result: bool) -> str:
+        messages = [_probe("user"), PROBE_CALL, *([_probe("tool")] if with_result else [])]
+        prepared = in_call_form([dict(message) for message in messages], form)
+        return self._render(prepared, [PROBE_TOOL], False, add_generation_prompt=False)
+
+    def _find_call_stop(self) -> tuple[str, bool]:
+        """Return the text that ends a reply with calls, and whether a conversation that ends there holds it."""
+        full = self._render_call(self.call_form, with_result=False)
+        after = full[full.rfind(PROBE_VALUE) + len(PROBE_VALUE) :]
+        for stop in (self.stop, self._eos, *CALL_STOPS):
+            if stop and stop in after and (stop != self.stop or self.stop_is_written):
+                return stop, True
+        longer = self._render_call(self.call_form, with_result=True)
+        if not longer.startswith(full.rstrip()):
+            return self.stop, self.stop_is_written
+        following = longer[len(full.rstrip()) :]
+        if token := self._controls.match(following, len(following) - len(following.lstrip())):
+            return following[: token.end()], False
+        written = [found for found in self._controls.findall(after) if full.rstrip().endswith(found)]
+        return (written[-1], True) if written else (self.stop, self.stop_is_written)
 
 
-def apply_template(tokenizer, template: str, messages: list[dict], prompt: bool) -> str:
-    options = {"chat_template": template, "tokenize": False, "add_generation_prompt": prompt}
-    try:
-        return tokenizer.apply_chat_template(messages, **options)
-    except Exception as error:  # whatever a template raises is about the template
-        raise ValueError(f"chat format 'base': the base's own template failed: {error}") from None
+PROBE_VALUE = "Zürich 7"
+PROBE_ID = "call00000"
+PROBE_CALL = {
+    "role": "assistant",
+    "content": "",
+    "tool_calls": [{"type": "function", "function": {"name": "probe_weather", "arguments": {"city": PROBE_VALUE}}}],
+}
+PROBE_TOOL = {
+    "type": "function",
+    "function": {
+        "name": "probe_weather",
+        "description": "Look the weather up.",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string", "description": "A city."}},
+            "required": ["city"],
+        },
+    },
+}
+
+
+def _probe(role: str, number: int = 0) -> dict:
+    return {"role": role, "content": f"probe of {role} {number}."}
+
+
+def _writes_call(text: str) -> bool:
+    """Say whether the probe's call is in a rendered text, its arguments as JSON or in a form of the template's own."""
+    written = [PROBE_VALUE, json.dumps(PROBE_VALUE)[1:-1]]
+    is_python = repr(PROBE_CALL["tool_calls"][0]["function"]["arguments"]) in text
+    return "probe_weather" in text and any(value in text for value in written) and not is_python
+
+
+def _after_opened(rest: str, opened: str, thought: str) -> str:
+    """Return the reply to a prompt that ends in `opened`, which a rendered conversation lacks or writes otherwise.
+
+    A thought that was opened is written and closed first; after an empty one, or another header, the text follows.
+    """
+    opener = OPENED_AT_THE_END.search(opened)
+    if opener is None:
+        return EMPTY_THOUGHT.sub("", rest)
+    opener, closer = opener.group(1), OPENERS[opener.group(1)]
+    if rest.startswith(opener) and thought and thought.strip() in rest:
+        return rest[len(opener) :].lstrip("\n")
+    return f"{thought.strip()}\n{closer}\n\n{EMPTY_THOUGHT.sub('', rest)}"
+
+
+def _is_in(part: str, text: str) -> bool:
+    """Say whether a message's text is in a rendered one, as it is or as a string of JSON or Python."""
+    part = part.strip()
+    if part in text:
+        return True
+    written = (json.dumps(part, ensure_ascii=False), json.dumps(part), repr(part))
+    return any(string[1:-1] in text for string in written)
+
+
+def _check_prompt(prompt: str, messages: Sequence[dict], tools) -> None:
+    for message in messages:
+        if message["role"] != "assistant" and not _is_in(message.get("content") or "", prompt):
+            raise RecordError("template", f"the chat template drops or changes a message of role {message['role']!r}")
+    for tool in tools or ():
+        if tool.get("function", tool).get("name", "") not in prompt:
+            raise RecordError("template", "the chat template drops a tool's definition")
+
+
+def _check_reply(reply: str, message: dict) -> None:
+    parts = {"the text": message.get("content") or "", "the thought": message.get("reasoning_content") or ""}
+    for name, part in parts.items():
+        if not _is_in(part, reply):
+            if name == "the thought":
+                raise RecordError("template", "the chat template has no place for a thought")
+            beside = " beside a call" if message.get("tool_calls") else ""
+            raise RecordError("template", f"the chat template drops or changes {name} of a reply{beside}")
+    for call in message.get("tool_calls") or ():
+        function = call["function"]
+        arguments = function["arguments"]
+        arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
+        texts = [value for value in arguments.values() if isinstance(value, str)]
+        if function["name"] not in reply or not all(_is_in(text, reply) for text in texts):
+            raise RecordError("template", f"the chat template drops or changes a call of {function['name']!r}")

@@ -24,6 +24,7 @@ class ChatFormat:
     system: tuple[str, str] = ("", "")
     default_system: str = ""
     system_in_user: bool = False
+    has_tools: bool = False
 
 
 CHAT_FORMATS = {
@@ -182,20 +183,7 @@ def adds_bos(tokenizer) -> bool:
     return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
 
 
-def choose_format(name: str, tokenizer) -> str:
-    """Resolve "auto" to a row of the table.
-
-    A checkpoint of ours keeps its format. A chat model keeps ChatML or Mistral's. A base model gets Blossom's, which is
-    made of ordinary characters: base Qwen has a ChatML template too, but its `<|im_end|>` row was never trained.
-    """
-    if name not in FORMAT_NAMES:
-        raise ValueError(f"unknown chat format {name!r}; use one of {', '.join(FORMAT_NAMES)}")
-    if name != "auto":
-        return name
-    template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
+def saved_format(template: str) -> str | None:
+    """Return the format that one of our saved templates names, or None."""
     ours = re.match(r"\{#- chat format: (\w+) #\}", template)
-    if ours and ours.group(1) in FORMAT_NAMES[1:]:
-        return ours.group(1)
-    if tokenizer.eos_token == CHAT_FORMATS["chatml"].end:
-        return "chatml"
-    return "mistral" if "[/INST]" in template else "blossom"
+    return ours.group(1) if ours else None

@@ -10,7 +10,11 @@ from typing import NamedTuple
 import numpy as np
 from tokenizers import Tokenizer
 
+# The ids of a prompt and of the reply to it.
+TurnIds = tuple[list[int], list[int]]
+
 IGNORE_INDEX = -100
+HALF_CHARACTER = "\ufffd"  # decoded from the bytes of half a character
 ZERO_WIDTH_JOINER = "\u200d"
 EMOJI_JOINERS = (ZERO_WIDTH_JOINER, "\ufe0f")  # inside one visible emoji; the second marks its coloured form
 
@@ -19,40 +23,96 @@ class Rendered(NamedTuple):
     """One row of tokens: `input_ids` and `labels` (length,) int32, labels unshifted.
 
     `outcome` is "whole", "turns_dropped" (whole trailing turns left out), "cut" (the first answer cut, without a stop
-    token), or, with no tokens at all, "prompt_too_long" or "no_trained_token".
+    token), or, with no tokens at all, "prompt_too_long", "no_trained_token", "boundary" or "template"; `why` has the
+    template's words.
     """
 
     input_ids: np.ndarray
     labels: np.ndarray
     outcome: str
 
+    why: str = ""
+
 
 class Rows(NamedTuple):
     """A batch of conversations as flat arrays: `input_ids` and `labels` (tokens,) int32, `lengths` (rows,) int64.
 
-    `outcomes` has one entry per conversation, as in `Rendered`; one that was lost has no row.
+    `outcomes` has one entry per conversation, as in `Rendered`, `num_rows` its number of rows, 0 where it was lost, and
+    `whys` the words of a template that refused it.
     """
 
     input_ids: np.ndarray
     labels: np.ndarray
     lengths: np.ndarray
     outcomes: list[str]
+    num_rows: list[int]
+    whys: list[str]
 
 
-def empty_row(reason: str) -> Rendered:
+def empty_row(reason: str, why: str = "") -> Rendered:
     """Return the row of a conversation that is lost for `reason`."""
     empty = np.zeros(0, dtype=np.int32)
-    return Rendered(empty, empty, reason)
+    return Rendered(empty, empty, reason, why)
 
 
-def join_rows(rendered: Sequence[Rendered]) -> Rows:
-    """Join the rows of a batch, one per conversation, into flat arrays."""
-    kept = [row for row in rendered if len(row.input_ids)]
+def join_rows(rendered: Sequence[Sequence[Rendered]]) -> Rows:
+    """Join the rows of a batch, one or more per conversation, into flat arrays."""
+    kept = [row for rows in rendered for row in rows if len(row.input_ids)]
     empty = np.zeros(0, dtype=np.int32)
     ids = np.concatenate([empty, *(row.input_ids for row in kept)])
     labels = np.concatenate([empty, *(row.labels for row in kept)])
     lengths = np.asarray([len(row.input_ids) for row in kept], dtype=np.int64)
-    return Rows(ids, labels, lengths, [row.outcome for row in rendered])
+    num_rows = [sum(len(row.input_ids) > 0 for row in rows) for rows in rendered]
+    return Rows(
+        ids, labels, lengths, [rows[0].outcome for rows in rendered], num_rows, [rows[0].why for rows in rendered]
+    )
+
+
+# --- rows of turns ------------------------------------------------------------------------------------------------
+
+
+def encode_turns(
+    turns: Sequence[tuple[str, str]], backend: Tokenizer, anchor: str
+) -> list[tuple[list[int], list[int]]]:
+    """Encode (prompt, reply) texts: the prompt as a server does, and the reply as what follows it.
+
+    Where a token would reach over the seam, the reply is encoded without the prompt, behind the control token `anchor`:
+    a model that is asked with the prompt's tokens can't write that token.
+    """
+    texts = [text for prompt, reply in turns for text in (prompt, prompt + reply, anchor + reply)]
+    encoded = [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+    pairs = []
+    for prompt, whole, alone in zip(encoded[::3], encoded[1::3], encoded[2::3], strict=True):
+        pairs.append((prompt, whole[len(prompt) :] if whole[: len(prompt)] == prompt else alone[1:]))
+    return pairs
+
+
+def rows_of_turns(turns: Sequence[TurnIds], backend: Tokenizer, max_length: int | None) -> list[Rendered]:
+    """Put a conversation's trained turns into as few rows as can be, and leave out what doesn't fit in `max_length`.
+
+    Turns share a row where the later prompt begins with exactly the ids before it. Of several rows, those that fit are
+    kept; if none does, the first one is cut.
+    """
+    rows: list[tuple[list[int], list[int], list[int]]] = []  # ids, labels, turn ends
+    for prompt, reply in turns:
+        if rows and prompt[: len(rows[-1][0])] == rows[-1][0]:
+            ids, labels, ends = rows[-1]
+        else:
+            ids, labels, ends = [], [], []
+            rows.append((ids, labels, ends))
+        labels += [IGNORE_INDEX] * (len(prompt) - len(ids)) + reply
+        ids += prompt[len(ids) :] + reply
+        ends.append(len(ids))
+    shortened = []
+    for ids, labels, ends in rows:
+        arrays = [np.asarray(values, dtype=np.int32) for values in (ids, labels)]
+        start = next((place for place, label in enumerate(labels) if label != IGNORE_INDEX), len(labels))
+        around = text_around_by_decoding(backend, arrays[0], start)
+        shortened.append(shorten(*arrays, np.asarray(ends), max_length, around))
+    complete = [row for row in shortened if row.outcome in ("whole", "turns_dropped")]
+    if all(row.outcome == "whole" for row in shortened):
+        return shortened
+    return [row._replace(outcome="turns_dropped") for row in complete] or shortened[:1]
 
 
 # --- truncation ---------------------------------------------------------------------------------------------------
@@ -117,7 +177,8 @@ def text_around_by_decoding(
         begin = max(min(reply_start, length), length - 16)
         before = backend.decode(ids[begin:length].tolist(), skip_special_tokens=False)
         text = backend.decode(ids[begin : length + 16].tolist(), skip_special_tokens=False)
-        return (before, text[len(before) :]) if text.startswith(before) else None
+        is_whole = text.startswith(before) and not before.endswith(HALF_CHARACTER)
+        return (before, text[len(before) :]) if is_whole else None
 
     return text_around
 

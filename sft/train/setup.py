@@ -114,8 +114,8 @@ def check_token_ids(run: Run, largest_id: int) -> None:
 def lay_out_rows(run: Run, examples: Examples, ledger: dict) -> TrainingRows:
     """Return the rows of the run: as many in every epoch that it can reach."""
     data, training = run.settings.data, run.settings.training
-    kept = {file: counts.get("kept", 0) for file, counts in ledger["files"].items()}
-    mixture = mix(run.files.times, kept, examples.lengths, replay_share=data.replay_share, seed=run.seed)
+    num_rows = {file: counts.get("kept", 0) + counts.get("further_rows", 0) for file, counts in ledger["files"].items()}
+    mixture = mix(run.files.times, num_rows, examples.lengths, replay_share=data.replay_share, seed=run.seed)
     max_length = data.max_length if data.packing else None
     rows = TrainingRows(examples, max_length, seed=run.seed, mixture=mixture)
     if not (mixture.changes and max_length):

@@ -6,9 +6,9 @@ import random
 import numpy as np
 import pytest
 
-from sft.format.contract import REPLY_STARTS, check_contract
+from sft.format.contract import REPLY_STARTS, check_contract, choose_format
 from sft.format.render import Renderer
-from sft.format.table import CHAT_FORMATS, choose_format
+from sft.format.table import CHAT_FORMATS
 from sft.format.tokens import IGNORE_INDEX
 from sft.opendata.fields import RecordError
 
@@ -20,11 +20,6 @@ TURNS = [
     {"role": "assistant", "content": "**4**"},
 ]
 SYSTEM = {"role": "system", "content": "Be brief."}
-# A template that a base could carry: ChatML, no surprises.
-PLAIN_TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 
 
 @pytest.fixture(params=FORMATS)
@@ -226,69 +221,14 @@ def test_the_stop_ids_hold_the_formats_own_and_the_tokenizers(tokenizer_of):
 def test_auto_gives_base_models_ordinary_characters_and_chat_models_their_own_format(tokenizer_of, tiny_base):
     from transformers import AutoTokenizer
 
-    assert choose_format("auto", tokenizer_of("qwen2")) == "blossom"
+    assert choose_format("auto", tokenizer_of("qwen2"))[0] == "blossom"
     chat = AutoTokenizer.from_pretrained(tiny_base("qwen2"), eos_token="<|im_end|>")
-    assert choose_format("auto", chat) == "chatml"
+    assert choose_format("auto", chat)[0] == "chatml"
     ours = AutoTokenizer.from_pretrained(tiny_base("bloom"))
     ours.chat_template = Renderer(ours, "alpaca").chat_template
-    assert choose_format("auto", ours) == "alpaca"
+    assert choose_format("auto", ours)[0] == "alpaca"
     with pytest.raises(ValueError, match="unknown chat format 'vicuna'; use one of auto, blossom"):
         choose_format("vicuna", ours)
-
-
-def own(tiny_base, template: str) -> Renderer:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(tiny_base("qwen2"))
-    tokenizer.chat_template = template
-    return Renderer(tokenizer, "base")
-
-
-def test_the_bases_own_template_is_used_when_it_keeps_the_contract(tiny_base):
-    renderer = own(tiny_base, PLAIN_TEMPLATE.replace("m.content", "m.content | trim"))
-    assert check_contract(renderer) == []
-    chatml = Renderer(renderer.tokenizer, "chatml")
-    for messages in (TURNS, [SYSTEM, *TURNS], TURNS[:2]):
-        assert renderer.render(messages).labels.tolist() == chatml.render(messages).labels.tolist()
-        assert renderer.render(messages).input_ids.tolist() == chatml.render(messages).input_ids.tolist()
-
-
-def test_a_template_that_does_not_trim_is_found_out_by_the_contract(tiny_base):
-    problems = check_contract(own(tiny_base, PLAIN_TEMPLATE))
-    assert "the chat template renders other text than training does (reply '\\n1. one')" in problems
-
-
-def test_a_template_that_rewrites_history_is_refused(tiny_base):
-    thinking = PLAIN_TEMPLATE.replace(
-        "{{ m.content }}", "{% if m.role == 'assistant' and loop.last %}<think>\n</think>\n{% endif %}{{ m.content }}"
-    )
-    problems = check_contract(own(tiny_base, thinking))
-    assert any("renders a turn differently once it is history" in problem for problem in problems)
-
-
-@pytest.mark.parametrize("change", ["m.content | trim | escape", "(m.content.split('</think>') | last) | trim"])
-def test_a_template_that_looks_at_contents_costs_the_rows_that_it_changes(tiny_base, change):
-    renderer = own(tiny_base, PLAIN_TEMPLATE.replace("m.content", change))
-    assert check_contract(renderer) == []
-    odd = [TURNS[0], {"role": "assistant", "content": "<think>a & b</think>c"}]
-    assert renderer.render_rows([TURNS, odd]).outcomes == ["whole", "template"]
-
-
-def test_a_template_that_writes_the_date_is_refused(tiny_base):
-    with pytest.raises(ValueError, match="writes today's date"):
-        own(tiny_base, "{{ strftime_now('%d %b') }}" + PLAIN_TEMPLATE)
-
-
-def test_a_checkpoint_of_a_bases_own_template_keeps_it(tiny_base, tmp_path):
-    from transformers import AutoTokenizer
-
-    renderer = own(tiny_base, PLAIN_TEMPLATE.replace("m.content", "m.content | trim"))
-    renderer.tokenizer.chat_template = renderer.chat_template
-    renderer.tokenizer.save_pretrained(tmp_path)
-    again = Renderer(AutoTokenizer.from_pretrained(tmp_path))
-    assert again.name == "base"
-    assert again.chat_template == renderer.chat_template
-    assert again.prompt(TURNS[:1]) == renderer.prompt(TURNS[:1])
 
 
 def test_added_words_are_ordinary_text_as_they_are_to_a_server(tiny_base):
@@ -301,12 +241,6 @@ def test_added_words_are_ordinary_text_as_they_are_to_a_server(tiny_base):
     ids = tokenizer.apply_chat_template(messages, chat_template=renderer.chat_template, return_dict=False)
     assert renderer.render(messages).input_ids.tolist() == ids
     assert tokenizer.convert_tokens_to_ids("微调") in ids
-
-
-def test_a_template_that_drops_the_system_message_is_refused(tiny_base):
-    deaf = PLAIN_TEMPLATE.replace("{% for m in messages %}", "{% for m in messages if m.role != 'system' %}")
-    problems = check_contract(own(tiny_base, deaf))
-    assert any("moves or drops a message" in problem for problem in problems)
 
 
 def test_a_tokenizer_without_a_template_of_its_own_says_so(tokenizer_of):
