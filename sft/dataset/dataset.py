@@ -21,10 +21,9 @@ from sft.dataset.mixture import Mixture
 from sft.files import hold_lock, remove_abandoned, stage_folder, write_text
 from sft.format.render import Renderer
 from sft.format.tokens import IGNORE_INDEX, Rows, join_rows
-from sft.opendata.build import EVAL, TRAIN
 from sft.opendata.conversation import Conversation, read_conversations
 from sft.opendata.fields import FieldCounts, NotChosen
-from sft.opendata.files import list_files, split_suffix
+from sft.opendata.files import EVAL, TRAIN, list_files, split_suffix
 
 BATCH_SIZE = 1000  # conversations per call of the tokenizer: enough to keep its threads busy, little memory
 PROOF_SIZE = 16  # conversations of the data on which a bulk encoder must prove itself

@@ -8,6 +8,6 @@ __getattr__ = load_on_use(
         "build": ("build_opendata",),
         "files": ("MIXES", "list_files"),
         "conversation": ("read_conversations",),
-        "__main__": ("print_ledger",),
+        "__main__": ("find_problem", "print_ledger"),
     },
 )

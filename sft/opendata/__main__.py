@@ -15,10 +15,10 @@ import textwrap
 import unicodedata
 from typing import Any
 
-from sft.opendata.build import COUNTED, REJECTS, build_opendata, find_problem
+from sft.opendata.build import COUNTED, build_opendata
 from sft.opendata.cleaning import CHANGES, DROPS, RULES
 from sft.opendata.fields import list_counts
-from sft.opendata.files import MIXES
+from sft.opendata.files import MIXES, REJECTS
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -91,9 +91,46 @@ def print_ledger(ledger: dict[str, Any]) -> None:
     for title in ("dropped", "rejected", "changed", "notes"):
         if counts := ledger["total"][title]:
             print(textwrap.fill(f"{title}: {list_counts(counts)}", 120, subsequent_indent="  "))
+    for reason, first in ledger["first"].items():
+        print(textwrap.fill(f"first {reason}: {first}", 120, subsequent_indent="  "))
     for name, row in ledger["files"].items():
         if row["not_read"]:
             print(textwrap.fill(f"{name}: not read: {list_counts(row['not_read'])}", 120, subsequent_indent="  "))
+    for warning in find_warnings(ledger):
+        print(textwrap.fill(warning, 120, subsequent_indent="  "))
+
+
+MAX_DROPPED_SHARE = 0.1  # of a file's records, by one cleaning rule; above it the last lines name the rule
+
+
+def find_problem(ledger: dict[str, Any]) -> str | None:
+    """Say why the data can't be trusted: too many malformed records, or nothing kept; None if all is well."""
+    total, limit = ledger["total"], ledger["settings"]["max_rejected"]
+    num_rejected, num_read = sum(total["rejected"].values()), total["in"] - total["not_sampled"]
+    if num_rejected > limit * num_read:
+        share = f"{num_rejected:,} of {num_read:,} records ({num_rejected / num_read:.1%}) are malformed"
+        return f"{share}, more than --max_rejected {limit:g}"
+    return None if total["train"] + total["eval"] else "nothing was kept"
+
+
+def find_warnings(ledger: dict[str, Any]) -> list[str]:
+    """Say what the user may not have meant: a rule that drops much, inputs without a record, files that aren't read."""
+    lines = []
+    for name, row in ledger["files"].items():
+        num_read = row["in"] - row["not_sampled"]
+        if not row["in"]:
+            lines.append(f"{name}: holds no record")
+        for reason, num in sorted(row["dropped"].items(), key=lambda item: -item[1]):
+            if num > MAX_DROPPED_SHARE * num_read and reason != "not_chosen":
+                rule = f"drop_{reason}"
+                way = f"--no_{rule} keeps them" if rule in RULES else "look at them in rejects.jsonl"
+                lines.append(f"{name}: {reason} dropped {num:,} of {num_read:,} records ({num / num_read:.0%}); {way}")
+    if skipped := ledger["skipped_files"]:
+        shown = ", ".join(skipped[:8]) + (f" and {len(skipped) - 8:,} more" if len(skipped) > 8 else "")
+        lines.append(f"not read, as their names are not those of data files: {shown}")
+    if ledger["settings"]["eval_share"] and ledger["total"]["train"] and not ledger["total"]["eval"]:
+        lines.append("too few conversations to hold any out: eval.json is empty")
+    return lines
 
 
 def _row(name: str, row: dict[str, Any]) -> list[str]:

@@ -22,10 +22,21 @@ from typing import Any, BinaryIO
 from sft.files import lock_stream, move_files, open_whole, sync_folder
 from sft.opendata.cleaning import RULES, NearDuplicates, Outcome, process_batch
 from sft.opendata.fields import FieldCounts, check_choices
-from sft.opendata.files import Source, check_sources, draw_samples, resolve_inputs, sample_key, split_source
+from sft.opendata.files import (
+    EVAL,
+    LEDGER,
+    REJECTS,
+    TRAIN,
+    Source,
+    check_sources,
+    draw_samples,
+    find_skipped,
+    resolve_inputs,
+    sample_key,
+    split_source,
+)
 from sft.opendata.records import RawRecord
 
-TRAIN, EVAL, REJECTS, LEDGER = "train.json", "eval.json", "rejects.jsonl", "ledger.json"
 STAGING, LOCK, SPILL = ".opendata.tmp", "lock", "samples"
 BATCH_RECORDS, BATCH_CHARACTERS = 256, 1 << 19
 
@@ -87,16 +98,6 @@ def _percentile(lengths: Counter, percent: int) -> int:
     return 0
 
 
-def find_problem(ledger: dict[str, Any]) -> str | None:
-    """Say why the data can't be trusted: too many malformed records, or nothing kept; None if all is well."""
-    total, limit = ledger["total"], ledger["settings"]["max_rejected"]
-    num_rejected, num_read = sum(total["rejected"].values()), total["in"] - total["not_sampled"]
-    if num_rejected > limit * num_read:
-        share = f"{num_rejected:,} of {num_read:,} records ({num_rejected / num_read:.1%}) are malformed"
-        return f"{share}, more than --max_rejected {limit:g}"
-    return None if total["train"] + total["eval"] else "nothing was kept"
-
-
 # --- The run
 
 
@@ -119,12 +120,13 @@ def build_opendata(
     """Turn raw files into train.json, eval.json, rejects.jsonl and ledger.json in `output`; return the ledger.
 
     `without` names cleaning rules to leave out. Raises ValueError with one line per mistake before anything is written.
-    Nothing in `output` changes until all is done, and then only these four files. Ask `find_problem` whether what was
-    written can be used.
+    Nothing in `output` changes until all is done, and then only these four files. Ask `sft.opendata.find_problem`
+    whether they can be used.
     """
     report = report or os.path.join(output, LEDGER)
     targets = {name: os.path.join(output, name) for name in (TRAIN, EVAL, REJECTS)} | {LEDGER: report}
     skip = {os.path.abspath(path) for path in targets.values()}
+    inputs = list(inputs)
     sources, mistakes = resolve_inputs(inputs, skip=skip)
     mistakes += check_sources(sources, encoding)
     workers = (os.cpu_count() or 1) if workers is None else workers
@@ -139,7 +141,7 @@ def build_opendata(
     settings = {"max_rejected": max_rejected, "near_duplicates": near_duplicates, "encoding": encoding, "seed": seed}
     settings |= {"eval_share": eval_share, "reasoning": reasoning, "preference": preference, "rules": rules}
     with _staging(output) as folder:
-        files, outputs = _run(
+        files, first, outputs = _run(
             sources,
             folder,
             function=functools.partial(process_batch, **options),
@@ -152,6 +154,8 @@ def build_opendata(
             "settings": settings,
             "files": {name: ledger.as_dict() for name, ledger in files.items()},
             "total": sum(files.values(), FileLedger()).as_dict(),
+            "first": first,
+            "skipped_files": find_skipped(inputs),
             "outputs": outputs,
         }
         if mistakes := _check_targets(targets, overwrite):
@@ -261,8 +265,12 @@ def _run(
     encoding: str,
     seed: int,
     workers: int,
-) -> tuple[dict[str, FileLedger], dict[str, dict]]:
-    """Stream every file through `function` and write what comes out; return the ledgers and what was written."""
+) -> tuple[dict[str, FileLedger], dict[str, str], dict[str, dict]]:
+    """Stream every file through `function` and write what comes out.
+
+    Returns the ledgers of the files, the first record of each reason, and what was written.
+    """
+    first: dict[str, str] = {}
     files = {source.name: FileLedger() for source in sources}
     writers = {name: _Writer(folder, name) for name in (TRAIN, EVAL, REJECTS)}
     digests: set[int] = set()
@@ -276,10 +284,27 @@ def _run(
             files[name].count_fields(counts)
             for outcome in outcomes:
                 files[name].count(outcome, _write(outcome, writers, digests, near))
+                if outcome.reason and outcome.reason not in first:
+                    reject = json.loads(outcome.line)
+                    first[outcome.reason] = f"{name} line {reject['line']}: {reject['message']}"
             if progress:
                 progress.set_postfix_str(name, refresh=False)
                 progress.update(len(outcomes))
-    return files, {name: writer.close() for name, writer in writers.items()}
+    outputs = {name: writer.close() for name, writer in writers.items()}
+    if not outputs[TRAIN]["records"] and outputs[EVAL]["records"]:
+        _train_on_all(folder, files, outputs)
+    return files, first, outputs
+
+
+def _train_on_all(folder: str, files: dict[str, FileLedger], outputs: dict[str, dict]) -> None:
+    """Train on what is held out, where so little was kept that nothing else is left."""
+    train, held_out = os.path.join(folder, TRAIN), os.path.join(folder, EVAL)
+    os.replace(train, f"{train}.empty")
+    os.replace(held_out, train)
+    os.replace(f"{train}.empty", held_out)
+    outputs[TRAIN], outputs[EVAL] = outputs[EVAL], outputs[TRAIN]
+    for ledger in files.values():
+        ledger.counts["train"] = ledger.counts.pop("eval", 0)
 
 
 def _open_progress_bar() -> Any:

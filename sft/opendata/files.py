@@ -19,8 +19,10 @@ _TEXT_EXTENSIONS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv")
 _COMPRESSED_EXTENSIONS = ("", ".gz", ".bz2", ".xz", ".zst", ".zstd")
 EXTENSIONS = (*(text + packed for text in _TEXT_EXTENSIONS for packed in _COMPRESSED_EXTENSIONS), ".parquet")
 KNOWN_FILES = "JSON, JSON Lines, CSV, TSV (each maybe compressed) or Parquet file"
+# The files that sft.opendata writes.
+TRAIN, EVAL, REJECTS, LEDGER = "train.json", "eval.json", "rejects.jsonl", "ledger.json"
 # Never read as data: what sft.opendata writes beside its conversations, and what the hub keeps beside a data set.
-NOT_DATA = ("ledger.json", "rejects.jsonl", "dataset_info.json", "dataset_infos.json")
+NOT_DATA = (LEDGER, REJECTS, "dataset_info.json", "dataset_infos.json")
 # The mixes that the seeds were trained on. Belle: the BLOOM folder's sets, 20,000 of each. Blossom v5 (model card): 40K
 # wizard, 40K orca and 10K math; then 10K chat and a tenth of the first stage again.
 MIXES: dict[str, tuple[str, ...]] = {
@@ -75,12 +77,29 @@ def split_suffix(text: str) -> tuple[str, str]:
 
 
 def _walk(folder: str) -> list[str]:
-    found = []
+    """The data files of a folder, sorted."""
+    return sorted(path for path in _list_folder(folder) if _is_data(path))
+
+
+def _list_folder(folder: str) -> Iterator[str]:
+    """All files of a folder that are not hidden."""
     for parent, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        names = [name for name in files if name.endswith(EXTENSIONS) and name not in NOT_DATA]
-        found += [os.path.join(parent, name) for name in names if not name.startswith(".")]
-    return sorted(found)
+        yield from (os.path.join(parent, name) for name in files if not name.startswith("."))
+
+
+def _is_data(path: str) -> bool:
+    return path.endswith(EXTENSIONS) and os.path.basename(path) not in NOT_DATA
+
+
+def find_skipped(paths: Iterable[str | os.PathLike]) -> list[str]:
+    """List the files of folders that are not read as data, sorted; our own beside a train.json are left out."""
+    folders = {path for text in map(os.fspath, paths) if os.path.isdir(path := split_suffix(text)[0])}
+    skipped = {path for folder in folders for path in _list_folder(folder) if not _is_data(path)}
+    ours = [path for path in skipped if os.path.basename(path) in NOT_DATA[:2]]
+    return sorted(
+        skipped - {path for path in ours if os.path.exists(os.path.join(os.path.dirname(path), "train.json"))}
+    )
 
 
 # --- Inputs of the command

@@ -221,13 +221,12 @@ def _split_table(text: TextWindow, delimiter: str, names: list[str]) -> Iterator
         if row is None:
             break
         if row and len(row) != len(names):
-            advice = (
-                f"the row has {len(row)} fields and the header {len(names)}; quote fields that hold a {delimiter!r}"
-            )
+            advice = f"the row has {len(row)} fields, the header {len(names)}; quote fields that hold a {delimiter!r}"
             error = RecordError("malformed_csv", advice)
-        raw = "".join(lines.taken) if error else json.dumps(dict(zip(names, row, strict=True)), ensure_ascii=False)
-        if row or error:
-            yield RawRecord(line, str(line), raw, error=error)
+        if error:
+            yield RawRecord(line, str(line), "".join(lines.taken), error=error)
+        elif row:
+            yield RawRecord(line, str(line), json.dumps(dict(zip(names, row, strict=True)), ensure_ascii=False))
         line += sum(taken.count("\n") for taken in lines.taken)
     if text.fault:
         yield RawRecord(line, str(line), "", error=text.fault)

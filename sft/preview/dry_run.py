@@ -26,9 +26,8 @@ from sft.dataset.sampler import Updates
 from sft.format.contract import check_contract
 from sft.format.render import Renderer
 from sft.model import load as models
-from sft.opendata.build import EVAL
 from sft.opendata.conversation import read_conversations
-from sft.opendata.files import split_suffix
+from sft.opendata.files import EVAL, split_suffix
 from sft.preview.memory import (
     FULL,
     LORA,

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from sft.opendata import build as opendata
-from sft.opendata.build import find_problem
+from sft.opendata.__main__ import find_problem
 from sft.opendata.files import list_files
 from tests.conftest import ROOT
 from tests.opendata.make import build, digests, digests_of_files, read_lines, record, run, texts, write

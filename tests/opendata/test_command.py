@@ -29,7 +29,10 @@ def test_the_table_fits_120_columns_and_adds_up(tmp_path, capsys):
         "b.json 2 1 0 0 0 0 0 1 19 19 19",
         "total 4 2 0 1 0 0 0 1 19 19 19",
     ]
-    assert lines[-1] == "rejected: malformed_json 1"
+    assert lines[5:] == [
+        "rejected: malformed_json 1",
+        "first malformed_json: b.json line 2: Expecting value at character 1 of the record; this is not valid JSON",
+    ]
     assert max(map(command._width, lines)) <= 120
 
 
