@@ -1,8 +1,7 @@
-"""Real OpenAI-compatible servers get messages, and make of them the ids of training and the replies of sft.chat."""
+"""Real OpenAI-compatible servers render messages to the ids of training and give the greedy replies of sft.chat."""
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -20,6 +19,8 @@ from sft.export.gguf_check import LlamaServer
 from sft.format.render import Renderer
 from sft.model.load import load_model, load_tokenizer, set_generation_config
 from tests.conftest import CONVERTERS, needs_llama_cpp
+from tests.e2e.vllm_server import VllmServer, free_port, needs_vllm, post
+from tests.families import build_tiny
 
 pytestmark = pytest.mark.slow
 
@@ -29,15 +30,15 @@ LEARNED = (
 )
 GREEDILY = {"temperature": 0, "max_tokens": 40}
 
-# The real command, with a line on stdout for what each generation starts from.
+# The real command, which prints the prompt's ids of each generation on stdout.
 SERVE = """
 import json, sys
 from transformers import GenerationMixin
 generate = GenerationMixin.generate
-def told(self, *arguments, **options):
+def generate_and_print(self, *arguments, **options):
     print(json.dumps(options["input_ids"].tolist()), flush=True)
     return generate(self, *arguments, **options)
-GenerationMixin.generate = told
+GenerationMixin.generate = generate_and_print
 from transformers.cli.transformers import main
 sys.argv = ["transformers", "serve", *sys.argv[1:]]
 main()
@@ -60,14 +61,20 @@ def prompts() -> list[list[dict]]:
 
 @pytest.fixture(scope="module", params=[("qwen2", "chatml"), ("mistral", "blossom")], ids="-".join)
 def learned(request, tiny_base, tmp_path_factory):
-    """A folder as train.py saves it, of a model that knows the conversations by heart; and it, loaded."""
+    """A folder as train.py saves it, of a model that has memorised the conversations; and its chat."""
     family, chat_format = request.param
     folder = tmp_path_factory.mktemp("learned") / family
-    tokenizer = load_tokenizer(str(tiny_base(family)))
+    learn(tiny_base(family), folder, chat_format)
+    return folder, load_chat(str(folder), device="cpu", dtype="float32")
+
+
+def learn(base, folder, chat_format: str) -> None:
+    """Train `base` on the conversations and save it as train.py does."""
+    tokenizer = load_tokenizer(str(base))
     renderer = Renderer(tokenizer, chat_format)
     tokenizer.chat_template = renderer.chat_template
     torch.manual_seed(0)
-    model = load_model(str(tiny_base(family)))
+    model = load_model(str(base))
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     for _ in range(60):
         for messages in conversations():
@@ -80,13 +87,6 @@ def learned(request, tiny_base, tmp_path_factory):
     set_generation_config(model, tokenizer, renderer.stop_ids)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return folder, load_chat(str(folder), device="cpu", dtype="float32")
-
-
-def ask(url: str, body: dict) -> dict:
-    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=120) as answer:
-        return json.load(answer)
 
 
 def expected_reply(chat, messages: list[dict]) -> str:
@@ -107,9 +107,7 @@ def test_the_model_has_learned_its_conversations(learned):
 @pytest.fixture
 def transformers_serve():
     """`transformers serve` as a process; gives its address and a function that waits for the next prompt's ids."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-c", SERVE, "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment) as server:
@@ -131,7 +129,7 @@ def test_transformers_serve_starts_from_the_ids_of_training(learned, transformer
     folder, chat = learned
     url, next_ids = transformers_serve
     for messages in prompts():
-        answer = ask(url, {"model": str(folder), "messages": messages, **GREEDILY})
+        answer = post(url, {"model": str(folder), "messages": messages, **GREEDILY})
         assert next_ids() == [chat.renderer.prompt(messages)]
         assert answer["usage"]["prompt_tokens"] == len(chat.renderer.prompt(messages))
         assert answer["choices"][0]["message"]["content"].strip() == expected_reply(chat, messages)
@@ -146,11 +144,25 @@ def test_llama_cpps_server_starts_from_the_ids_of_training(learned, tmp_path):
     server = LlamaServer(tmp_path / "gguf" / "model-f16.gguf", 512)
     try:
         for messages in prompts():
-            text = ask(f"{server.url}/apply-template", {"messages": messages})["prompt"]
+            text = post(f"{server.url}/apply-template", {"messages": messages})["prompt"]
             assert server.tokenize(text) == chat.renderer.prompt(messages)
-            answer = ask(f"{server.url}/v1/chat/completions", {"messages": messages, **GREEDILY})
+            answer = post(f"{server.url}/v1/chat/completions", {"messages": messages, **GREEDILY})
             assert answer["usage"]["prompt_tokens"] == len(chat.renderer.prompt(messages))
             assert answer["choices"][0]["message"]["content"].strip() == expected_reply(chat, messages)
             assert answer["choices"][0]["finish_reason"] == "stop"
     finally:
         server.close()
+
+
+@needs_vllm
+def test_vllm_starts_from_the_ids_of_training(tmp_path):
+    base = build_tiny("qwen3", tmp_path / "base", hidden_size=128, num_layers=2)  # vLLM has no kernel for heads of 16
+    learn(base, tmp_path / "model", "chatml")
+    chat = load_chat(str(tmp_path / "model"), device="cpu", dtype="float32")
+    with VllmServer(tmp_path / "model") as server:
+        for messages in prompts():
+            answer = server.chat(messages)
+            assert answer["prompt_token_ids"] == chat.renderer.prompt(messages)
+            [choice] = answer["choices"]
+            assert choice["message"]["content"].strip() == expected_reply(chat, messages)
+            assert choice["finish_reason"] == "stop"
