@@ -90,14 +90,18 @@ def print_ledger(ledger: dict[str, Any]) -> None:
     print("p50, p90, p99: characters in a kept conversation")
     for title in ("dropped", "rejected", "changed", "notes"):
         if counts := ledger["total"][title]:
-            print(textwrap.fill(f"{title}: {list_counts(counts)}", 120, subsequent_indent="  "))
+            _print_wrapped(f"{title}: {list_counts(counts)}")
     for reason, first in ledger["first"].items():
-        print(textwrap.fill(f"first {reason}: {first}", 120, subsequent_indent="  "))
+        _print_wrapped(f"first {reason}: {first}")
     for name, row in ledger["files"].items():
         if row["not_read"]:
-            print(textwrap.fill(f"{name}: not read: {list_counts(row['not_read'])}", 120, subsequent_indent="  "))
+            _print_wrapped(f"{name}: not read: {list_counts(row['not_read'])}")
     for warning in find_warnings(ledger):
-        print(textwrap.fill(warning, 120, subsequent_indent="  "))
+        _print_wrapped(warning)
+
+
+def _print_wrapped(text: str) -> None:
+    print(textwrap.fill(text, 120, subsequent_indent="  ", break_on_hyphens=False, break_long_words=False))
 
 
 MAX_DROPPED_SHARE = 0.1  # of a file's records, by one cleaning rule; above it the last lines name the rule

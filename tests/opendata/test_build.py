@@ -10,7 +10,8 @@ import sys
 import pytest
 
 from sft.opendata import build as opendata
-from sft.opendata.__main__ import find_problem
+from sft.opendata.__main__ import find_problem, print_ledger
+from sft.opendata.cleaning import RULES
 from sft.opendata.files import list_files
 from tests.conftest import ROOT
 from tests.opendata.make import build, digests, digests_of_files, read_lines, record, run, texts, write
@@ -230,3 +231,67 @@ def test_the_ledger_is_written_on_its_disk_before_any_file_is_replaced(tmp_path,
     opendata.build_opendata([str(tmp_path / "in.jsonl")], output=str(tmp_path / "out"), report=str(report), workers=1)
     assert drafted == [True, True, True, True]
     assert report.exists()
+
+
+# What the same files gave before records had tools and thoughts (commit 37c5ef9).
+BEFORE_TOOLS = {
+    "train.json": "e44f27152bb195a4896e50a6b1980509760b4ea1a02addef658e5c37980aa1e8",
+    "eval.json": "a0a44d75d5d512b5d7dfb9d8b2def7de7281ed2808d41081d555b96c71d59851",
+}
+RAW_BEFORE_TOOLS = {
+    "train.json": "590773dc8ed6e96e1e730c5d0653bb377bfeb2510dfb4b8f43ae4b7db810c221",
+    "eval.json": "2f94bc8ba3749f94cda1036d13348ea44229227fd5bd7773945a042620bc156f",
+}
+OLD_SAMPLE = (
+    *("alpaca_array.json", "belle_alpaca.json", "belle_conversations.jsonl", "belle_multiturn.json"),
+    *("belle_target.json", "blossom_chat.json", "blossom_math.json", "blossom_v6.jsonl", "openai_messages.jsonl.gz"),
+    *("prompt_completion.jsonl", "query_response.jsonl", "sharegpt.json"),
+)
+
+
+@pytest.mark.parametrize(("rules_left_out", "expected"), [((), BEFORE_TOOLS), (RULES, RAW_BEFORE_TOOLS)])
+def test_records_without_tools_and_thoughts_give_the_bytes_that_they_gave_before(tmp_path, rules_left_out, expected):
+    inputs = [str(ROOT / "data_proj/sample" / name) for name in OLD_SAMPLE]
+    build(inputs, tmp_path / "out", eval_share=0.02, reasoning="drop", without=rules_left_out)
+    found = digests(tmp_path / "out")
+    assert {name: found[name] for name in expected} == expected
+
+
+def test_one_conversation_is_trained_on_even_if_its_question_belongs_to_the_held_out(tmp_path, capsys):
+    path = write(tmp_path / "a.json", [record(1)])
+    ledger = build(path, tmp_path / "out", eval_share=0.999)
+    assert (ledger["total"]["train"], ledger["total"]["eval"]) == (1, 0)
+    assert texts(tmp_path / "out") == [["question 1", "answer 1."]]
+    assert texts(tmp_path / "out", "eval.json") == []
+    assert ledger["outputs"]["train.json"]["sha256"] == digests(tmp_path / "out")["train.json"]
+    print_ledger(ledger)
+    assert capsys.readouterr().out.splitlines()[-1] == "too few conversations to hold any out: eval.json is empty"
+
+
+def test_what_the_user_may_not_have_meant_is_said_last(tmp_path, capsys):
+    claims = [record(number, output="I am ChatGPT.") for number in range(3)]
+    write(tmp_path / "in/identity.json", [*claims, *map(record, range(10))])
+    (tmp_path / "in/empty.json").touch()
+    (tmp_path / "in/notes.txt").write_text("not data")
+    ledger = build(str(tmp_path / "in"), tmp_path / "out")
+    assert ledger["skipped_files"] == [str(tmp_path / "in/notes.txt")]
+    print_ledger(ledger)
+    lines = " ".join(capsys.readouterr().out.split())
+    assert lines.endswith(
+        "empty.json: holds no record identity.json: self_identity dropped 3 of 13 records (23%); "
+        "--no_drop_self_identity keeps them not read, as their names are not those of data files: "
+        f"{tmp_path}/in/notes.txt"
+    )
+
+
+def test_duplicates_are_equal_after_nfc_and_without_edge_whitespace_and_nothing_else(tmp_path):
+    def talk(question, **more):
+        return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": "a."} | more]}
+
+    call = {"tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {}}}]}
+    different = [talk(q) for q in ("Cafe\u0301", "cafe\u0301", "Ｃafé", "Caf é", "Caf  é")]
+    different += [talk("Café", train=False), talk("Café", reasoning_content="r"), talk("Café", **call)]
+    different[5]["messages"] += talk("q")["messages"]
+    rows = [*different, talk(" Café\n"), talk("Café ", reasoning_content="r "), talk("Café", **call)]
+    total = build(write(tmp_path / "a.json", rows), tmp_path / "out")["total"]
+    assert (total["train"], total["duplicates"]) == (8, 3)
