@@ -207,8 +207,9 @@ def load_data(run: Run, check: Callable = raise_problems) -> Data:
     examples, ledger = prepare(list(run.files.times), run.renderer, say=say, **limits)
     held_out, held_out_ledger = prepare(run.files.held_out, run.renderer, say=say, **limits)
     ledgers = {"train": ledger} | ({"eval": held_out_ledger} if run.files.held_out else {})
-    for counted in ledgers.values():
-        check(check_losses, counted, settings.max_lost)
+    for name, counted in ledgers.items():
+        if name == "train" or counted["total"]["in"]:  # an empty eval.json: nothing is held out
+            check(check_losses, counted, settings.max_lost)
     check(check_token_ids, run, max(examples.largest_id, held_out.largest_id))
     return Data(examples, held_out, ledgers, lay_out_rows(run, examples, ledger) if len(examples) else None)
 

@@ -53,8 +53,9 @@ def add_up(ledger: dict) -> None:
     for counts in ledger["files"].values():
         total.update(counts)
     assert total["in"] == total["kept"] + sum(total[reason] for reason in LOST), f"the ledger doesn't add up: {total}"
-    ledger["files"] = {file: dict(counts) for file, counts in ledger["files"].items()}
-    ledger["rejected"], ledger["total"] = dict(ledger["rejected"]), dict(total)
+    for part in ("files", "sources"):
+        ledger[part] = {name: {"in": 0, "kept": 0, **counts} for name, counts in ledger[part].items()}
+    ledger["rejected"], ledger["total"] = dict(ledger["rejected"]), {"in": 0, "kept": 0, **total}
     ledger["template_words"] = dict(ledger["template_words"].most_common())
 
 
@@ -70,6 +71,7 @@ def ledger_lines(ledger: dict) -> list[str]:
             lines.append(f"  {EXPLAINED[reason]}: {total[reason]:,} ({reasons}first: {ledger['first'][reason]})")
     for why, count in list(ledger["template_words"].items())[:MAX_WORDS_SHOWN]:
         lines.append(f"    {count:,} x {why}")
+    lines += [f"  {file}: holds no record" for file, counts in ledger["files"].items() if not counts["in"]]
     for file, counts in ledger["not_read"].items():
         lines.append(f"  {Path(file).name}: not read: {list_counts(counts)}")
     notes = sum(map(Counter, ledger["notes"].values()), Counter())
