@@ -177,6 +177,7 @@ def train(settings: Settings, checkpoint: str | None, guard: Guard, *, started: 
     set_seed(settings.training.seed)
     run = prepare_run(settings)
     data = load_data(run)
+    guard.wait_for_all()  # on the CPU: preparing may take longer than NCCL waits in the next collective
     fingerprint = fingerprint_of(run)
     changed = check_unchanged(checkpoint, fingerprint, settings.training.allow_changed, say)
     trainer = build_trainer(

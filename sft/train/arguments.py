@@ -19,6 +19,7 @@ from sft.checkpoint.manifest import find_incomplete
 from sft.checkpoint.save import check_output_dir
 from sft.dataset.dataset import find_files
 from sft.format.table import FORMAT_NAMES
+from sft.launch.environment import complete_single_process, find_launcher_problems, read_launcher_flags
 from sft.model.load import check_dtype, check_model_path, choose_compute
 from sft.opendata.fields import check_choices
 from sft.train.deepspeed import check_deepspeed_config, deepspeed_config, start_deepspeed_on_cpu
@@ -83,6 +84,7 @@ def parse_arguments(groups: tuple[type, type, type], arguments: Sequence[str] | 
     problems = parser.problems + [f"unknown argument {name}" for name in unknown if name.startswith("--")]
     problems += [f"unknown argument {name}" for name in unknown if not problems]
     given["dry_run"] |= given["probe_steps"] > 0
+    given |= read_launcher_flags(os.environ)
     problems += check_arguments(given, groups)
     if problems:
         fail(problems)
@@ -108,10 +110,11 @@ def _make_settings(groups: tuple[type, type, type], given: dict[str, Any]) -> Se
     deepspeed = given["deepspeed"]
     if given["dry_run"] and not given["probe_steps"]:
         given |= {"deepspeed": None, "use_cpu": on_cpu}
-    elif given["deepspeed"] and on_cpu:
-        given |= {"accelerator_config": start_deepspeed_on_cpu(), "use_cpu": True}
-    elif on_cpu:
-        given["use_cpu"] = True
+    elif deepspeed:
+        complete_single_process()
+        given |= {"accelerator_config": start_deepspeed_on_cpu(), "use_cpu": True} if on_cpu else {}
+    else:
+        given["use_cpu"] = on_cpu
     made = []
     for group in groups:
         names = {entry.name for entry in fields(group) if entry.init}
@@ -175,6 +178,7 @@ def check_arguments(arguments: dict[str, Any], groups: Sequence[type]) -> list[s
         *check_choices(arguments["reasoning"], arguments["preference"]),
         *_check_limits(arguments, groups),
         *check_deepspeed_config(arguments),
+        *find_launcher_problems(os.environ, deepspeed=bool(arguments["deepspeed"])),
         *_check_combinations(arguments),
     ]
     return [problem for problem in checks if problem]

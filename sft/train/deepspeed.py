@@ -88,6 +88,7 @@ def start_deepspeed_on_cpu() -> dict:
         ("ACCELERATE_TORCH_DEVICE", "cpu"),
     ):
         os.environ[name] = value
+    os.environ.pop("ACCELERATE_USE_CPU", None)  # of accelerate launch --cpu: it would turn DeepSpeed off
     from accelerate import PartialState
 
     PartialState(backend="gloo")

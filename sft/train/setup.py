@@ -202,7 +202,7 @@ def command_to_resume() -> str:
         if flag not in (word, typed[place - 1]) and not word.startswith(f"{flag}=")
     ]
     command = shlex.join([*words, flag, "auto"])
-    processes = os.environ.get("LOCAL_WORLD_SIZE")
+    processes = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")  # the deepspeed launcher's name
     if "TORCHELASTIC_RUN_ID" in os.environ:
         command = f"torchrun --standalone --nproc_per_node {processes} {command}"
     elif processes:
