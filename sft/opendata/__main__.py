@@ -18,7 +18,7 @@ from typing import Any
 from sft.opendata.build import COUNTED, build_opendata
 from sft.opendata.cleaning import CHANGES, DROPS, RULES
 from sft.opendata.fields import list_counts
-from sft.opendata.files import MIXES, REJECTS
+from sft.opendata.files import MIXES, REJECTS, describe_skipped
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -129,9 +129,7 @@ def find_warnings(ledger: dict[str, Any]) -> list[str]:
                 rule = f"drop_{reason}"
                 way = f"--no_{rule} keeps them" if rule in RULES else "look at them in rejects.jsonl"
                 lines.append(f"{name}: {reason} dropped {num:,} of {num_read:,} records ({num / num_read:.0%}); {way}")
-    if skipped := ledger["skipped_files"]:
-        shown = ", ".join(skipped[:8]) + (f" and {len(skipped) - 8:,} more" if len(skipped) > 8 else "")
-        lines.append(f"not read, as their names are not those of data files: {shown}")
+    lines += describe_skipped(ledger["skipped_files"])
     if ledger["settings"]["eval_share"] and ledger["total"]["train"] and not ledger["total"]["eval"]:
         lines.append("too few conversations to hold any out: eval.json is empty")
     return lines

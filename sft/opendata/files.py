@@ -8,7 +8,7 @@ import os
 import pickle
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import BinaryIO
 
@@ -100,6 +100,14 @@ def find_skipped(paths: Iterable[str | os.PathLike]) -> list[str]:
     return sorted(
         skipped - {path for path in ours if os.path.exists(os.path.join(os.path.dirname(path), "train.json"))}
     )
+
+
+def describe_skipped(skipped: Sequence[str]) -> list[str]:
+    """Say in a line, if there are any, which files of the folders are not read."""
+    if not skipped:
+        return []
+    shown = ", ".join(skipped[:8]) + (f" and {len(skipped) - 8:,} more" if len(skipped) > 8 else "")
+    return [f"not read, as their names are not those of data files: {shown}"]
 
 
 # --- Inputs of the command

@@ -27,7 +27,7 @@ from sft.format.contract import check_contract
 from sft.format.render import Renderer
 from sft.model import load as models
 from sft.opendata.conversation import read_conversations
-from sft.opendata.files import EVAL, split_suffix
+from sft.opendata.files import EVAL, describe_skipped, split_suffix
 from sft.preview.memory import (
     FULL,
     LORA,
@@ -113,6 +113,7 @@ def show_run(report: Report, run: Run, data: Data) -> None:
     settings = run.settings
     check_weights(report, run.model_path)
     check_held_out(report, run.files.times, settings.data.data_path)
+    report.notes += describe_skipped(run.files.skipped)
     files, encoding = list(run.files.times), settings.data.encoding
     describe_tokenizer(report, run.renderer, files, encoding, lora=settings.model.lora)
     if data.rows is not None:

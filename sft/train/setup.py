@@ -24,6 +24,7 @@ from sft.format.contract import check_contract
 from sft.format.render import Renderer
 from sft.launch.processes import Guard, UserError
 from sft.model import load as models
+from sft.opendata.files import find_skipped
 from sft.report.run_page import package_versions, without_secrets
 from sft.report.text import say
 from sft.train.arguments import Settings, parse_gpu
@@ -31,10 +32,14 @@ from sft.train.arguments import Settings, parse_gpu
 
 @dataclass(frozen=True)
 class Files:
-    """The data files of a run. `times`: how often an epoch sees each training file (None: replay, by its share)."""
+    """The data files of a run. `times`: how often an epoch sees each training file (None: replay, by its share).
+
+    `skipped` are files of the given folders whose names are not those of data.
+    """
 
     times: Mapping[str, float | None]
     held_out: Sequence[str]
+    skipped: Sequence[str] = ()
 
     @cached_property
     def train_hashes(self) -> dict[str, str]:
@@ -85,8 +90,9 @@ def prepare_run(settings: Settings, check: Callable = raise_problems) -> Run:
     renderer = load_renderer(path, settings.data.chat_format, trust_remote_code=trust_remote_code)
     data = settings.data
     times, held_out = find_files(data.data_path, data.eval_data_path or (), data.replay_path or ())
+    skipped = find_skipped([*data.data_path, *(data.eval_data_path or ()), *(data.replay_path or ())])
     training = settings.training
-    return Run(path, renderer, settings, Files(times, held_out), training.output_dir, training.seed)
+    return Run(path, renderer, settings, Files(times, held_out, skipped), training.output_dir, training.seed)
 
 
 def load_renderer(model_path: str, chat_format: str, *, trust_remote_code: bool) -> Renderer:

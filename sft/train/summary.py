@@ -6,6 +6,7 @@ from sft.dataset.ledger import ledger_lines
 from sft.dataset.mixture import mixture_table
 from sft.files import write_json, write_text
 from sft.model.load import count_parameters
+from sft.opendata.files import describe_skipped
 from sft.report.run_page import (
     PAGE,
     RunPage,
@@ -54,6 +55,8 @@ def say_opening(trainer: Trainer, run: Run, data: Data) -> None:
     examples, rows, renderer = data.examples, data.rows, run.renderer
     for name, ledger in zip(("data", "held out"), data.ledgers.values(), strict=False):
         say("\n".join(f"{name}: {line}" for line in ledger_lines(ledger)))
+    for line in describe_skipped(run.files.skipped):
+        say(f"data: {line}")
     say(f"first row, trained tokens marked (chat format {renderer.name}):")
     say(paint(renderer.tokenizer, **examples[0]))
     if not rows.mixture.is_plain:

@@ -52,6 +52,19 @@ def run(base, data, output, *flags: str):
     return output
 
 
+def test_one_conversation_and_empty_files_beside_it_train_to_the_end(tiny_base, data, tmp_path, capfd):
+    (tmp_path / "train.json").write_text((data / "train.json").read_text(encoding="utf-8").splitlines()[0] + "\n")
+    for name in ("eval.json", "empty.json"):
+        (tmp_path / name).touch()
+    (tmp_path / "notes.txt").write_text("no data")
+    output = run(tiny_base("qwen2"), tmp_path, tmp_path / "run", "--max_steps", "2")
+    assert json.loads((output / "run.json").read_text(encoding="utf-8"))["ledger"]["train"]["total"]["kept"] == 1
+    said = capfd.readouterr().out
+    assert "no held-out data, so nothing is evaluated" in said
+    assert f"data:   {tmp_path}/empty.json: holds no record" in said
+    assert f"data: not read, as their names are not those of data files: {tmp_path}/notes.txt" in said
+
+
 @pytest.mark.slow
 def test_each_family_learns_saves_reloads_with_transformers_alone_and_stops(family, tiny_base, data, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
