@@ -54,6 +54,7 @@ class OwnTemplate:
         looked_for = {text for text in inside if not re.fullmatch(r"[a-z_]+", text)}
         self._looked_for, self._equal_texts = any_of({*looked_for, *controls}), whole
         self._depends_on_length, self._mark = template.measures_texts(), f"q{secrets.token_hex(6)}y"
+        self._probe_tools = self._find_probe_tools()
         self.switch = self._find_switch()
         self.stop, self.stop_is_written = self._find_stop()
         self.thoughts = self._find_thoughts()
@@ -126,31 +127,44 @@ class OwnTemplate:
             message["content"] = content
         full = self._render([*history, message], tools, thinking, add_generation_prompt=False)
         rest = self._rest_after(prompt, full, history, tools, thinking, thought)
-        return self._up_to_stop(rest, is_call=bool(message.get("tool_calls")))
+        return self._up_to_stop(rest, message)
 
     def _rest_after(self, prompt: str, full: str, history: list[dict], tools, thinking: bool, thought: str) -> str:
         """Return the part of a rendered conversation that comes after its last prompt."""
         if full.startswith(prompt):
             return full[len(prompt) :]
         closed = self._render(history, tools, thinking, add_generation_prompt=False)
-        header = prompt[len(closed) :] if prompt.startswith(closed) else ""
-        for token in reversed(list(self._controls.finditer(header))):
-            head = closed + header[: token.start()]
+        if prompt.startswith(closed) and prompt != closed:
+            start = len(closed)
+        else:  # the template always writes a header
+            start = prompt.rfind(history[-1].get("content") or prompt) + len(history[-1].get("content") or "")
+        for token in reversed(list(self._controls.finditer(prompt, start))):
+            head = prompt[: token.start()]
             if full.startswith(head):
-                return _after_opened(full[len(head) :], header[token.start() :], thought)
-        place = full.rfind(header) if self._controls.search(header) else -1
+                return _after_opened(full[len(head) :], prompt[token.start() :], thought)
+        place = full.rfind(prompt[start:]) if self._controls.search(prompt, start) else -1
         if place < 0:
             raise RecordError("template", "the chat template writes a reply differently from what its prompt begins")
-        return full[place + len(header) :]
+        return full[place + len(prompt) - start :]
 
-    def _up_to_stop(self, rest: str, *, is_call: bool) -> str:
+    def _up_to_stop(self, rest: str, message: dict) -> str:
+        """Cut what follows the reply: its stop is the first one after the last of its texts."""
+        is_call = bool(message.get("tool_calls"))
         stop, is_written = (self.call_stop, self.call_stop_is_written) if is_call else (self.stop, self.stop_is_written)
-        if is_written:
-            place = rest.rfind(stop)
-            if place < 0:
-                raise RecordError("template", f"the chat template doesn't end a reply with {stop}")
-            return rest[: place + len(stop)]
-        return rest.rstrip() + stop
+        if not is_written:
+            return rest.rstrip() + stop
+        last = rest.rfind(stop)
+        if last < 0:
+            raise RecordError("template", f"the chat template doesn't end a reply with {stop}")
+        begin = max((rest.rfind(text, 0, last) for text in _texts_of(message)), default=0)
+        reply = rest[: rest.find(stop, max(0, begin)) + len(stop)]
+        if any(token in reply[: -len(stop)] for token in self.stops()):
+            raise RecordError("template", "the chat template ends a reply before all of it is written")
+        return reply
+
+    def probe_turn(self) -> Turn:
+        """Return a turn of plain texts."""
+        return self.turns([_probe("user"), _probe("assistant")], self._probe_tools, trained=[1])[0]
 
     def stops(self) -> list[str]:
         """Return the control tokens that a reply can end in, a plain reply's first."""
@@ -215,16 +229,21 @@ class OwnTemplate:
 
     # --- probes ---------------------------------------------------------------------------------------------------
 
+    def _find_probe_tools(self) -> list[dict] | None:
+        """Return the definitions that probes need: none, unless the template can't do without."""
+        try:
+            self.template.render([_probe("user")], tools=None, add_generation_prompt=True)
+        except RecordError:
+            return [PROBE_TOOL]
+        return None
+
     def _find_switch(self) -> str | None:
         """Find the variable that turns thoughts on and off by rendering a prompt both ways."""
         names = [name for name in self.template.undeclared if SWITCH_NAME.search(name)]
         for name in sorted(names, key=lambda name: (name != "enable_thinking", name)):
-            question = [{"role": "user", "content": "x"}]
+            options = {"tools": self._probe_tools, "add_generation_prompt": True}
             try:
-                on, off = (
-                    self.template.render(question, tools=None, add_generation_prompt=True, **{name: value})
-                    for value in (True, False)
-                )
+                on, off = (self.template.render([_probe("user")], **options, **{name: on}) for on in (True, False))
             except RecordError:
                 continue
             if on != off:
@@ -234,14 +253,16 @@ class OwnTemplate:
     def _find_stop(self) -> tuple[str, bool]:
         """Return the text that ends a plain reply, and whether a conversation that ends there holds it."""
         question, answer = _probe("user"), _probe("assistant")
-        full = self._render([question, answer], None, False, add_generation_prompt=False)
-        _before, _, after = full.rpartition(answer["content"])
+        conversations = ([question, answer], [question, answer, _probe("user", 1)])
+        rendered = [self._render(each, self._probe_tools, False, add_generation_prompt=False) for each in conversations]
+        after, following = (text.rpartition(answer["content"])[2] for text in rendered)
+        tokens = list(self._controls.finditer(after))
+        if tokens and following.startswith(after.rstrip()):
+            return after[tokens[0].start() : tokens[-1].end()], True
         if stop := self._stop_at_start(after):
             return stop, True
-        longer = self._render([question, answer, _probe("user", 1)], None, False, add_generation_prompt=False)
-        following = longer.partition(answer["content"])[2]
         token = self._controls.match(following, len(following) - len(following.lstrip()))
-        if answer["content"] not in full or token is None:
+        if token is None:
             raise ValueError("no control token ends a reply in the model's own chat template")
         return following[: token.end()], False
 
@@ -265,7 +286,7 @@ class OwnTemplate:
         """Say where the thought of a reply goes: "field", "inline", "opened", or "" for nowhere."""
         question, answer = _probe("user"), _probe("assistant")
         thought = _probe("thought")["content"]
-        prompt = self._render([question], None, True, add_generation_prompt=True)
+        prompt = self._render([question], self._probe_tools, True, add_generation_prompt=True)
         for place, message in (
             ("field", {**answer, "reasoning_content": thought}),
             ("inline", {**answer, "content": f"<think>\n{thought}\n</think>\n\n{answer['content']}"}),
@@ -273,7 +294,7 @@ class OwnTemplate:
             if place == "inline" and "</think>" not in self.template.source:
                 continue
             try:
-                full = self._render([question, message], None, True, add_generation_prompt=False)
+                full = self._render([question, message], self._probe_tools, True, add_generation_prompt=False)
             except RecordError:
                 continue
             if thought in full:
@@ -311,8 +332,9 @@ class OwnTemplate:
         """Return the text that ends a reply with calls, and whether a conversation that ends there holds it."""
         full = self._render_call(self.call_form, with_result=False)
         after = full[full.rfind(PROBE_VALUE) + len(PROBE_VALUE) :]
-        for stop in (self.stop, self._eos, *CALL_STOPS):
-            if stop and stop in after and (stop != self.stop or self.stop_is_written):
+        plain = [self.stop, self._controls.findall(self.stop)[-1]] if self.stop_is_written else []
+        for stop in (*plain, self._eos, *CALL_STOPS):
+            if stop and stop in after:
                 return stop, True
         longer = self._render_call(self.call_form, with_result=True)
         if not longer.startswith(full.rstrip()):
@@ -368,6 +390,16 @@ def _after_opened(rest: str, opened: str, thought: str) -> str:
     if rest.startswith(opener) and thought and thought.strip() in rest:
         return rest[len(opener) :].lstrip("\n")
     return f"{thought.strip()}\n{closer}\n\n{EMPTY_THOUGHT.sub('', rest)}"
+
+
+def _texts_of(message: dict) -> list[str]:
+    """Return the texts of a reply that a template may write: content, thought, and names and strings of calls."""
+    texts = [message.get("content") or "", message.get("reasoning_content") or ""]
+    for call in message.get("tool_calls") or ():
+        arguments = call["function"]["arguments"]
+        values = [arguments] if isinstance(arguments, str) else [v for v in arguments.values() if isinstance(v, str)]
+        texts += [call["function"]["name"], *values, *(json.dumps(value, ensure_ascii=False)[1:-1] for value in values)]
+    return [text.strip() for text in texts if text.strip()]
 
 
 def _is_in(part: str, text: str) -> bool:

@@ -89,14 +89,16 @@ class Renderer:
                 raise ValueError(
                     "chat format 'base': this tokenizer has no chat template of its own; name another format"
                 )
+            self._hashed_template = self.chat_template
             self._bind_template()
         else:
             bos = tokenizer.bos_token if adds_bos(tokenizer) else ""
             row = bind_format(CHAT_FORMATS[self.name], tokenizer)
-            self.chat_template = jinja_template(row, bos)
+            self.chat_template = jinja_template(row, bos, with_tools=row.has_tools)
+            self._hashed_template = jinja_template(row, bos)  # plain conversations: runs from before tools resume
             self._layout = lru_cache(4096)(lambda roles: table_layout(row, roles, bos))
             self._table_segments = lru_cache(4096)(self._cut_layout)
-            if CHAT_FORMATS[self.name].has_tools:
+            if row.has_tools:
                 self._bind_template()
         self.use_slow_encoder()
         self._find_control_ids()
@@ -113,10 +115,8 @@ class Renderer:
 
     def _find_control_ids(self) -> None:
         if self.name == "base":
-            turn = self._own.turns(
-                [{"role": "user", "content": "x"}, {"role": "assistant", "content": "x"}], trained=[1]
-            )
-            used, stops = self._controls.findall(turn[0].prompt + turn[0].reply), self._own.stops()
+            turn = self._own.probe_turn()
+            used, stops = self._controls.findall(turn.prompt + turn.reply), self._own.stops()
         else:
             layout = self._layout(("user", "assistant"))
             names = [self._controls.findall(part.text or "") for part in layout]
@@ -357,7 +357,7 @@ class Renderer:
 
     def fingerprint(self) -> str:
         """A hash of all that decides ids and labels: the tokenizer, and the format as a template."""
-        parts = [self.tokenizer.backend_tokenizer.to_str(), self.chat_template, self.name]
+        parts = [self.tokenizer.backend_tokenizer.to_str(), self._hashed_template, self.name]
         if self.template_kwargs or self.train_turns != "all" or self.writes_date:
             parts += [self.template_kwargs, self.train_turns, self.today.isoformat() if self.writes_date else ""]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

@@ -16,6 +16,7 @@ from sft.format.tokens import any_of
 from sft.opendata.fields import RecordError
 
 LENGTH_FILTERS = {"length", "count", "wordcount"}
+LISTS = {"messages", "loop_messages", "tools", "tool_calls", "id", "tool_call_id"}  # measured as lists, or not texts
 
 
 class GenerationTag(Extension):
@@ -113,11 +114,19 @@ class ChatTemplate:
     def measures_texts(self) -> bool:
         """Say whether a length above 1 is compared with: then the layout may depend on how long a text is."""
         for node in self._tree.find_all(nodes.Compare):
-            has_length = any(found.name in LENGTH_FILTERS for found in node.find_all(nodes.Filter))
+            measured = [found.node for found in node.find_all(nodes.Filter) if found.name in LENGTH_FILTERS]
+            has_length = any(_last_name(found) not in LISTS for found in measured)
             numbers = [found.value for found in node.find_all(nodes.Const) if isinstance(found.value, int)]
             if has_length and any(number > 1 for number in numbers):
                 return True
         return False
+
+
+def _last_name(node: nodes.Node | None) -> str:
+    """Return the name that an expression ends in: `id` for `call.id`."""
+    if isinstance(node, nodes.Getattr):
+        return node.attr
+    return node.name if isinstance(node, nodes.Name) else ""
 
 
 def _texts(expressions: Sequence[nodes.Node]) -> set[str]:
