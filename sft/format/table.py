@@ -12,8 +12,8 @@ class ChatFormat:
     """One chat format as data. `{eos}` stands for the tokenizer's end-of-sequence token.
 
     A conversation reads: system[0] S system[1], then per exchange user[0] U user[1] header gap REPLY end between.
-    The prompt ends after `header`; gap, reply and `end` are in the loss. `has_tools`: the saved template also has places
-    for tools, calls and thoughts, in the form of Qwen.
+    The prompt ends after `header`; gap, reply and `end` are in the loss. With `has_tools` the saved template also takes
+    tools, calls and thoughts, in the form of Qwen.
     """
 
     name: str
