@@ -51,10 +51,13 @@ def to_prompt(record: object, *, source: str = "record", line: int | str = 1) ->
         if len(lone) == 1:
             record = {key: record[key] for key in SYSTEM_KEYS if key in record}
             record["messages"] = [{"role": "user", "content": lone[0]}]
-    messages = read_record(record, source=source, line=line)["messages"]
+    read = read_record(record, source=source, line=line)
+    if read.get("tools"):
+        raise RecordError("tools", "has tools of its own; give one --tools FILE for all questions")
+    messages = read["messages"]
     while messages and messages[-1]["role"] == "assistant":
         messages = messages[:-1]
-    if not messages or messages[-1]["role"] != "user":
+    if not messages or messages[-1]["role"] not in ("user", "tool"):
         raise RecordError("no_question", "no user message to answer")
     validate({"messages": [*messages, {"role": "assistant", "content": "…"}]})
     return messages
@@ -168,7 +171,7 @@ def answer_missing(
                 yield position, messages
 
     for position, reply in reply_each(missing()):
-        answer = [*asked.pop(position), {"role": "assistant", "content": reply.text}]
+        answer = [*asked.pop(position), reply.message or {"role": "assistant", "content": reply.text}]
         partial.keep(position, {"messages": answer, "ended": reply.ended, "num_tokens": reply.num_tokens})
         yield reply
 
@@ -207,6 +210,8 @@ def reply_to_file(
         raise ValueError(f"--output {output}: is the file of questions")
     count, questions = check_questions(source, system, chat.prompt_ids)
     belongs_to = {"questions": questions, "model": hash_weights(chat.model), "sampling": asdict(sampling), "seed": seed}
+    belongs_to |= {"tools": chat.tools} if chat.tools else {}
+    belongs_to |= {"thinking": chat.thinking} if chat.thinking is not None else {}
     belongs_to["chat format"] = chat.renderer.fingerprint()[:16]
     with closing(Partial(f"{output}.partial", belongs_to)) as partial:
         check_output(output, overwrite=overwrite)  # another process may have just written it

@@ -31,6 +31,7 @@ from sft.model.load import (
     load_tokenizer,
 )
 
+PROMPT_END_TOKENS = 16  # that may hold the start of a thought
 MODEL_FILES = ("config.json", "adapter_config.json")  # one of them makes a folder a model
 
 
@@ -40,14 +41,22 @@ class Reply(NamedTuple):
     text: str
     ended: bool
     num_tokens: int
+    message: dict | None = None  # role, content, and reasoning_content and tool_calls where the reply has them
+
+    @property
+    def answer(self) -> str:
+        """Return the text without thought and calls."""
+        return self.text if self.message is None else self.message["content"]
 
 
 @dataclass
 class Chat:
-    """A loaded model with its renderer."""
+    """A loaded model with its renderer; `tools` and `thinking` (the template's switch) go into every prompt."""
 
     model: object
     renderer: Renderer
+    tools: Sequence[dict] | None = None
+    thinking: bool | None = None
 
     def reply(self, messages: Sequence[dict], sampling: Sampling = BLOSSOM) -> Reply:
         """Reply to messages that end with the user's turn."""
@@ -60,7 +69,7 @@ class Chat:
         decoder.run()
         if failed := [request.error for request in requests if request.error]:
             raise failed[0]
-        return [self.to_reply(request.ids) for request in requests]
+        return [self.to_reply(request.ids, request.prompt) for request in requests]
 
     def reply_each(
         self,
@@ -87,7 +96,7 @@ class Chat:
                 request = running.pop(key)
                 if request.error:
                     raise request.error
-                yield key, self.to_reply(request.ids)
+                yield key, self.to_reply(request.ids, request.prompt)
 
     def reply_with_pieces(self, messages: Sequence[dict], sampling: Sampling = BLOSSOM) -> tuple[Reply, list[Piece]]:
         """Reply, and return the probability of each token; see `sft.chat.token_probabilities`."""
@@ -96,7 +105,7 @@ class Chat:
         decoder.run()
         if request.error:
             raise request.error
-        return self.to_reply(request.ids), score(self.model, self.renderer.tokenizer, prompt, request.ids)
+        return self.to_reply(request.ids, prompt), score(self.model, self.renderer.tokenizer, prompt, request.ids)
 
     def stream_reply(
         self, messages: Sequence[dict], sampling: Sampling = BLOSSOM, stop: threading.Event | None = None
@@ -109,8 +118,8 @@ class Chat:
         self.decoder.start()
         try:
             for count in self.decoder.follow(request):
-                yield self.to_reply(request.ids[:count], growing=True)
-            yield self.to_reply(request.ids)
+                yield self.to_reply(request.ids[:count], request.prompt, growing=True)
+            yield self.to_reply(request.ids, request.prompt)
         finally:
             request.cancel()
             self.decoder.wait(request)
@@ -124,9 +133,10 @@ class Chat:
         pad_id = self.renderer.tokenizer.pad_token_id or 0
         return Decoder(self.model, stop_ids=self.renderer.stop_ids, pad_id=pad_id, window=self.context_window)
 
-    def prompt_ids(self, messages: Sequence[dict]) -> list[int]:
+    def prompt_ids(self, messages: Sequence[dict], *, thinking: bool | None = None) -> list[int]:
         """Render the prompt; raises ValueError when the context window has no room left for a reply."""
-        prompt = self.renderer.prompt(messages)
+        thinking = self.thinking if thinking is None else thinking
+        prompt = self.renderer.prompt(messages, tools=self.tools, thinking=thinking)
         window = self.context_window
         if window and len(prompt) + 1 > window:
             raise ValueError(
@@ -134,18 +144,39 @@ class Chat:
             )
         return prompt
 
+    def history(self, messages: Sequence[dict]) -> list[dict]:
+        """Return the messages as the chat format takes them: without thoughts where it has no place for any."""
+        if self.renderer.keeps_reasoning:
+            return list(messages)
+        return [{key: message[key] for key in message if key != "reasoning_content"} for message in messages]
+
     @property
     def context_window(self) -> int | None:
         """The model's context length in tokens; None where it has no fixed one (ALiBi)."""
         return context_window(self.model.config)
 
-    def to_reply(self, new_ids: Sequence[int], *, growing: bool = False) -> Reply:
-        """Decode generated tokens up to the first stop token."""
+    def to_reply(self, new_ids: Sequence[int], prompt: Sequence[int] = (), *, growing: bool = False) -> Reply:
+        """Decode generated tokens up to the first stop token; the end of `prompt` may open their thought."""
         stops = [new_ids.index(stop) for stop in self.renderer.stop_ids if stop in new_ids]
         ids = new_ids[: min(stops, default=len(new_ids))]
         text = self.renderer.decode(ids)
-        # A character of several tokens decodes to U+FFFD until its last token is there.
-        return Reply(text.rstrip("\ufffd") if growing else text, bool(stops), len(ids))
+        message = self._to_message(ids, text, prompt)
+        if growing:  # a character of several tokens decodes to U+FFFD until its last token is there
+            text = text.rstrip("\ufffd")
+            message = {
+                key: value.rstrip("\ufffd") if isinstance(value, str) else value for key, value in message.items()
+            }
+        return Reply(text, bool(stops), len(ids), message)
+
+    def _to_message(self, ids: Sequence[int], text: str, prompt: Sequence[int]) -> dict:
+        """Split a reply into thought, calls and text; calls that the chat format has no place for stay text."""
+        opened = self.renderer.tokenizer.decode(prompt[-PROMPT_END_TOKENS:], skip_special_tokens=False)
+        message = self.renderer.read_reply(ids, opened=opened)
+        if message.get("tool_calls") and not self.renderer.takes_tools:
+            return {"role": "assistant", "content": text}
+        if not message.get("reasoning_content") and not message.get("tool_calls"):
+            return {"role": "assistant", "content": text if message["content"] else ""}
+        return message
 
 
 # --- loading ------------------------------------------------------------------------------------------------------
@@ -160,9 +191,12 @@ def load_chat(
     dtype: str | None = None,
     load_in_4bit: bool = False,
     trust_remote_code: bool = False,
+    template_kwargs: dict | None = None,
+    thinking: bool | None = None,
 ) -> Chat:
     """Load a checkpoint (full or LoRA adapter): bf16 on a GPU that has it, fp32 on a CPU.
 
+    `template_kwargs` are further variables of its chat template (default: those it was trained with).
     `device_map="auto"` spreads the layers over all GPUs, and over the memory where they don't fit.
     """
     os.environ.setdefault(*PATIENT_THREADS)
@@ -186,7 +220,10 @@ def load_chat(
         from transformers import AutoModelForCausalLM as Model
     model = from_pretrained(Model, model_path, **options)
     model = model if "device_map" in options else model.to(place)
-    return Chat(model.eval(), Renderer(tokenizer, chat_format))
+    renderer = Renderer(tokenizer, chat_format, template_kwargs=template_kwargs)
+    if thinking is not None and not renderer.thinking_switch:
+        raise ValueError(f"--thinking: the chat format of {model_path} ({renderer.name}) has no such switch")
+    return Chat(model.eval(), renderer, thinking=thinking)
 
 
 def _choose_dtype(device: str) -> str:
@@ -209,6 +246,22 @@ def _find_device_problem(device: str) -> str | None:
     return None
 
 
+def _to_object(text: str) -> dict:
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f'{text!r}: give a JSON object, as {{"reasoning_effort": "low"}}')
+    return found
+
+
+def _to_switch(text: str) -> bool:
+    if text not in ("on", "off"):
+        raise argparse.ArgumentTypeError(f"{text!r}: use on or off")
+    return text == "on"
+
+
 MODEL_FLAGS = {
     "chat_format": {"default": "auto", "choices": FORMAT_NAMES},
     "device": {"help": "cuda, cuda:1, cpu ... (default: a GPU if there is one)"},
@@ -216,6 +269,8 @@ MODEL_FLAGS = {
     "dtype": {"default": "auto", "choices": DTYPES, "help": "auto: bf16 on a GPU that has it, fp32 on a CPU"},
     "load_in_4bit": {"action": "store_true", "help": "needs a CUDA GPU and bitsandbytes"},
     "trust_remote_code": {"action": "store_true", "help": "run code that comes with the model"},
+    "template_kwargs": {"type": _to_object, "metavar": "JSON", "help": "further variables of its chat template"},
+    "thinking": {"type": _to_switch, "metavar": "on|off", "help": "set the template's thinking switch"},
 }
 
 

@@ -8,7 +8,9 @@ python -m sft.chat --model_path out/run --input questions.jsonl --output answers
 """
 
 import argparse
+import json
 import os
+import re
 import select
 import sys
 from collections.abc import Iterable, Iterator
@@ -20,6 +22,8 @@ from sft.chat.answer_file import check_output, check_questions, reply_to_file
 from sft.chat.reply import Chat, Reply, add_model_flags, find_model, load_base, load_chat, model_options
 from sft.chat.sampling import BLOSSOM, Sampling
 from sft.chat.token_probabilities import printable, to_terminal
+from sft.opendata.fields import RecordError
+from sft.opendata.messages import read_tools
 
 
 class Dialogue:
@@ -34,8 +38,11 @@ class Dialogue:
         show_probabilities: bool = False,
         interruptible: bool = False,
     ):
-        self.chats, self.system, self.sampling = chats, system, sampling
-        self.show_probabilities, self.interruptible = show_probabilities, interruptible
+        self.chats = chats
+        self.system = system
+        self.sampling = sampling
+        self.show_probabilities = show_probabilities
+        self.interruptible = interruptible
         self.clear()
 
     def clear(self) -> None:
@@ -46,47 +53,96 @@ class Dialogue:
         system = (self.system or "").strip()
         return [*([{"role": "system", "content": system}] if system else []), *self.turns[name]]
 
-    def ask(self, question: str) -> None:
-        """Print each model's reply as it comes; a question without a reply is dropped from the history.
+    def open_calls(self, name: str) -> list[dict]:
+        """Return the calls of a model's last reply whose results are missing."""
+        for num_results, message in enumerate(reversed(self.turns[name])):
+            if message["role"] != "tool":
+                return (message.get("tool_calls") or [])[num_results:]
+        return []
 
-        If `interruptible`, Ctrl-C ends a reply and keeps its text; else it ends the program.
+    def next_call(self) -> str | None:
+        """Return the name of the function whose result comes next; None when a question does."""
+        open_calls = [call for name in self.chats for call in self.open_calls(name)]
+        return open_calls[0]["function"]["name"] if open_calls else None
+
+    def last_thought(self) -> str:
+        thoughts = [
+            turn["reasoning_content"]
+            for turns in self.turns.values()
+            for turn in turns
+            if turn.get("reasoning_content")
+        ]
+        return thoughts[-1] if thoughts else "[no thought]"
+
+    def ask(self, text: str) -> None:
+        """Print each model's reply to a question, or to the result of its call, as it comes.
+
+        A question without a reply is dropped from the history. If `interruptible`, Ctrl-C ends a reply and keeps its
+        text; else it ends the program.
         """
+        is_result = self.next_call() is not None
         for name, chat in self.chats.items():
+            calls = self.open_calls(name)
+            if is_result and not calls:  # another model's call
+                continue
+            turn = _result(calls[0], text) if is_result else {"role": "user", "content": text}
+            if len(calls) > 1:
+                self.turns[name].append(turn)
+                continue
             if len(self.chats) > 1:
                 print(f"[{name}]", flush=True)
-            turn = {"role": "user", "content": question}
-            text = self._print_reply(chat, [*self.messages(name), turn])
-            if text is not None:
-                self.turns[name] += [turn, {"role": "assistant", "content": text}]
+            message = self._print_reply(chat, chat.history([*self.messages(name), turn]))
+            if message is not None:
+                self.turns[name] += [turn, message]
 
-    def _print_reply(self, chat: Chat, messages: list[dict]) -> str | None:
-        text, end = None, ""
+    def _print_reply(self, chat: Chat, messages: list[dict]) -> dict | None:
+        reply, end = None, ""
         try:
             if self.show_probabilities:
                 reply, pieces = chat.reply_with_pieces(messages, self.sampling)
                 colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
                 print(to_terminal(pieces, colour=colour), end="")
-                text = reply.text
             else:
-                for reply in _print_stream(chat, messages, self.sampling):
-                    text = reply.text
+                for reply in _print_stream(chat, messages, self.sampling):  # noqa: B007  the last one is kept
+                    pass
             end = "" if reply.ended else "\n[stopped at --max_new_tokens]"
         except KeyboardInterrupt:
             if not self.interruptible:
                 raise
             end = "\n[stopped]"
         print(end, flush=True)
-        return text
+        return reply and _message(reply)
+
+
+def _message(reply: Reply) -> dict:
+    return reply.message or {"role": "assistant", "content": reply.text}
+
+
+def _result(call: dict, text: str) -> dict:
+    result = {"role": "tool", "name": call["function"]["name"], "content": text}
+    return result | ({"tool_call_id": call["id"]} if call.get("id") else {})
 
 
 def _print_stream(chat: Chat, messages: list[dict], sampling: Sampling) -> Iterator[Reply]:
-    """Print each new part of a reply and yield the reply."""
-    shown = 0
+    """Print each new part of a reply and yield the reply; thoughts are folded, calls printed when they are complete."""
+    printed, folded, message = "", False, {}
     with closing(chat.stream_reply(messages, sampling)) as stream:
         for reply in stream:
-            print(printable(reply.text[shown:]), end="", flush=True)
-            shown = len(reply.text)
+            message = _message(reply)
+            if message.get("reasoning_content") and not folded:
+                folded = True
+                print("[thinking; /thought shows it]", flush=True)
+            call = CALL_START.search(message["content"]) if chat.tools else None
+            text = message["content"][: call.start() if call else None]
+            if text.startswith(printed):
+                print(printable(text[len(printed) :]), end="", flush=True)
+                printed = text
             yield reply
+    if message.get("content", "").startswith(printed):
+        print(printable(message["content"][len(printed) :]), end="")
+    for call in message.get("tool_calls") or ():
+        arguments = json.dumps(call["function"]["arguments"], ensure_ascii=False)
+        print(printable(f"\n[call] {call['function']['name']} {arguments}"), end="")
 
 
 def converse(
@@ -100,12 +156,19 @@ def converse(
     return dialogue.messages("")
 
 
-HELP = "/clear begins anew, /system TEXT sets the system message, Ctrl-C stops a reply, /quit or Ctrl-D ends"
+HELP = (
+    "/clear begins anew, /system TEXT sets the system message, /thought shows the last thought, "
+    "Ctrl-C stops a reply, /quit or Ctrl-D ends"
+)
+# The start of a call, as models write it; its text is complete only with its end.
+CALL_START = re.compile(
+    r"<\|?tool|<function|<｜tool|\[TOOL_CALLS\]|<\|python_tag\|>|^\s*[\[{]|<[^\s>]{0,20}$|\[[A-Z_]*$"
+)
 
 
 def talk(dialogue: Dialogue) -> None:
     """Answer each question until /quit or the end of the input; an error is printed and the dialogue continues."""
-    for typed in _read_questions():
+    for typed in _read_questions(dialogue):
         command, _, text = typed.partition(" ")
         if command == "/quit":
             return
@@ -113,6 +176,8 @@ def talk(dialogue: Dialogue) -> None:
             print(HELP)
         elif typed == "/clear":
             dialogue.clear()
+        elif typed == "/thought":
+            print(printable(dialogue.last_thought()))
         elif command == "/system":
             dialogue.system = text
         else:
@@ -122,14 +187,15 @@ def talk(dialogue: Dialogue) -> None:
                 print(f"[{error}; /clear begins anew]")
 
 
-def _read_questions() -> Iterator[str]:
-    """Yield typed questions until end of file (Ctrl-D); lines that are pasted together are one question."""
+def _read_questions(dialogue: Dialogue) -> Iterator[str]:
+    """Yield typed questions and results of calls until end of file (Ctrl-D); lines pasted together are one."""
     with suppress(ImportError):
         import readline  # noqa: F401  input() then edits lines and has a history
     while True:
         lines = []
         try:
-            lines.append(input("? "))
+            call = dialogue.next_call()
+            lines.append(input(f"result of {printable(call)}? " if call else "? "))
             while sys.stdin.isatty() and select.select([sys.stdin], [], [], 0.05)[0]:
                 lines.append(input())
         except KeyboardInterrupt:
@@ -155,6 +221,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--message", action="append", help="a question; repeat it for several turns")
     add("--system", help="the system message")
     add("--base_path", help="a second model that answers too, in the same format; auto: the base that was tuned")
+    add("--tools", help="a JSON file of tool definitions; a call is shown, and its result is typed")
     add("--show_probabilities", action="store_true", help="colour each token by how sure the model was of it")
     add("--input", help="a JSON file of questions or conversations, answered in batches")
     add("--output", help="where the answers to --input go (JSON Lines); rerun the command to resume")
@@ -175,6 +242,8 @@ def _problems(options: argparse.Namespace) -> Iterator[str]:
         yield f"--input goes without {', '.join(alone)}"
     if options.input and not Path(options.input).is_file():
         yield f"--input {options.input}: no such file"
+    if options.tools and not Path(options.tools).is_file():
+        yield f"--tools {options.tools}: no such file"
     if options.device and options.device_map:
         yield "--device and --device_map: give one of them"
     if not all(message.strip() for message in options.message or ()):
@@ -201,12 +270,28 @@ def _check(options: argparse.Namespace) -> None:
         check_questions(options.input, options.system, lambda messages: None)
 
 
+def load_tools(path: str) -> list[dict]:
+    """Read tool definitions from a JSON file: a list of functions, or an object with `tools`."""
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        tools = read_tools(found if isinstance(found, dict) and "tools" in found else {"tools": found})
+    except (ValueError, RecordError) as error:
+        raise ValueError(f"--tools {path}: {error}") from None
+    if not tools:
+        raise ValueError(f"--tools {path}: holds no tool")
+    return tools
+
+
 def _run(options: argparse.Namespace) -> None:
     options.system = _encodable(options.system or "").strip()
     _check(options)
     sampling = Sampling(**{name: getattr(options, name) for name in asdict(Sampling())})
     model_path = options.model_path or find_model()
+    tools = load_tools(options.tools) if options.tools else None
     chat = load_chat(model_path, **model_options(options))
+    if tools and not chat.renderer.takes_tools:
+        raise ValueError(f"--tools: chat format {chat.renderer.name!r} has no place for tools; use chatml or base")
+    chat.tools = tools
     if options.input:
         how = {name: getattr(options, name) for name in ("batch_size", "seed", "system", "overwrite")}
         count = reply_to_file(chat, options.input, options.output, sampling=sampling, **how)
@@ -216,7 +301,9 @@ def _run(options: argparse.Namespace) -> None:
 
     chats = {"tuned": chat}
     if options.base_path:
-        chats = {"base": load_base(chat, model_path, options.base_path, **model_options(options)), **chats}
+        base = load_base(chat, model_path, options.base_path, **model_options(options))
+        base.tools = tools
+        chats = {"base": base, **chats}
     set_seed(options.seed)
     dialogue = Dialogue(
         chats,

@@ -68,8 +68,32 @@ def test_an_error_in_the_model_reaches_the_reader_of_the_stream(tiny_chat, monke
 def test_a_reply_ends_at_the_stop_token_and_says_so(tiny_chat):
     stop = tiny_chat.renderer.stop_ids[0]
     hello = tiny_chat.renderer.tokenizer("Hello", add_special_tokens=False)["input_ids"]
-    assert tiny_chat.to_reply([*hello, stop, *hello]) == ("Hello", True, len(hello))
-    assert tiny_chat.to_reply(hello) == ("Hello", False, len(hello))
+    assert tiny_chat.to_reply([*hello, stop, *hello])[:3] == ("Hello", True, len(hello))
+    assert tiny_chat.to_reply(hello)[:3] == ("Hello", False, len(hello))
+
+
+@pytest.mark.parametrize(
+    ("text", "prompt", "message"),
+    [
+        ("<think>想</think>\n\n好", "", {"content": "好", "reasoning_content": "想"}),
+        ("想\n</think>\n\n好", "x<think>\n", {"content": "好", "reasoning_content": "想"}),
+        ("想\n</think>\n\n好", "", {"content": "好", "reasoning_content": "想"}),
+        ("想", "x<think>\n", {"content": "", "reasoning_content": "想"}),
+        ("2*3*4 <b>", "", {"content": "2*3*4 <b>"}),
+    ],
+)
+def test_a_reply_is_a_message_with_its_thought_apart(text, prompt, message, tiny_chat):
+    ids = [tiny_chat.renderer.tokenizer(part, add_special_tokens=False)["input_ids"] for part in (text, prompt)]
+    reply = tiny_chat.to_reply(*ids)
+    assert reply.message == {"role": "assistant", **message}
+    assert (reply.text, reply.answer) == (text, message["content"])
+
+
+def test_a_history_holds_no_thoughts_where_the_format_has_no_place_for_them(tiny_chat):
+    messages = [*asked("一"), {"role": "assistant", "content": "二", "reasoning_content": "想"}]
+    assert tiny_chat.history(messages) == [*asked("一"), {"role": "assistant", "content": "二"}]
+    chatml = Chat(tiny_chat.model, Renderer(tiny_chat.renderer.tokenizer, "chatml"))
+    assert chatml.renderer.keeps_reasoning == (chatml.history(messages) == messages)
 
 
 def test_sampling_is_repeatable_with_a_seed_and_warm_by_default(tiny_chat):

@@ -228,3 +228,115 @@ def test_whatever_ends_a_batch_says_that_the_same_command_goes_on(error, told, t
         terminal.main([*arguments, str(tmp_path / "out.jsonl")])
     terminal.main([*arguments, str(tmp_path / "out.jsonl"), "--max_new_tokens", "512"])
     assert (tmp_path / "out.jsonl").exists()
+
+
+WEATHER = {"name": "get_weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}
+CALL = {"type": "function", "function": {"name": "get_weather", "arguments": {"city": "北京"}}}
+
+
+class Scripted:
+    """Stands for a chat that gives the next of its replies, a character at a time; keeps the messages it gets."""
+
+    def __init__(self, *replies: dict, tools: object = None):
+        self.replies, self.asked, self.tools = list(replies), [], tools
+
+    def history(self, messages: list[dict]) -> list[dict]:
+        return messages
+
+    def stream_reply(self, messages: list[dict], _sampling):
+        self.asked.append(messages)
+        message = {"role": "assistant", **self.replies.pop(0)}
+        content = message["content"]
+        for end in range(len(content)):
+            yield Reply(content[:end], False, end, {**message, "content": content[:end], "tool_calls": None})
+        yield Reply(content, True, len(content), message)
+
+
+def test_a_call_is_shown_as_a_call_and_its_result_is_typed(monkeypatch, capsys):
+    call = {"content": "", "tool_calls": [CALL, {"function": {"name": "f", "arguments": {}}}]}
+    chat = Scripted(call, {"content": "晴"}, tools=[WEATHER])
+    shown = []
+    typed = iter(["天气？", "25 度", "ok", "/quit"])
+    monkeypatch.setattr("builtins.input", lambda prompt="": shown.append(prompt) or next(typed))
+    dialogue = terminal.Dialogue({"": chat}, interruptible=True)
+    terminal.talk(dialogue)
+    assert shown == ["? ", "result of get_weather? ", "result of f? ", "? "]
+    assert '[call] get_weather {"city": "北京"}\n[call] f {}\n' in capsys.readouterr().out
+    assert [message["role"] for message in dialogue.messages("")] == ["user", "assistant", "tool", "tool", "assistant"]
+    assert chat.asked[1][2] == {"role": "tool", "name": "get_weather", "content": "25 度"}
+    assert dialogue.messages("")[1]["tool_calls"] == call["tool_calls"]
+
+
+def test_the_text_of_a_call_is_not_printed_while_it_grows(capsys):
+    text = 'I look. <tool_call>{"name": "f"}</tool_call>'
+
+    class Growing(Scripted):
+        def stream_reply(self, messages, _sampling):
+            for end in (4, 12, 30, len(text)):
+                yield Reply(text[:end], False, end, {"role": "assistant", "content": text[:end]})
+            message = {"role": "assistant", "content": "I look.", "tool_calls": [CALL]}
+            yield Reply(text, True, 9, message)
+
+    terminal.Dialogue({"": Growing(tools=[WEATHER])}).ask("?")
+    assert capsys.readouterr().out == 'I look. \n[call] get_weather {"city": "北京"}\n'
+
+
+def test_a_thought_is_folded_and_shown_on_demand(monkeypatch, capsys):
+    typed = iter(["/thought", "一", "/thought", "/quit"])
+    monkeypatch.setattr("builtins.input", lambda _prompt="": next(typed))
+    chat = Scripted({"content": "好的", "reasoning_content": "想一想"})
+    dialogue = terminal.Dialogue({"": chat}, interruptible=True)
+    terminal.talk(dialogue)
+    assert capsys.readouterr().out == "[no thought]\n[thinking; /thought shows it]\n好的\n想一想\n"
+    assert dialogue.messages("")[1] == {"role": "assistant", "content": "好的", "reasoning_content": "想一想"}
+
+
+def test_tools_are_read_from_a_file(tmp_path):
+    path = tmp_path / "tools.json"
+    for written in ([WEATHER], {"tools": [{"type": "function", "function": WEATHER}]}, WEATHER):
+        path.write_text(json.dumps(written))
+        assert terminal.load_tools(str(path)) == [{"type": "function", "function": WEATHER}]
+    for written in ("[", "[]", '[{"type": "function"}]', "3"):
+        path.write_text(written)
+        with pytest.raises(ValueError, match=rf"--tools {path}: "):
+            terminal.load_tools(str(path))
+
+
+def test_tools_and_the_switch_need_a_format_that_has_them(tiny_base, tmp_path):
+    (tmp_path / "tools.json").write_text(json.dumps([WEATHER]))
+    arguments = ["--model_path", str(tiny_base("qwen2")), "--message", "a", "--max_new_tokens", "2"]
+    with pytest.raises(SystemExit, match=r"--tools: chat format 'blossom' has no place for tools; use chatml or base"):
+        terminal.main([*arguments, "--tools", str(tmp_path / "tools.json")])
+    with pytest.raises(SystemExit, match=r"--thinking: the chat format of .* \(blossom\) has no such switch"):
+        terminal.main([*arguments, "--thinking", "on"])
+    with pytest.raises(SystemExit, match=r"--tools /no/file: no such file"):
+        terminal.main([*arguments, "--tools", "/no/file"])
+
+
+TOOL_TEMPLATE = """{% if tools %}<|im_start|>system
+{% for tool in tools %}{{ tool | tojson }}
+{% endfor %}<|im_end|>
+{% endif %}{% for message in messages %}<|im_start|>{{ message.role }}
+{{ message.content }}{% for call in message.tool_calls or [] %}<tool_call>
+{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}
+</tool_call>{% endfor %}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
+
+def test_a_prompt_holds_the_tools(tiny_base, tmp_path, monkeypatch):
+    (tmp_path / "tools.json").write_text(json.dumps([WEATHER]))
+    prompts = []
+    prompt_ids = Chat.prompt_ids
+    monkeypatch.setattr(
+        Chat,
+        "prompt_ids",
+        lambda self, *given, **more: prompts.append((self, prompt_ids(self, *given, **more))) or prompts[-1][1],
+    )
+    folder = shutil.copytree(tiny_base("qwen2"), tmp_path / "model")
+    (folder / "chat_template.jinja").write_text(TOOL_TEMPLATE)
+    arguments = ["--model_path", str(folder), "--message", "天气？", "--max_new_tokens", "2"]
+    terminal.main([*arguments, "--chat_format", "base", "--tools", str(tmp_path / "tools.json")])
+    [(chat, ids)] = prompts
+    assert ids == chat.renderer.prompt(asked("天气？"), tools=[{"type": "function", "function": WEATHER}])
+    assert "get_weather" in chat.renderer.tokenizer.decode(ids)
