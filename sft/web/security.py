@@ -1,6 +1,6 @@
-"""The door of the web page: routes, hosts, origins, bytes and logins that are let in, how often, and who listens.
+"""Request filter of the web page: routes, hosts, origins, sizes, logins and rate limits, before gradio sees a request.
 
-What stands here holds for every request before gradio sees it.
+It also counts the open streams of each session.
 """
 
 import hmac
@@ -18,16 +18,17 @@ from urllib.parse import parse_qs, urlsplit
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse, PlainTextResponse
 
-MAX_BODY = 256 * 1024  # bytes of a request
+MAX_BODY_BYTES = 256 * 1024  # of a request
 REQUESTS_PER_MINUTE = 20  # of a tab of a browser; ten times as many of an address
-CALLS = 6  # of the page's functions for each of those requests: it is said, replied to, settled, taken back ...
+CALLS_PER_REQUEST = 6  # of the page's handlers: ask, reply, end the reply, undo ...
 MAX_OPEN = 500  # requests of an address that are open at a time; a tab's two streams are
-MAX_LOGINS, LOCKED_SECONDS = 5, 600  # failed logins of an address before it is locked out, and for how long
+MAX_LOGINS = 5  # failed ones of an address before it is locked out
+LOCKED_SECONDS = 600
 
 
 @dataclass
 class Limits:
-    """How often somebody has asked in the last minute, and who listens."""
+    """The requests of the last minute, and the open streams and requests."""
 
     per_minute: int = REQUESTS_PER_MINUTE
     asked: OrderedDict[str, deque] = field(default_factory=OrderedDict)
@@ -35,9 +36,9 @@ class Limits:
     open_requests: Counter = field(default_factory=Counter)  # open requests of an address
 
     def admit(self, session: str, address: str) -> bool:
-        """Count a request of this tab and of this address; return whether it is let in."""
+        """Count a request of this tab and of this address; return whether it is within the limits."""
         names = (f"tab {session}", 1), (f"address {network(address)}", 10)
-        return all(within(self.asked, name, limit * self.per_minute, 60) for name, limit in names)
+        return all(is_within(self.asked, name, limit * self.per_minute, 60) for name, limit in names)
 
 
 # The routes that the page uses; uploads, files, proxying, monitoring and the rest of gradio 6.31's are closed.
@@ -47,18 +48,19 @@ ROUTES = re.compile(
     r"|app_id/?|token/?|theme\.css))"
 )
 HEADERS = {
-    # Nothing in a reply can load from or post to another host.
-    "Content-Security-Policy": "default-src 'self' 'unsafe-inline' data: blob:; form-action 'self'; frame-src 'none'; "
-    "object-src 'none'; base-uri 'self'; frame-ancestors 'self'",
+    # A reply can't load from or post to another host. gr.HTML of gradio 6.31 compiles its template with Function(),
+    # for which a script must be allowed to evaluate text; inline scripts are allowed already.
+    "Content-Security-Policy": "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; form-action 'self'; "
+    "frame-src 'none'; object-src 'none'; base-uri 'self'; frame-ancestors 'self'",
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
 }
 
 
-class Gate:
+class RequestFilter:
     """ASGI middleware: closes routes and foreign origins, limits the bytes of a request and logins, adds the headers.
 
-    It also notes who listens: `hang_up` is called for a session whose last stream closes.
+    It also counts open streams: `hang_up` is called for a session whose last stream closes.
     """
 
     def __init__(self, app, limits: Limits, hang_up: Callable[[str], None], hosts: Sequence[str] | None):
@@ -67,7 +69,7 @@ class Gate:
 
     async def __call__(self, scope, receive, send) -> None:
         if scope["type"] != "http":
-            await (self.app(scope, receive, send) if scope["type"] == "lifespan" else _nothing())
+            await (self.app(scope, receive, send) if scope["type"] == "lifespan" else _ignore())
             return
         address = network((scope.get("client") or ("",))[0])
         login = scope["method"] == "POST" and scope["path"].rstrip("/") == "/login"
@@ -79,14 +81,14 @@ class Gate:
                     self.logins[address].pop()  # only failures count
             await send(message)
 
-        answer = self._closed(scope) or self._too_often(scope, address)
-        # Each try is noted before its password is looked at, so that many at once are no way around.
-        if not answer and login and not within(self.logins, address, MAX_LOGINS, LOCKED_SECONDS):
+        answer = self._refuse(scope) or self._too_often(scope, address)
+        # A try is counted before its password is checked, so that parallel tries are counted too.
+        if not answer and login and not is_within(self.logins, address, MAX_LOGINS, LOCKED_SECONDS):
             answer = PlainTextResponse("too many failed logins; wait ten minutes", 429)
-        with self._listening(scope, address):
+        with self._count_streams(scope, address):
             await (answer or self.app)(scope, receive, send_with_headers)
 
-    def _closed(self, scope) -> PlainTextResponse | None:
+    def _refuse(self, scope) -> PlainTextResponse | None:
         headers = Headers(scope=scope)
         host, origin = headers.get("host", ""), headers.get("origin")
         if self.hosts is not None and not (_name(host) in self.hosts or _is_address(_name(host))):
@@ -97,21 +99,21 @@ class Gate:
         if not ROUTES.fullmatch(scope["path"]):
             return PlainTextResponse("closed", 404)
         length = headers.get("content-length", "")
-        if scope["method"] == "POST" and not (length.isdecimal() and int(length) <= MAX_BODY):
-            return PlainTextResponse(f"at most {MAX_BODY} bytes, with a content-length", 413)
+        if scope["method"] == "POST" and not (length.isdecimal() and int(length) <= MAX_BODY_BYTES):
+            return PlainTextResponse(f"at most {MAX_BODY_BYTES} bytes, with a content-length", 413)
         return None
 
     def _too_often(self, scope, address: str) -> JSONResponse | None:
-        """Limit an address's calls, asked or not: each new session costs memory, and pushes the oldest one out."""
+        """Limit all calls of an address: each new session costs memory, and removes the oldest one."""
         limits, is_call = self.limits, scope["path"].endswith("/queue/join")
-        if is_call and not within(limits.asked, f"calls {address}", 10 * CALLS * limits.per_minute, 60):
+        if is_call and not is_within(limits.asked, f"calls {address}", 10 * CALLS_PER_REQUEST * limits.per_minute, 60):
             return JSONResponse({"detail": "请求太频繁，请稍后再试 · too many requests; wait a minute"}, 429)
         if limits.open_requests[address] >= MAX_OPEN:
             return JSONResponse({"detail": "打开的连接太多 · too many open connections"}, 429)
         return None
 
     @contextmanager
-    def _listening(self, scope, address: str) -> Iterator[None]:
+    def _count_streams(self, scope, address: str) -> Iterator[None]:
         session = ""
         opened = self.limits.open_requests
         opened[address] += 1
@@ -132,8 +134,8 @@ class Gate:
                 del listening[session]
 
 
-async def _nothing() -> None:
-    """A websocket: gradio 6.31 needs none."""
+async def _ignore() -> None:
+    """Leave a websocket unanswered: gradio 6.31 needs none."""
 
 
 def _name(host: str) -> str:
@@ -147,8 +149,8 @@ def _is_address(name: str) -> bool:
         return False
 
 
-def within(times: OrderedDict[str, deque], name: str, limit: int, seconds: float) -> bool:
-    """Note the moment under `name`; return whether there were at most `limit` in the last `seconds`."""
+def is_within(times: OrderedDict[str, deque], name: str, limit: int, seconds: float) -> bool:
+    """Count an event under `name`; return whether there were at most `limit` in the last `seconds`."""
     now, seen = time.monotonic(), times.setdefault(name, deque())
     times.move_to_end(name)
     while seen and now - seen[0] > seconds:
@@ -162,7 +164,7 @@ def within(times: OrderedDict[str, deque], name: str, limit: int, seconds: float
 
 
 def network(address: str) -> str:
-    """An IPv6 client owns a whole /64."""
+    """Return an address, or the /64 of an IPv6 address, all of which a client may use."""
     try:
         parsed = ipaddress.ip_address(address)
     except ValueError:
@@ -170,8 +172,8 @@ def network(address: str) -> str:
     return str(ipaddress.ip_network((parsed, 64), strict=False)) if parsed.version == 6 else str(parsed)
 
 
-def knows(auth: dict[str, str], name: str, password: str) -> bool:
-    """Compare in constant time, also for a name that nobody has."""
+def is_login(auth: dict[str, str], name: str, password: str) -> bool:
+    """Say whether name and password are a login; the time is the same for an unknown name."""
     known = auth.get(name, "")
     return hmac.compare_digest(password.encode(), known.encode()) and bool(known)
 
@@ -192,7 +194,8 @@ def read_logins(host: str, file: str | None) -> dict[str, str] | None:
         raise ValueError(f"{where} must be name:password")
     if not pairs and not _is_own(host):
         raise ValueError(
-            f"--host {host} lets others in: set WEB_DEMO_AUTH=name:password in the environment, or use --auth_file"
+            f"--host {host} is reachable by others: set WEB_DEMO_AUTH=name:password in the environment, "
+            "or use --auth_file"
         )
     return {name: password for name, _, password in pairs} or None
 

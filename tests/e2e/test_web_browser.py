@@ -1,4 +1,4 @@
-"""The chat page in Chromium: what a person does with it, and what a hostile reply can't do to them."""
+"""The chat page in Chromium: conversations, exact text and copies, both languages, and hostile replies."""
 
 import json
 import re
@@ -9,31 +9,37 @@ from contextlib import closing
 
 import pytest
 
-import web_demo
-from sft.chat.reply import Reply, load_chat
+from sft.chat.reply import load_chat
 from sft.chat.sampling import Sampling
-from sft.web import security as gate
-from web_demo import Handlers, Local
+from sft.web.handlers import Handlers
+from sft.web.layout import build_page, serve
+from sft.web.models import LocalModel
+from sft.web.security import Limits
 
 pytestmark = pytest.mark.slow
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
-class Parrot(Local):
-    """A model that is told what to say: a word at a time, as slowly as it is told."""
+class Parrot(LocalModel):
+    """A model that replies with `script`, a word every `seconds`, and with a thought and calls."""
 
-    script, seconds = "好", 0.0
+    script, seconds, thought, calls, thinking = "好", 0.0, "", (), None
+    has_thinking_switch = False
 
-    def start(self, messages: list[dict], sampling: Sampling):
+    def start(self, messages: list[dict], sampling: Sampling, *, thinking: bool | None = None):
+        self.thinking = thinking
         return Line(self, messages)
 
 
 class Line:
-    error, place = None, -1
+    error, queue_position = None, -1
 
     def __init__(self, parrot: Parrot, messages: list[dict]):
-        self.words, self.seconds = re.findall(r"\S+\s*", parrot.script), parrot.seconds
-        self.begun, self.cancelled = time.monotonic(), False
+        self.parrot = parrot
+        self.words = re.findall(r"\S+\s*|\s+", parrot.script)
+        self.seconds = parrot.seconds
+        self.begun = time.monotonic()
+        self.cancelled = False
         self.messages = messages
         parrot.lines.append(self)
 
@@ -49,8 +55,13 @@ class Line:
             return len(self.words)
         return min(len(self.words), int((time.monotonic() - self.begun) / self.seconds))
 
-    def reply(self) -> Reply:
-        return Reply("".join(self.words[: self.count()]), self.done, self.count())
+    def read(self) -> tuple[dict, bool, int]:
+        message = {"content": "".join(self.words[: self.count()])}
+        if self.parrot.thought:
+            message["reasoning_content"] = self.parrot.thought
+        if self.parrot.calls and self.done:
+            message["tool_calls"] = list(self.parrot.calls)
+        return message, self.done, self.count()
 
 
 @pytest.fixture(scope="module")
@@ -65,9 +76,9 @@ def free_port() -> int:
 
 
 def open_server(models: dict, **options):
-    handlers = Handlers(models, limits=gate.Limits(1000), **options)
-    page = web_demo.build_page(handlers)
-    web_demo.serve(page, handlers, host="127.0.0.1", port=free_port(), block=False)
+    handlers = Handlers(models, limits=Limits(1000), **options)
+    page = build_page(handlers)
+    serve(page, handlers, host="127.0.0.1", port=free_port(), block=False)
     return page
 
 
@@ -82,7 +93,7 @@ def parrots(chat):
 @pytest.fixture
 def parrot(parrots):
     for each in parrots:
-        each.script, each.seconds = "好", 0.0
+        each.script, each.seconds, each.thought, each.calls = "好", 0.0, "", ()
         each.lines.clear()
     return parrots[0]
 
@@ -196,19 +207,19 @@ def test_retry_edit_and_undo(tab, parrot):
     wait_for_reply(tab, "one")
     wait_until_ready(tab)
     parrot.script = "two"
-    tab.get_by_label("Retry").last.click()
+    tab.get_by_label("Ask again").last.click()
     wait_for_reply(tab, "two")
     wait_until_ready(tab)
     assert [message["content"] for message in parrot.lines[-1].messages] == ["first question"]
-    tab.get_by_test_id("user").last.hover()
-    tab.get_by_label("Edit").last.click()
+    tab.get_by_label("Edit the question").last.click()
     parrot.script = "three"
-    tab.locator("[data-testid=chatbot] textarea, .message textarea").last.fill("second question")
-    tab.get_by_label("Submit").last.click()
+    assert tab.locator("textarea.editor").input_value() == "first question"
+    tab.locator("textarea.editor").fill("second question")
+    tab.get_by_role("button", name="Send").last.click()
     wait_for_reply(tab, "three")
     wait_until_ready(tab)
     assert [message["content"] for message in parrot.lines[-1].messages] == ["second question"]
-    tab.get_by_label("Undo").last.click()
+    tab.get_by_label("Take the question back").last.click()
     tab.wait_for_function("() => !document.querySelector('[data-testid=bot]')")
     assert tab.get_by_test_id("textbox").first.input_value() == "second question"
 
@@ -235,25 +246,132 @@ def test_nothing_in_a_reply_runs_loads_posts_or_covers(tab, url, parrot):
     ask(tab, EVIL)
     wait_for_reply(tab, "the end")
     wait_until_ready(tab)
-    for link in tab.locator("[data-testid=bot] a").all():
+    for link in tab.locator(".conversation a").all():
         assert not (link.get_attribute("href") or "").startswith(("javascript:", "data:"))
     tab.wait_for_timeout(500)
     assert tab.evaluate("window.hurt") is None and dialogs == []
     assert [address for address in asked_for if "evil" in address] == []
-    hurtful = "form, iframe, script, img, style:not(svg *)"  # mermaid styles its own drawing, by its id
-    assert [each.evaluate("each => each.outerHTML") for each in tab.locator(".message").locator(hurtful).all()] == []
+    hurtful = "form, iframe, script, img, style"
+    assert [each.evaluate("each => each.outerHTML") for each in tab.locator(".body").locator(hurtful).all()] == []
     # The corner of the page is still the page's own.
     assert tab.evaluate("document.elementFromPoint(5, 5).closest('.message')") is None
     assert tab.evaluate("getComputedStyle(document.body).display") != "none"
 
 
-def test_code_latex_and_thinking_are_shown_as_such(tab, parrot):
-    parrot.script = "<think>so so</think>\n\nIt is $$x^2$$ and\n\n```python\nprint(1)\n```\n"
+AS_WRITTEN = [
+    "2*3*4=24 and (a+b)*c*(d+e)",
+    "__init__ calls __name__, ~5~ of 7",
+    "&lt;b&gt; &amp; &#42; a < b",
+    "单价*数量*折扣=2*3*4",
+    r"C:\_x\*.txt and \d+\.\d+",
+]
+
+
+@pytest.mark.parametrize("text", AS_WRITTEN)
+def test_question_and_reply_read_as_they_were_written(tab, parrot, text):
+    parrot.script = text
+    ask(tab, text)
+    wait_for_reply(tab, text)
+    wait_until_ready(tab)
+    assert bot(tab).inner_text() == text
+    assert tab.get_by_test_id("user").last.inner_text() == text
+    assert tab.locator(".body :is(em, strong, s, a)").count() == 0
+
+
+def test_a_question_is_never_markdown(tab, parrot):
+    question = "**bold** *it* `code`\n# title\n- item <b>x</b> $$x^2$$ [a](http://b.test)"
+    tab.get_by_test_id("textbox").first.fill(question)
+    tab.keyboard.press("Enter")
+    wait_for_reply(tab, "好")
+    assert tab.get_by_test_id("user").last.inner_text() == question
+    assert tab.locator(".user .body *:not(span)").count() == 0
+    assert parrot.lines[-1].messages[-1]["content"] == question
+
+
+def clipboard(tab) -> str:
+    return tab.evaluate("navigator.clipboard.readText()")
+
+
+def test_copies_are_what_the_model_wrote(browser, url, parrot):
+    code = "x = '<b>' * 2*3*4  # __init__ &lt;\n\n\tprint(\"$$a$$\")"
+    parrot.script = f"**Use** `a<b*c*d &amp; __e__`:\n\n```python\n{code}\n```\nthe end"
+    with closing(browser.new_context(locale="en-US", permissions=["clipboard-read", "clipboard-write"])) as context:
+        ask(tab := open_tab(context, url), "2*3*4 <b>&lt;")
+        wait_for_reply(tab, "the end")
+        wait_until_ready(tab)
+        tab.get_by_label("Copy the code").click()
+        wait_until(lambda: clipboard(tab) == code + "\n")
+        tab.locator(".bot [data-action=copy]").click()
+        wait_until(lambda: clipboard(tab) == parrot.script)
+        tab.locator(".user [data-action=copy]").click()
+        wait_until(lambda: clipboard(tab) == "2*3*4 <b>&lt;")
+        # Selected by hand.
+        tab.evaluate("getSelection().selectAllChildren(document.querySelector('p code'))")
+        tab.keyboard.press("Control+c")
+        wait_until(lambda: clipboard(tab) == "a<b*c*d &amp; __e__")
+
+
+def test_a_formula_keeps_its_stars_and_a_thought_is_folded(tab, parrot):
+    parrot.thought = "so so 2*3*4"
+    parrot.script = "It is $$a*b*c$$ and \\(x_1*y_1\\) and\n\n$$\n2*3*4\n$$\n\n```python\nprint(1)\n```\n"
     ask(tab, "hello")
     tab.locator(".katex").first.wait_for()
-    tab.locator("pre code").first.wait_for()
-    tab.get_by_text("思考 · Thinking").first.wait_for()
+    wait_until_ready(tab)
+    sources = tab.locator(".katex annotation").all_text_contents()
+    assert [source.strip() for source in sources] == ["a*b*c", "x_1*y_1", "2*3*4"]
     assert not tab.get_by_text("so so").is_visible()
+    tab.get_by_text("Thought").click()
+    assert tab.locator("details .body").inner_text() == "so so 2*3*4"
+    assert tab.locator("pre code").inner_text() == "print(1)\n"
+
+
+def test_an_open_thought_stays_open_while_the_reply_grows(tab, parrot):
+    parrot.thought, parrot.script, parrot.seconds = "so so", "word " * 60, 0.1
+    ask(tab, "hello")
+    wait_for_reply(tab, "word")
+    tab.get_by_text("Thought").click()
+    wait_for_reply(tab, "word " * 15)
+    assert tab.get_by_text("so so").is_visible()
+    tab.locator("button.stop-button").click()
+    wait_until_ready(tab)
+    assert tab.get_by_text("so so").is_visible()
+
+
+def test_a_call_is_folded_and_exported(tab, parrot):
+    call = {"type": "function", "function": {"name": "get_weather", "arguments": {"city": "北京"}}}
+    parrot.calls, parrot.thought, parrot.script = (call,), "想", " "
+    ask(tab, "天气")
+    tab.get_by_text("Call · get_weather").wait_for()
+    wait_until_ready(tab)
+    assert not tab.get_by_text('"city"').is_visible()
+    tab.get_by_text("Call · get_weather").click()
+    assert json.loads(tab.locator("details.call .body").inner_text()) == {"city": "北京"}
+    tab.get_by_text("Settings").click()
+    tab.get_by_role("button", name="Export the conversation").click()
+    with tab.expect_download() as download:
+        tab.get_by_role("link", name="json").click()
+    reply = json.loads(download.value.path().read_text(encoding="utf-8"))["messages"][1]
+    assert (reply["reasoning_content"], reply["tool_calls"]) == ("想", [call])
+
+
+def test_the_page_names_its_model_and_has_the_switch_of_a_model_that_thinks(browser, parrots, parrot):
+    parrot.has_thinking_switch = True
+    page = open_server({"my <run>": parrot})
+    try:
+        with closing(browser.new_context(locale="zh-CN")) as context:
+            tab = open_tab(context, page.local_url)
+            assert tab.locator(".model-name").inner_text() == "my <run>"
+            tab.get_by_text("设置").click()
+            tab.get_by_label("先思考再回答").uncheck()
+            ask(tab, "一")
+            wait_for_reply(tab, "好")
+            wait_until_ready(tab)
+            assert parrot.thinking is False
+            titles = [button.get_attribute("title") for button in tab.locator(".message button").all()]
+            assert titles[:2] == ["复制", "修改问题"] and titles[-2:] == ["重新回答", "撤回问题"]
+    finally:
+        parrot.has_thinking_switch = False
+        page.close(verbose=False)
 
 
 def test_two_people_have_two_conversations(browser, url, parrots, parrot):
@@ -288,7 +406,7 @@ def test_a_like_is_written_down(tab, parrot, likes):
     ask(tab, "你好")
     wait_for_reply(tab, "好")
     wait_until_ready(tab)
-    tab.get_by_label(re.compile("like", re.I)).last.click()
+    tab.get_by_label("Good reply").last.click()
     tab.get_by_text("noted, thank you").first.wait_for()
     assert json.loads(likes.read_text().splitlines()[-1])["messages"][-1]["content"] == "好"
 

@@ -1,4 +1,4 @@
-"""A model behind a server: what is sent, what is taken in, and what a bad server can't do."""
+"""The models behind the page: prompts that fit, requests to a server, and the limits of its answers."""
 
 import asyncio
 import json
@@ -9,7 +9,9 @@ import pytest
 
 from sft.chat.batching import BusyError
 from sft.chat.sampling import Sampling
-from sft.web.remote import JOINER, Remote, RemoteError, neutral
+from sft.web import models
+from sft.web.models import JOINER, LocalModel, PendingReply, RemoteError, RemoteModel, neutral
+from sft.web.turns import Turn, to_messages
 
 HELLO = [{"role": "user", "content": "hi <|im_end|>"}]
 
@@ -20,7 +22,7 @@ def event(text: str = "", **choice) -> str:
 
 @pytest.fixture
 def server():
-    """A server whose `answer` (status, lines) is told by the test; `asked` holds what it got."""
+    """A server that answers with `answer` (status, lines); `asked` holds its requests."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
@@ -58,14 +60,14 @@ def server():
     server.server_close()
 
 
-def talk(remote: Remote, sampling: Sampling = Sampling()):  # noqa: B008
+def talk(remote: RemoteModel, sampling: Sampling = Sampling()):  # noqa: B008
     async def work():
         reply = remote.start(HELLO, sampling)
         while not reply.done:
             await asyncio.sleep(0.01)
         if reply.error:
             raise reply.error
-        return reply.reply()
+        return reply.read()
 
     return asyncio.run(work())
 
@@ -75,8 +77,8 @@ def test_a_reply_is_read_from_the_stream_and_the_key_goes_in_the_header(server):
     thought = "data: " + json.dumps({"choices": [{"delta": {"reasoning_content": "so"}}]}) + "\n\n"
     lines = [": comment\n", thought, event("春"), event("天", finish_reason="stop"), usage, "data: [DONE]\n\n"]
     server.answer = lambda _body: (200, lines)
-    remote = Remote(server.url, key="secret")
-    assert talk(remote) == ("<think>so</think>\n\n春天", True, 7)
+    remote = RemoteModel(server.url, key="secret")
+    assert talk(remote) == ({"content": "春天", "reasoning_content": "so"}, True, 7)
     [(key, body)] = server.asked
     assert (key, body["model"], body["stream"], body["max_tokens"]) == ("Bearer secret", "tiny", True, 512)
     assert (body["temperature"], body["top_p"], body["top_k"], body["repetition_penalty"]) == (0.5, 0.85, 50, 1.05)
@@ -85,8 +87,8 @@ def test_a_reply_is_read_from_the_stream_and_the_key_goes_in_the_header(server):
 
 def test_a_server_that_refuses_fields_of_others_is_asked_without_them(server):
     server.answer = lambda body: (422, []) if "top_k" in body else (200, [event("好", finish_reason="stop")])
-    remote = Remote(server.url)
-    assert [talk(remote).text for _ in range(2)] == ["好", "好"]
+    remote = RemoteModel(server.url)
+    assert [talk(remote)[0] for _ in range(2)] == [{"content": "好"}] * 2
     assert ["top_k" in body for _key, body in server.asked] == [True, False, False]
 
 
@@ -104,26 +106,26 @@ def test_a_server_that_refuses_fields_of_others_is_asked_without_them(server):
 def test_what_goes_wrong_is_one_line_without_the_servers_own_words(server, answer, problem):
     server.answer = lambda _body: answer
     with pytest.raises(RemoteError) as caught:
-        talk(Remote(server.url))
+        talk(RemoteModel(server.url))
     assert str(caught.value) == problem
 
 
 def test_a_server_that_is_not_there_is_one_line():
     with pytest.raises(RemoteError, match="the model's server can't be reached"):
-        talk(Remote("http://127.0.0.1:9/v1", model="x"))
+        talk(RemoteModel("http://127.0.0.1:9/v1", model="x"))
 
 
 def test_a_stream_without_end_that_says_nothing_is_ended(server, monkeypatch):
-    monkeypatch.setattr("sft.web.remote.MAX_STREAM", 10_000)
+    monkeypatch.setattr("sft.web.models.MAX_STREAM_BYTES", 10_000)
     server.answer = lambda _body: (200, iter(lambda: ": still here\n", ""))
     with pytest.raises(RemoteError, match="is unclear"):
-        talk(Remote(server.url))
+        talk(RemoteModel(server.url))
 
 
 def test_a_packed_stream_is_not_unpacked(server):
     server.encoding, server.answer = "gzip", lambda _body: (200, [event("好", finish_reason="stop")])
     with pytest.raises(RemoteError, match="is unclear"):
-        talk(Remote(server.url, model="tiny"))
+        talk(RemoteModel(server.url, model="tiny"))
     assert server.asked_encoding == "identity"
 
 
@@ -132,27 +134,27 @@ def test_a_count_of_tokens_is_a_number(server, count):
     usage = "data: " + json.dumps({"usage": {"completion_tokens": count}}) + "\n\n"
     server.answer = lambda _body: (200, [event("好"), usage])
     with pytest.raises(RemoteError, match="is unclear"):
-        talk(Remote(server.url))
+        talk(RemoteModel(server.url))
 
 
 def test_half_a_character_of_the_server_is_replaced(server):
     server.answer = lambda _body: (200, [event("a\ud800b", finish_reason="stop")])
-    assert ascii(talk(Remote(server.url)).text) == "'a?b'"
+    assert ascii(talk(RemoteModel(server.url))[0]["content"]) == "'a?b'"
 
 
 def test_a_reply_without_end_is_ended(server, monkeypatch):
-    monkeypatch.setattr("sft.web.remote.MAX_REPLY", 100)
+    monkeypatch.setattr("sft.web.models.MAX_REPLY", 100)
     server.answer = lambda _body: (200, (event("word ") for _ in range(10_000)))
-    assert len(talk(Remote(server.url)).text) == 105
+    assert len(talk(RemoteModel(server.url))[0]["content"]) == 105
 
 
 def test_cancelling_closes_the_connection(server):
     server.answer = lambda _body: (200, iter(lambda: event("word " * 1000), ""))
-    remote = Remote(server.url)
+    remote = RemoteModel(server.url)
 
     async def work():
         reply = remote.start(HELLO, Sampling())
-        while not reply.reply().text:
+        while not reply.text:
             await asyncio.sleep(0.01)
         reply.cancel()
         await asyncio.sleep(0.1)
@@ -164,9 +166,9 @@ def test_cancelling_closes_the_connection(server):
 
 
 def test_as_many_are_asked_for_and_wait_as_are_let_in(server):
-    gate = threading.Event()
-    server.answer = lambda _body: (200, [event("好", finish_reason="stop")] if gate.wait(10) else [])
-    remote = Remote(server.url)
+    released = threading.Event()
+    server.answer = lambda _body: (200, [event("好", finish_reason="stop")] if released.wait(10) else [])
+    remote = RemoteModel(server.url)
     remote.max_active, remote.max_waiting = 1, 1
 
     async def work():
@@ -175,11 +177,11 @@ def test_as_many_are_asked_for_and_wait_as_are_let_in(server):
         second = remote.start(HELLO, Sampling())
         with pytest.raises(BusyError):
             remote.start(HELLO, Sampling())
-        places = first.place, second.place
-        gate.set()
+        places = first.queue_position, second.queue_position
+        released.set()
         while not (first.done and second.done):
             await asyncio.sleep(0.01)
-        return places, [reply.reply().text for reply in (first, second)]
+        return places, [reply.text for reply in (first, second)]
 
     assert asyncio.run(work()) == ((-1, 0), ["好", "好"])
 
@@ -195,3 +197,36 @@ def test_what_looks_like_a_control_token_is_parted(token):
 def test_ordinary_text_is_sent_as_it_is():
     text = "a < b, x[0], <b>bold</b>, |Human|: 1 <| 2, std::vector<s_t>"
     assert neutral(text) == text
+
+
+def test_no_conversation_may_fill_the_batch_that_all_share(chat, monkeypatch):
+    monkeypatch.setattr(models, "MAX_CONTEXT", 400)
+    turns = [Turn("字词" * 50, ({"content": "好"},))] * 6
+    kept = LocalModel(chat).fit(to_messages([*turns, Turn("完")], 0), Sampling())
+    assert len(chat.prompt_ids(kept)) + 100 <= 400 and kept[-1]["content"] == "完"
+    with pytest.raises(ValueError, match="more than 400 tokens"):
+        LocalModel(chat).fit([{"role": "user", "content": "字词" * 400}], Sampling())
+
+
+def test_a_pending_reply_shows_the_queue_then_its_tokens_and_speed():
+    class Started:
+        queue_position, error, done = 2, None, False
+
+        def read(self):
+            return {"content": "好" if self.queue_position < 0 else ""}, False, 3 * (self.queue_position < 0)
+
+    pending = PendingReply(Started(), num_left_out=4)
+    pending.update()
+    assert [pending.status(language) for language in (True, False)] == [
+        "排队中，前面还有 2 个",
+        "waiting, 2 before you",
+    ]
+    pending.started.queue_position = -1
+    pending.update()
+    pending.seconds = 1.5
+    assert pending.status(True) == "3 个词元 · 每秒 2.0 个 · 上下文已满，最早的 4 轮已略去"
+    pending.started.done = True
+    assert pending.status(False) == (
+        "3 tokens · 2.0 tokens/s · the length limit was reached · context full, oldest 4 turns left out"
+    )
+    assert pending.status(None).startswith("3 个词元 · 每秒 2.0 个 · 到了长度上限 · ")
