@@ -1,11 +1,9 @@
 """A chat page for one or more checkpoints, or for a model behind an OpenAI-compatible server.
 
-    python web_demo.py                                          the newest finished run, on http://127.0.0.1:7860
-    python web_demo.py --model_path runs/a/model --model_path runs/b/model --compare      two side by side
-    python web_demo.py --base_url http://127.0.0.1:8000/v1      vLLM, Ollama, llama.cpp ...; the key: OPENAI_API_KEY
-    WEB_DEMO_AUTH=name:password python web_demo.py --host 0.0.0.0
-
-The conversation is kept on the server; the page is made from it and never read back.
+python web_demo.py                                          the newest finished run, on http://127.0.0.1:7860
+python web_demo.py --model_path runs/a/model --model_path runs/b/model --compare      two side by side
+python web_demo.py --base_url http://127.0.0.1:8000/v1      vLLM, Ollama, llama.cpp ...; the key: OPENAI_API_KEY
+WEB_DEMO_AUTH=name:password python web_demo.py --host 0.0.0.0
 """
 
 import argparse
@@ -55,7 +53,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--max_active", type=int, default=MAX_ACTIVE, help="replies in the making at a time")
     add("--max_waiting", type=int, default=MAX_WAITING, help="replies that may wait for that")
     add("--requests_per_minute", type=int, default=REQUESTS_PER_MINUTE, help="of a tab; of an address ten times that")
-    add_model_flags(parser, "chat_format", "device", "dtype", "load_in_4bit", "trust_remote_code")
+    add_model_flags(parser, "chat_format", "device", "dtype", "load_in_4bit", "trust_remote_code", "template_kwargs")
+    parser.set_defaults(dtype=None)
     return parser.parse_args(arguments)
 
 

@@ -31,7 +31,8 @@ JUDGED = ("mt-bench", "align-bench", "belle")
 QUICK_NEW_TOKENS = 256
 # A resumed evaluation must have the same value of these flags; the others change its speed only.
 SAME_FLAGS = "suite model_path base_path chat_format base_url model judge_base_url judge_model questions judge_prompts "
-SAME_FLAGS += "references judgments compare tasks num_fewshot max_new_tokens limit seed"
+SAME_FLAGS += "references judgments compare tasks num_fewshot max_new_tokens limit seed template_kwargs "
+SAME_FLAGS += "thinking"
 ONLY_FOR = {
     ("quick",): "base_path eval_data_path",
     ("quick", *JUDGED): "train_data_path",
@@ -56,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     model.add_argument("--base_path", help="quick: the base that it is compared with")
     model.add_argument("--base_url", help="judged suites: an endpoint that answers instead (key: MODEL_API_KEY)")
     model.add_argument("--model", help="the model's name at --base_url")
-    add_model_flags(model, "chat_format", "device", "trust_remote_code")
+    add_model_flags(model, "chat_format", "device", "trust_remote_code", "template_kwargs", "thinking")
     model.add_argument("--batch_size", type=int, default=8, help="questions answered at a time by a local model")
     model.add_argument("--max_new_tokens", type=int, help=NEW_TOKENS_HELP)
     calls = parser.add_argument_group("the judge and the endpoints")

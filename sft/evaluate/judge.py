@@ -40,6 +40,8 @@ class LocalModel:
 
     def asked(self, messages: Sequence[dict], attempt: int = 0, **parameters) -> dict:
         asked = {"weights": self.identity, "format": self.chat.renderer.fingerprint(), "messages": list(messages)}
+        if self.chat.thinking is not None:
+            asked["thinking"] = self.chat.thinking
         return asked | {"seed": self.seed, "attempt": attempt, **parameters}
 
     def ask_all(self, requests: Sequence[dict], calls: Calls, what: str) -> list[dict | None]:
@@ -73,7 +75,7 @@ class LocalModel:
         for request, reply in zip(fitting, replies, strict=True):
             if (key := key_of(request)) not in calls.found:
                 finish = "stop" if reply.ended else "length"
-                calls.keep(key, request, {"text": reply.text, "finish": finish, "tokens": [0, reply.num_tokens]})
+                calls.keep(key, request, {"text": reply.answer, "finish": finish, "tokens": [0, reply.num_tokens]})
 
 
 def answer_all(

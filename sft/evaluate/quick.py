@@ -138,13 +138,13 @@ def obeys(text: str, check: dict) -> bool:
 
 def judge(question: dict, reply: Reply) -> dict[str, float]:
     """Return what a reply scores in each measure that its question is meant for."""
-    scores = {"stop_rate": float(reply.ended), "repetition": repetition(reply.text)}
+    scores = {"stop_rate": float(reply.ended), "repetition": repetition(reply.answer)}
     if "check" in question:
-        scores["format"] = float(obeys(reply.text, question["check"]))
+        scores["format"] = float(obeys(reply.answer, question["check"]))
     elif "answer" in question:
-        scores["arithmetic"] = float(last_number(reply.text) == question["answer"])
+        scores["arithmetic"] = float(last_number(reply.answer) == question["answer"])
     else:
-        scores["language"] = float(language_of(reply.text) == question["language"])
+        scores["language"] = float(language_of(reply.answer) == question["language"])
         scores["length"] = float(reply.num_tokens)
     return scores
 
@@ -231,8 +231,8 @@ def compare(
     if losses:
         rows.append(_row("held_out_loss", "", *losses, mean=per_token))
     answers = [
-        {**question, "tuned": new.text, "tuned_ended": new.ended, "scores": score}
-        | ({"base": base[number].text, "base_ended": base[number].ended} if base else {})
+        {**question, "tuned": new.answer, "tuned_ended": new.ended, "scores": score}
+        | ({"base": base[number].answer, "base_ended": base[number].ended} if base else {})
         for number, (question, new, score) in enumerate(zip(asked, tuned, scores[0], strict=True))
     ]
     return {"rows": rows, "answers": answers}
