@@ -151,7 +151,7 @@ def _refusal(path: Path, first: bytes, belongs_to: dict) -> str:
     except (ValueError, KeyError, TypeError, AttributeError):
         return f"{path}: not written by sft.chat; move it away, or name another output"
     return (
-        f"{path}: holds answers of a run with another {changed}; go on with that run's own command, "
+        f"{path}: holds answers of a run with another {changed}; rerun that run's own command, "
         "or delete the file to begin anew"
     )
 

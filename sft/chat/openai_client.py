@@ -22,7 +22,7 @@ MAX_RETRY_AFTER_SECONDS = 120.0  # openai 3.54 doesn't retry a response that ask
 
 @dataclass(frozen=True)
 class ResponseLimits:
-    """What a response may take; a server that is broken or hostile could else hold the client for ever."""
+    """The limits of a response; without them a broken or hostile server could hold the client for ever."""
 
     seconds: float
     num_bytes: int

@@ -62,7 +62,7 @@ def _probabilities(model, prompt: Sequence[int], ids: Sequence[int], count: int)
 
 
 def _text(tokenizer, before: list[int], ids: list[int]) -> str:
-    """What `ids` add to the text behind `before`; alone, some tokenizers would leave out the space in front."""
+    """Return the text that `ids` add after `before`; alone, some tokenizers leave out the space in front."""
 
     def decode(tokens: list[int]) -> str:
         return tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)

@@ -207,7 +207,7 @@ class Handlers:
         return self.has_reader(session)
 
     def has_reader(self, session: str) -> bool:
-        """Say whether a client fetches the updates: gradio 6.31 goes on for one that never listens."""
+        """Say whether a client fetches the updates: gradio 6.31 continues for one that never listens."""
         unread = self.page._queue.pending_messages_per_session.get(session)
         return self.limits.listening[session] > 0 and unread is not None and unread.qsize() < MAX_UNREAD
 

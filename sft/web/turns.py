@@ -57,7 +57,7 @@ def to_messages(turns: Sequence[Turn], pane: int, system: str = "") -> list[dict
 
 
 def check(turns: Sequence[Turn], system: str, request: gr.Request | None = None) -> str:
-    """Return the system prompt; raise gr.Error when something is too long. Nothing is tokenised here."""
+    """Return the system prompt; raise gr.Error when something is too long. The text is not tokenised here."""
     system = clean(system or "")
     if max(len(turns[-1].question), len(system)) > MAX_MESSAGE:
         raise refusal(request, "too_long", limit=MAX_MESSAGE)

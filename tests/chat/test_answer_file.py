@@ -1,4 +1,4 @@
-"""A file of questions: checked as a whole, answered once, in order, whatever happens on the way."""
+"""A file of questions: checked as a whole, answered once, in order, resumed after a kill."""
 
 import json
 
@@ -26,7 +26,7 @@ def asked(question: str) -> list[dict]:
     return [{"role": "user", "content": question}]
 
 
-def test_what_a_question_file_may_hold():
+def test_a_question_file_may_hold_any_form():
     assert to_prompt({"prompt": "你好"}) == asked("你好")
     assert to_prompt({"prompt": "你好", "system": "s"}) == [{"role": "system", "content": "s"}, *asked("你好")]
     assert to_prompt({"instruction": "你好", "input": "", "output": ""}) == asked("你好")
@@ -110,9 +110,7 @@ def test_answers_of_another_run_or_another_file_are_refused_and_stay(tmp_path):
     path = tmp_path / "out.partial"
     Partial(path, RUN).close()
     before = path.read_bytes()
-    with pytest.raises(
-        ValueError, match="holds answers of a run with another sampling; go on with that run's own comm"
-    ):
+    with pytest.raises(ValueError, match="holds answers of a run with another sampling; rerun that run's own command"):
         Partial(path, {**RUN, "sampling": {"temperature": 0.5}})
     assert path.read_bytes() == before
     for foreign in ("notes of mine", "[1]\n", '{"answers_of": 1}\n'):
@@ -169,7 +167,7 @@ def test_another_checkpoint_is_known_by_its_weights(tiny_base):
     assert hash_weights(chat.model) != before
 
 
-def test_a_stopped_file_is_not_gone_on_with_by_another_model_or_sampling(tiny_chat, tiny_base, tmp_path):
+def test_a_partial_file_of_another_model_or_sampling_is_refused(tiny_chat, tiny_base, tmp_path):
     (tmp_path / "in.jsonl").write_text("".join(json.dumps({"prompt": question}) + "\n" for question in QUESTIONS))
     source, output = str(tmp_path / "in.jsonl"), str(tmp_path / "out.jsonl")
 
@@ -180,12 +178,12 @@ def test_a_stopped_file_is_not_gone_on_with_by_another_model_or_sampling(tiny_ch
     stopped.reply_each = broken
     with pytest.raises(KeyboardInterrupt):
         reply_to_file(stopped, source, output, sampling=SHORT)
-    with pytest.raises(ValueError, match="of a run with another sampling; go on with that run's own command"):
+    with pytest.raises(ValueError, match="of a run with another sampling; rerun that run's own command"):
         reply_to_file(tiny_chat, source, output, sampling=GREEDY)
     retrained = load_chat(str(tiny_base("qwen2")))
     with torch.no_grad():
         retrained.model.lm_head.weight *= 1.001
-    with pytest.raises(ValueError, match="of a run with another model; go on with that run's own command"):
+    with pytest.raises(ValueError, match="of a run with another model; rerun that run's own command"):
         reply_to_file(retrained, source, output, sampling=SHORT)
     assert reply_to_file(tiny_chat, source, output, sampling=SHORT) == 3
     with pytest.raises(ValueError, match="is the file of questions"):

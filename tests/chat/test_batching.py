@@ -1,4 +1,4 @@
-"""The running batch: the same tokens as alone, each request with its own settings, and nobody left waiting."""
+"""The running batch: the same tokens as alone, each request with its own settings, and no request left waiting."""
 
 import threading
 
@@ -306,7 +306,7 @@ def test_a_training_model_is_evaluated_and_trains_on(model):
     assert request.ids == alone(model, [5, 6], 3)
 
 
-def test_requests_for_which_there_is_no_memory_are_told_and_the_next_ones_answered(model, monkeypatch):
+def test_requests_without_memory_fail_and_the_next_ones_are_answered(model, monkeypatch):
     decoder = Decoder(model, stop_ids=[])
     with monkeypatch.context() as patched:
         patched.setattr(

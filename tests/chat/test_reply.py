@@ -1,4 +1,4 @@
-"""Replies: batched as alone, streamed as whole, stopped when told."""
+"""Replies: batched as alone, streamed as whole, stopped within a token."""
 
 import os
 from typing import ClassVar

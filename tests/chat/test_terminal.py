@@ -72,7 +72,7 @@ def test_a_wrong_model_path_is_one_line(tmp_path):
         terminal.main(["--model_path", str(tmp_path / "nowhere"), "--message", "x"])
 
 
-def test_what_this_machine_has_not_is_one_line(tiny_base):
+def test_a_missing_device_is_one_line(tiny_base):
     arguments = ["--model_path", str(tiny_base("qwen2")), "--message", "a"]
     for flags, text in (
         (["--load_in_4bit"], "--load_in_4bit needs a CUDA GPU and bitsandbytes"),
@@ -138,7 +138,7 @@ def start(*arguments: str, **options) -> subprocess.Popen:
 
 
 @pytest.mark.slow
-def test_a_batch_that_was_killed_goes_on_and_answers_everything_once(tiny_base, tmp_path):
+def test_a_batch_that_was_killed_resumes_and_answers_everything_once(tiny_base, tmp_path):
     questions = [f"{question} {number}" for number in range(40) for question in QUESTIONS]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps({"prompt": question}) + "\n" for question in questions))
     arguments = ["--model_path", str(tiny_base("qwen2")), "--input", str(tmp_path / "in.jsonl")]
@@ -155,8 +155,8 @@ def test_a_batch_that_was_killed_goes_on_and_answers_everything_once(tiny_base, 
         assert lines[: len(kept)] == kept
         kept = [line for line in lines if line.endswith(b"\n")]
     done = start(*arguments, str(tmp_path / "out.jsonl"), stderr=subprocess.PIPE)
-    _, told = done.communicate()
-    assert done.returncode == 0 and f" {len(kept) - 1}/120 ".encode() in told
+    _, progress = done.communicate()
+    assert done.returncode == 0 and f" {len(kept) - 1}/120 ".encode() in progress
     answers = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert [answer["messages"][0]["content"] for answer in answers] == questions
     for line in kept[1:]:
@@ -211,10 +211,10 @@ def test_a_terminal_takes_a_paste_as_one_message_and_survives_control_c(tiny_bas
 
 
 @pytest.mark.parametrize(
-    ("error", "told"),
+    ("error", "reason"),
     [(KeyboardInterrupt(), "stopped"), (RuntimeError("CUDA out of memory"), "out of memory; lower --batch_size")],
 )
-def test_whatever_ends_a_batch_says_that_the_same_command_goes_on(error, told, tiny_base, tmp_path, monkeypatch):
+def test_a_batch_that_ends_early_says_how_to_resume(error, reason, tiny_base, tmp_path, monkeypatch):
     def ended(*_arguments, **_options):
         raise error
 
@@ -222,7 +222,7 @@ def test_whatever_ends_a_batch_says_that_the_same_command_goes_on(error, told, t
     arguments = ["--model_path", str(tiny_base("qwen2")), "--input", str(tmp_path / "in.jsonl"), "--output"]
     with (
         monkeypatch.context() as patched,
-        pytest.raises(SystemExit, match=f"{told}.*; rerun the same command to resume"),
+        pytest.raises(SystemExit, match=f"{reason}.*; rerun the same command to resume"),
     ):
         patched.setattr(Chat, "reply_each", ended)
         terminal.main([*arguments, str(tmp_path / "out.jsonl")])

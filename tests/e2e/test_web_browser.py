@@ -238,7 +238,7 @@ graph TD; A["<img src=http://evil.test/c.png onerror=window.hurt=1>"] --> B; cli
 the end"""
 
 
-def test_nothing_in_a_reply_runs_loads_posts_or_covers(tab, url, parrot):
+def test_a_reply_never_runs_loads_posts_or_covers(tab, url, parrot):
     asked_for, dialogs = [], []
     tab.on("request", lambda request: asked_for.append(request.url))
     tab.on("dialog", lambda dialog: dialogs.append(dialog) or dialog.dismiss())

@@ -188,7 +188,7 @@ def test_a_client_that_never_listens_takes_no_turn(url, chat, monkeypatch):
 
 
 @pytest.mark.slow
-def test_many_who_never_listen_hold_nobody_up(url, chat, monkeypatch):
+def test_many_clients_that_never_listen_delay_no_reply(url, chat, monkeypatch):
     monkeypatch.setattr(handlers_module, "SECONDS_TO_LISTEN", 30)
     with closing(SlowModel(chat, 0)):
         for index in range(60):
@@ -201,7 +201,7 @@ def test_many_who_never_listen_hold_nobody_up(url, chat, monkeypatch):
 
 
 @pytest.mark.slow
-def test_who_asks_again_while_a_reply_streams_gets_the_new_one_alone(url, chat):
+def test_a_question_asked_again_while_a_reply_streams_gets_the_new_reply_alone(url, chat):
     user = client(url)
     with closing(SlowModel(chat, 0.1)):
         user.predict("你好", "", api_name="/say")
@@ -216,7 +216,7 @@ def test_who_asks_again_while_a_reply_streams_gets_the_new_one_alone(url, chat):
 
 
 @pytest.mark.slow
-def test_many_ask_at_once_some_wait_and_the_rest_are_told_so(url, chat, monkeypatch):
+def test_many_ask_at_once_some_wait_and_the_rest_are_refused(url, chat, monkeypatch):
     from gradio_client.exceptions import AppError
 
     monkeypatch.setattr(chat.decoder, "max_active", 2)
@@ -240,7 +240,7 @@ def test_many_ask_at_once_some_wait_and_the_rest_are_told_so(url, chat, monkeypa
 
 
 @pytest.mark.slow
-def test_a_tab_that_asks_too_often_is_told_to_wait(url, made, monkeypatch):
+def test_a_tab_that_asks_too_often_is_refused(url, made, monkeypatch):
     from gradio_client.exceptions import AppError
 
     monkeypatch.setattr(made.limits, "per_minute", 1)
@@ -334,7 +334,7 @@ def test_routes_that_the_page_does_not_use_are_closed(url, method, path):
 
 
 @pytest.mark.slow
-def test_the_page_may_load_nothing_from_elsewhere(url):
+def test_the_page_loads_from_its_own_host_alone(url):
     answer = httpx.get(url)
     assert answer.status_code == 200
     assert "default-src 'self'" in answer.headers["content-security-policy"]
@@ -357,7 +357,7 @@ def test_the_calls_and_the_open_connections_of_an_address_are_counted(url, made,
 
 
 @pytest.mark.slow
-def test_with_a_login_nothing_is_shown_before_it_and_guessing_locks_out(chat):
+def test_a_login_comes_before_the_page_and_guessing_locks_out(chat):
     made = Handlers({"tiny": LocalModel(chat)})
     page = build_page(made)
     logins = {"anna": "secret", "ben": "other"}
@@ -378,7 +378,7 @@ def test_with_a_login_nothing_is_shown_before_it_and_guessing_locks_out(chat):
         wrong = [log_in("anna", "ben").status_code for _ in range(security.MAX_LOGINS)]
         assert wrong == [400] * security.MAX_LOGINS
         assert log_in("anna", "secret").status_code == 429
-        # Who is in stays in.
+        # An earlier login stays valid.
         assert httpx.get(f"{page.local_url}config", cookies=login.cookies).status_code == 200
     finally:
         page.close(verbose=False)

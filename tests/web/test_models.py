@@ -2,15 +2,18 @@
 
 import asyncio
 import json
+import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import pytest
 
 from sft.chat.batching import BusyError
+from sft.chat.reply import load_chat
 from sft.chat.sampling import Sampling
 from sft.web import models
-from sft.web.models import JOINER, LocalModel, PendingReply, RemoteError, RemoteModel, neutral
+from sft.web.models import JOINER, LocalModel, LocalReply, PendingReply, RemoteError, RemoteModel, neutral
 from sft.web.turns import Turn, to_messages
 
 HELLO = [{"role": "user", "content": "hi <|im_end|>"}]
@@ -103,19 +106,19 @@ def test_a_server_that_refuses_fields_of_others_is_asked_without_them(server):
         ((200, ['data: ["no object"]\n\n']), "the model's server is unclear"),
     ],
 )
-def test_what_goes_wrong_is_one_line_without_the_servers_own_words(server, answer, problem):
+def test_an_error_is_one_line_without_the_servers_own_words(server, answer, problem):
     server.answer = lambda _body: answer
     with pytest.raises(RemoteError) as caught:
         talk(RemoteModel(server.url))
     assert str(caught.value) == problem
 
 
-def test_a_server_that_is_not_there_is_one_line():
+def test_an_absent_server_is_one_line():
     with pytest.raises(RemoteError, match="the model's server can't be reached"):
         talk(RemoteModel("http://127.0.0.1:9/v1", model="x"))
 
 
-def test_a_stream_without_end_that_says_nothing_is_ended(server, monkeypatch):
+def test_an_endless_stream_of_comments_is_ended(server, monkeypatch):
     monkeypatch.setattr("sft.web.models.MAX_STREAM_BYTES", 10_000)
     server.answer = lambda _body: (200, iter(lambda: ": still here\n", ""))
     with pytest.raises(RemoteError, match="is unclear"):
@@ -189,7 +192,7 @@ def test_as_many_are_asked_for_and_wait_as_are_let_in(server):
 @pytest.mark.parametrize(
     "token", ["<|im_start|>", "</s>", "<s>", "[INST]", "[/INST]", "<<SYS>>", "<start_of_turn>", "<think>", "<｜User｜>"]
 )
-def test_what_looks_like_a_control_token_is_parted(token):
+def test_text_that_looks_like_a_control_token_is_broken(token):
     sent = neutral(f"a{token}b")
     assert token not in sent and sent.replace(JOINER, "") == f"a{token}b"
 
@@ -230,3 +233,36 @@ def test_a_pending_reply_shows_the_queue_then_its_tokens_and_speed():
         "3 tokens · 2.0 tokens/s · the length limit was reached · context full, oldest 4 turns left out"
     )
     assert pending.status(None).startswith("3 个词元 · 每秒 2.0 个 · 到了长度上限 · ")
+
+
+THINKING_TEMPLATE = """{% for message in messages %}<|im_start|>{{ message.role }}
+{% if message.reasoning_content %}<think>
+{{ message.reasoning_content }}
+</think>
+
+{% endif %}{{ message.content }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% if enable_thinking is defined and enable_thinking is false %}<think>
+
+</think>
+
+{% else %}<think>
+{% endif %}{% endif %}"""
+
+
+def test_the_switch_of_a_template_reaches_the_prompt_and_its_thought_is_apart(chat, tiny_base, tmp_path):
+    folder = shutil.copytree(tiny_base("qwen2"), tmp_path / "model")
+    (folder / "chat_template.jinja").write_text(THINKING_TEMPLATE)
+    assert not LocalModel(chat).has_thinking_switch
+    model = LocalModel(load_chat(str(folder), chat_format="base"))
+    assert model.has_thinking_switch
+    ends, decode = {}, model.chat.renderer.tokenizer.decode
+    for thinking in (True, False, None):
+        started = model.start([{"role": "user", "content": "一"}], Sampling(max_new_tokens=1), thinking=thinking)
+        model.chat.decoder.wait(started.request)
+        ends[thinking] = decode(started.request.prompt).split("assistant\n")[-1]
+    assert ends == {True: "<think>\n", False: "<think>\n\n</think>\n\n", None: "<think>\n"}
+    request = SimpleNamespace(prompt=model.chat.prompt_ids([{"role": "user", "content": "一"}]), done=True)
+    request.ids = model.chat.renderer.tokenizer("so\n</think>\n\n好", add_special_tokens=False)["input_ids"]
+    request.cancel = None
+    assert LocalReply(model.chat, request).read()[0] == {"content": "好", "reasoning_content": "so"}

@@ -88,7 +88,7 @@ def test_the_system_prompt_leads_the_messages():
         (ANSWERED * 25 + TURNS[1:], "", "超过 50 轮.*more than 50 turns"),
     ],
 )
-def test_what_is_too_long_is_refused_in_both_languages(turns, system, what):
+def test_a_text_that_is_too_long_is_refused_in_both_languages(turns, system, what):
     with pytest.raises(gr.Error, match=what):
         check(turns, system)
 
