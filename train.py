@@ -95,6 +95,12 @@ class DataArguments:
         resume="same unless default",
     )
     chat_format: str = flag("auto", "auto, blossom, chatml, alpaca, mistral, or base (its own).")
+    template_kwargs: str = flag(
+        "{}", "Further variables of the model's own chat template, as a JSON object.", resume="same unless default"
+    )
+    train_turns: str = flag(
+        "all", "Replies that are trained: all, or the last one of each conversation.", resume="same unless default"
+    )
     max_length: int = flag(MAX_LENGTH, "Longest row, in tokens.", at_least=1, resume="same")
     packing: bool = flag(
         True, "Fill each row with whole conversations, kept apart; a batch counts rows.", resume="same"
@@ -144,7 +150,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         try:
             checkpoint = open_output_dir(settings.training, guard)
             if settings.training.dry_run:
-                preview(settings, guard)
+                preview(settings, checkpoint, guard)
             else:
                 train(settings, checkpoint, guard, started=started)
         except Stopped as stop:
@@ -159,13 +165,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             sys.exit(LOST)
 
 
-def preview(settings: Settings, guard: Guard) -> None:
+def preview(settings: Settings, checkpoint: str | None, guard: Guard) -> None:
     """Show and check what `train` would do, without the weights; exit 2 on a problem.
 
     With --probe_steps the weights are read after that, and a few steps made and measured, of which nothing is kept.
     """
     report = Report()
-    run = prepare_run(settings, report.check)
+    run = prepare_run(settings, report.check, checkpoint=checkpoint)
     data = load_data(run, report.check)
     show_run(report, run, data)
     if settings.training.probe_steps:
@@ -175,7 +181,7 @@ def preview(settings: Settings, guard: Guard) -> None:
 def train(settings: Settings, checkpoint: str | None, guard: Guard, *, started: float) -> None:
     """Train from the base or from a checkpoint, and save the model; `guard` handles signals and lost ranks."""
     set_seed(settings.training.seed)
-    run = prepare_run(settings)
+    run = prepare_run(settings, checkpoint=checkpoint)
     data = load_data(run)
     guard.wait_for_all()  # on the CPU: preparing may take longer than NCCL waits in the next collective
     fingerprint = fingerprint_of(run)

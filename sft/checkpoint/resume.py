@@ -54,7 +54,7 @@ def check_unchanged(checkpoint: str | None, new: dict, allow_changed: str | None
     """Print how the run differs from its checkpoint and return the fields; ValueError for a change not allowed."""
     if checkpoint is None:
         return []
-    old = json.loads((Path(checkpoint) / FINGERPRINT).read_text(encoding="utf-8"))
+    old = read_fingerprint(checkpoint)
     allowed = [name.strip() for name in (allow_changed or "").split(",") if name.strip()]
     sizes = ("world_size", "per_device_train_batch_size", "gradient_accumulation_steps")
     rows, rows_then = (math.prod(of["exact"][name] for name in sizes) for of in (new, old))
@@ -66,6 +66,10 @@ def check_unchanged(checkpoint: str | None, new: dict, allow_changed: str | None
     for line in lines:
         say(line)
     return [name for name in allowed if old["exact"].get(name) != new["exact"].get(name)]
+
+
+def read_fingerprint(checkpoint: str) -> dict:
+    return json.loads((Path(checkpoint) / FINGERPRINT).read_text(encoding="utf-8"))
 
 
 def _brief(value) -> str:

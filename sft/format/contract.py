@@ -122,10 +122,13 @@ def _served_ids(renderer: "Renderer", messages: list[dict], *, thinking: bool | 
 
 def saved_run(tokenizer) -> dict:
     """Return the run.json beside a checkpoint's tokenizer, or an empty dict."""
-    try:
-        return json.loads((Path(tokenizer.name_or_path) / "run.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
+    folder = Path(tokenizer.name_or_path)
+    for file in (folder / "run.json", folder.parent / "run.json"):  # the second is that of an earlier checkpoint
+        try:
+            return json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+    return {}
 
 
 def own_chat_template(tokenizer) -> str | None:

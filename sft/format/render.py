@@ -28,7 +28,7 @@ from sft.format import bulk
 from sft.format.contract import choose_format, odd_conversations, own_chat_template, probe_conversations, saved_run
 from sft.format.own_template import OwnTemplate
 from sft.format.reply import split_reply
-from sft.format.table import CHAT_FORMATS, Part, adds_bos, bind_format, jinja_template, table_layout
+from sft.format.table import CHAT_FORMATS, TURNS_TO_TRAIN, Part, adds_bos, bind_format, jinja_template, table_layout
 from sft.format.template import ChatTemplate
 from sft.format.tokens import (
     IGNORE_INDEX,
@@ -46,7 +46,6 @@ from sft.format.tokens import (
 from sft.opendata.fields import RecordError
 
 NUM_AT_ONCE = 100  # conversations encoded at a time where offsets are kept: these take many times the ids' memory
-TURNS_TO_TRAIN = ("all", "last")
 
 
 class Renderer:
@@ -354,6 +353,15 @@ class Renderer:
         """Go back to encoding whole conversations, with offsets; return the encoder's name."""
         self.encoder, self._encode = "tokenizers, with offsets", None
         return self.encoder
+
+    def describe(self) -> dict:
+        """Return what run.json says of the format; `Renderer` reads it again beside a checkpoint."""
+        found = {"chat_format": self.name, "chat_format_reason": self.reason}
+        if self.template_kwargs:
+            found["template_kwargs"] = self.template_kwargs
+        if self.writes_date:
+            found["template_date"] = self.today.isoformat()
+        return found | ({"train_turns": self.train_turns} if self.train_turns != "all" else {})
 
     def fingerprint(self) -> str:
         """A hash of all that decides ids and labels: the tokenizer, and the format as a template."""

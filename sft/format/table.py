@@ -75,6 +75,7 @@ CHAT_FORMATS = {
     )
 }
 FORMAT_NAMES = ("auto", *CHAT_FORMATS, "base")
+TURNS_TO_TRAIN = ("all", "last")  # of a conversation
 
 
 class Part(NamedTuple):

@@ -155,6 +155,11 @@ def describe_tokenizer(report: Report, renderer: Renderer, files: Sequence[str],
     stops = ", ".join(f"{name(stop)} ({stop})" for stop in renderer.stop_ids)
     pad = renderer.tokenizer.pad_token_id
     lines = [f"chat format {renderer.name}; a reply ends in {stops}; pad is {name(pad)} ({pad})"]
+    lines.append(f"chosen because: {renderer.reason}")
+    if renderer.writes_date:
+        report.notes.append(
+            f"the chat template writes the date: training uses {renderer.today}; a server's prompts differ in that line"
+        )
     lines.append(f"train = serve: checked on {len(sample):,} conversations of the data, and on those that are built in")
     if named:
         report.notes.append(

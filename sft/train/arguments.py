@@ -1,6 +1,7 @@
 """Flags of train.py: parse them, and say every mistake at once before anything is loaded."""
 
 import copy
+import json
 import math
 import os
 import re
@@ -18,7 +19,7 @@ from transformers import HfArgumentParser
 from sft.checkpoint.manifest import find_incomplete
 from sft.checkpoint.save import check_output_dir
 from sft.dataset.dataset import find_files
-from sft.format.table import FORMAT_NAMES
+from sft.format.table import FORMAT_NAMES, TURNS_TO_TRAIN
 from sft.launch.environment import complete_single_process, find_launcher_problems, read_launcher_flags
 from sft.model.load import check_dtype, check_model_path, choose_compute
 from sft.opendata.fields import check_choices
@@ -236,6 +237,17 @@ def is_within(value: float, limits: Mapping[str, float]) -> bool:
 def _check_combinations(arguments: dict[str, Any]) -> list[str]:
     """Check flags against fixed lists and against each other."""
     problems = []
+    if arguments["train_turns"] not in TURNS_TO_TRAIN:
+        problems.append(f"--train_turns {arguments['train_turns']}: use one of {', '.join(TURNS_TO_TRAIN)}")
+    try:
+        is_object = isinstance(json.loads(arguments["template_kwargs"]), dict)
+    except ValueError:
+        is_object = False
+    if not is_object:
+        problems.append(
+            f"--template_kwargs {arguments['template_kwargs']}: write a JSON object, such as "
+            """'{"enable_thinking": false}'"""
+        )
     if arguments["chat_format"] not in FORMAT_NAMES:
         problems.append(f"--chat_format {arguments['chat_format']}: use one of {', '.join(FORMAT_NAMES)}")
     named = arguments["resume_from_checkpoint"]

@@ -1,12 +1,14 @@
 """Flags -> Run: what a training needs before its model is loaded; made once, for training and dry run alike."""
 
 import copy
+import json
 import math
 import os
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +18,7 @@ import torch
 import transformers
 
 from sft.checkpoint.manifest import find_checkpoint, find_damage
-from sft.checkpoint.resume import hash_base, make_fingerprint
+from sft.checkpoint.resume import hash_base, make_fingerprint, read_fingerprint
 from sft.checkpoint.save import remove_leftovers
 from sft.dataset.dataset import Examples, TrainingRows, file_hashes, find_files
 from sft.dataset.mixture import mix
@@ -81,24 +83,34 @@ def raise_problems(function: Callable, *arguments, **options) -> Any:
     return function(*arguments, **options)
 
 
-def prepare_run(settings: Settings, check: Callable = raise_problems) -> Run:
-    """Find the model and the files, load the tokenizer, and bind the chat format to it."""
+def prepare_run(settings: Settings, check: Callable = raise_problems, *, checkpoint: str | None = None) -> Run:
+    """Find the model and the files, load the tokenizer, and bind the chat format to it.
+
+    A run that resumes keeps its checkpoint's date, which a chat template may write into prompts.
+    """
     path = models.absolute(settings.model.model_name_or_path)
     trust_remote_code = settings.model.trust_remote_code
     models.load_config(path, trust_remote_code=trust_remote_code)  # a broken one ends a dry run too
     check(models.check_window, path, settings.data.max_length, trust_remote_code=trust_remote_code)
-    renderer = load_renderer(path, settings.data.chat_format, trust_remote_code=trust_remote_code)
     data = settings.data
+    renderer = load_renderer(
+        path,
+        data.chat_format,
+        trust_remote_code=trust_remote_code,
+        template_kwargs=json.loads(data.template_kwargs) or None,
+        today=find_template_date(checkpoint),
+        train_turns=data.train_turns,
+    )
     times, held_out = find_files(data.data_path, data.eval_data_path or (), data.replay_path or ())
     skipped = find_skipped([*data.data_path, *(data.eval_data_path or ()), *(data.replay_path or ())])
     training = settings.training
     return Run(path, renderer, settings, Files(times, held_out, skipped), training.output_dir, training.seed)
 
 
-def load_renderer(model_path: str, chat_format: str, *, trust_remote_code: bool) -> Renderer:
+def load_renderer(model_path: str, chat_format: str, *, trust_remote_code: bool, **options) -> Renderer:
     """Load the tokenizer, bind the chat format to it, and stop if training and serving would differ."""
     tokenizer = models.load_tokenizer(model_path, trust_remote_code=trust_remote_code)
-    renderer = Renderer(tokenizer, chat_format)
+    renderer = Renderer(tokenizer, chat_format, **options)
     problems = check_contract(renderer)
     if problems:
         raise ValueError(
@@ -107,6 +119,12 @@ def load_renderer(model_path: str, chat_format: str, *, trust_remote_code: bool)
         )
     tokenizer.chat_template = renderer.chat_template
     return renderer
+
+
+def find_template_date(checkpoint: str | None) -> date | None:
+    """Return the date that a checkpoint's chat template was rendered with; None without one."""
+    found = read_fingerprint(checkpoint)["exact"].get("chat_format", {}) if checkpoint else {}
+    return date.fromisoformat(found["date"]) if "date" in found else None
 
 
 def check_token_ids(run: Run, largest_id: int) -> None:
@@ -227,12 +245,13 @@ def fingerprint_of(run: Run) -> dict:
     device = torch.cuda.get_device_name() if training.n_gpu else "cpu"
     zero = (training.deepspeed or {}).get("zero_optimization", {})
     times = run.files.times.values()
+    dated = {"date": run.renderer.today.isoformat()} if run.renderer.writes_date else {}
     return make_fingerprint(
         run.settings.same_on_resume(),
         versions={**package_versions(), "device": device},
         data=dict(zip(names, hashes.values(), strict=True)),
         times_per_epoch={name: often for name, often in zip(names, times, strict=True) if often != 1},
-        chat_format={"name": run.renderer.name, "fingerprint": run.renderer.fingerprint()},
+        chat_format={"name": run.renderer.name, "fingerprint": run.renderer.fingerprint()} | dated,
         base=hash_base(run.model_path) or run.model_path,
         world_size=count_processes(training),
         zero_stage=zero.get("stage", 0),

@@ -38,7 +38,7 @@ def make_record(run: Run, data: Data, model, fingerprint: dict) -> dict:
     return {
         **provenance(),
         "model": run.model_path,
-        "chat_format": run.renderer.name,
+        **run.renderer.describe(),
         "seed": run.seed,
         "data": {"train": run.files.train_hashes, "eval": run.files.held_out_hashes},
         "mixture": [] if is_plain else mixture_table(data.rows.mixture, data.examples.lengths),
@@ -57,6 +57,9 @@ def say_opening(trainer: Trainer, run: Run, data: Data) -> None:
         say("\n".join(f"{name}: {line}" for line in ledger_lines(ledger)))
     for line in describe_skipped(run.files.skipped):
         say(f"data: {line}")
+    say(f"chat format {renderer.name}: {renderer.reason}")
+    if renderer.writes_date:
+        say(f"the chat template writes the date: this run trains with {renderer.today}, a server writes its own")
     say(f"first row, trained tokens marked (chat format {renderer.name}):")
     say(paint(renderer.tokenizer, **examples[0]))
     if not rows.mixture.is_plain:

@@ -167,3 +167,23 @@ def test_a_gpu_is_read_as_people_write_it(text, found):
 def test_what_is_no_gpu_is_refused_in_a_line(text):
     with pytest.raises(ValueError, match="write the memory of a GPU and their number, as in 80GBx8"):
         parse_gpu(text)
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "problem"),
+    [
+        ("template_kwargs", "[1]", "--template_kwargs [1]: write a JSON object"),
+        ("template_kwargs", "{thinking", "--template_kwargs {thinking: write a JSON object"),
+        ("train_turns", "first", "--train_turns first: use one of all, last"),
+    ],
+)
+def test_a_wrong_value_for_the_chat_template_is_one_line(flag, value, problem, tiny_base, tmp_path, capsys):
+    data = tmp_path / "a.json"
+    data.write_text('[{"instruction": "a", "output": "b"}]')
+    given = {"model_name_or_path": tiny_base("qwen2"), "data_path": data, "output_dir": tmp_path / "run", flag: value}
+    with pytest.raises(SystemExit):
+        train.parse_arguments(
+            (train.ModelArguments, train.DataArguments, train.TrainingArguments),
+            [text for name, argument in given.items() for text in (f"--{name}", str(argument))],
+        )
+    assert problem in capsys.readouterr().err
