@@ -205,3 +205,33 @@ def test_rows_in_bulk_are_those_of_one_by_one(name, renderer_of):
         rows = renderer.render_rows(batch, max_length=max_length)
         for ours, theirs in zip(rows, expected, strict=True):
             assert list(ours) == list(theirs)
+
+
+# The four ways in which a framework's own Qwen format differed from the native template (hiyouga/LLaMA-Factory 10530).
+
+
+def test_text_beside_a_call_stands_in_the_turn_of_the_call(renderer_of):
+    text = renderer_of("qwen3_5_think", "qwen2").text(CALLS[2][:3], tools=TOOLS)
+    assert text.count("<|im_start|>assistant") == 1
+    assert "Let me look.\n\n<tool_call>\n<function=get_weather>" in text
+
+
+def test_results_of_parallel_calls_share_one_turn(renderer_of):
+    prompt = renderer_of("qwen3_5_think", "qwen2").text(CALLS[3][:4], tools=TOOLS)
+    results = "<tool_response>\nra\n</tool_response>\n<tool_response>\nrb\n</tool_response><|im_end|>\n"
+    assert prompt.partition("</tool_call><|im_end|>\n")[2].startswith(f"<|im_start|>user\n{results}")
+
+
+def test_an_earlier_thought_is_learned_in_its_own_row_and_not_shown_to_a_later_question(renderer_of):
+    renderer = renderer_of("qwen3_5_think", "qwen2")
+    texts = [renderer.tokenizer.decode(row.input_ids) for row in renderer.render_conversation(THOUGHTS[1])]
+    assert texts == [
+        "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n<think>\nt1\n</think>\n\nb<|im_end|>",
+        "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n"
+        "<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n<think>\nt2\n\nmore\n</think>\n\nd<|im_end|>",
+    ]
+
+
+def test_the_system_text_comes_after_the_definitions(renderer_of):
+    text = renderer_of("qwen3_5_think", "qwen2").text(CALLS[2][:2], tools=TOOLS)
+    assert text.index("</tools>") < text.index("Be brief.") < text.index("<|im_start|>user")

@@ -178,9 +178,9 @@ def test_what_is_no_gpu_is_refused_in_a_line(text):
     ],
 )
 def test_a_wrong_value_for_the_chat_template_is_one_line(flag, value, problem, tiny_base, tmp_path, capsys):
-    data = tmp_path / "a.json"
-    data.write_text('[{"instruction": "a", "output": "b"}]')
-    given = {"model_name_or_path": tiny_base("qwen2"), "data_path": data, "output_dir": tmp_path / "run", flag: value}
+    file = tmp_path / "a.json"
+    file.write_text('[{"instruction": "a", "output": "b"}]')
+    given = {"model_name_or_path": tiny_base("qwen2"), "data_path": file, "output_dir": tmp_path / "run", flag: value}
     with pytest.raises(SystemExit):
         train.parse_arguments(
             (train.ModelArguments, train.DataArguments, train.TrainingArguments),

@@ -1,0 +1,84 @@
+"""A reply taken apart into thought, calls and text."""
+
+import pytest
+
+from sft.format.reply import split_reply
+
+
+def call(name: str, arguments: dict) -> dict:
+    return {"type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+@pytest.mark.parametrize(
+    ("text", "opened", "expected"),
+    [
+        ("Paris.", "", {"content": "Paris."}),
+        ("<think>\nso\n</think>\n\nParis.", "", {"content": "Paris.", "reasoning_content": "so"}),
+        ("so\n</think>\n\nParis.", "assistant\n<think>\n", {"content": "Paris.", "reasoning_content": "so"}),
+        ("so\n</think>\n\nParis.", "", {"content": "Paris.", "reasoning_content": "so"}),
+        ("so, not yet", "assistant\n<think>\n", {"content": "", "reasoning_content": "so, not yet"}),
+        ("Write </think> at the end.", "<|im_start|>assistant\n", {"content": "Write </think> at the end."}),
+        ("<think>\n\n</think>\n\nParis.", "", {"content": "Paris."}),
+        ("[THINK]so[/THINK]Paris.", "", {"content": "Paris.", "reasoning_content": "so"}),
+        ("<|channel>thought\nso\n<channel|>Paris.", "", {"content": "Paris.", "reasoning_content": "so"}),
+        (
+            "<|channel|>analysis<|message|>so<|end|><|start|>assistant<|channel|>final<|message|>Paris.",
+            "<|start|>assistant",
+            {"content": "Paris.", "reasoning_content": "so"},
+        ),
+    ],
+)
+def test_the_thought_is_told_from_the_text(text, opened, expected):
+    assert split_reply(text, opened=opened) == {"role": "assistant", **expected}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '<tool_call>\n{"name": "f", "arguments": {"a": "b", "n": 3}}\n</tool_call>',
+        '<tool_call>\n{"name": "f", "arguments": "{\\"a\\": \\"b\\", \\"n\\": 3}"}\n</tool_call>',
+        "<tool_call>\n<function=f>\n<parameter=a>\nb\n</parameter>\n<parameter=n>\n3\n</parameter>\n</function>\n"
+        "</tool_call>",
+        "<tool_call>f\n<arg_key>a</arg_key>\n<arg_value>b</arg_value>\n<arg_key>n</arg_key>\n<arg_value>3</arg_value>\n"
+        "</tool_call>",
+        '[TOOL_CALLS] [{"name": "f", "arguments": {"a": "b", "n": 3}, "id": "call00000"}]',
+        '[TOOL_CALLS]f[ARGS]{"a": "b", "n": 3}',
+        '{"name": "f", "parameters": {"a": "b", "n": 3}}',
+        '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>f\n```json\n{"a": "b", "n": 3}\n```'
+        "<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
+        '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>f<｜tool▁sep｜>{"a": "b", "n": 3}<｜tool▁call▁end｜><｜tool▁calls▁end｜>',
+        "<|tool_calls_section_begin|><|tool_call_begin|>functions.f:0<|tool_call_argument_begin|>"
+        '{"a": "b", "n": 3}<|tool_call_end|><|tool_calls_section_end|>',
+        "<|tool_call_start|>[f(a='b', n=3)]<|tool_call_end|>",
+        '<|start|>assistant to=functions.f<|channel|>commentary json<|message|>{"a": "b", "n": 3}',
+    ],
+)
+def test_a_call_is_read_in_each_published_syntax(text):
+    expected = {"role": "assistant", "content": "", "tool_calls": [call("f", {"a": "b", "n": 3})]}
+    assert split_reply(text, opened="assistant\n") == expected
+
+
+def test_text_beside_parallel_calls_stays_and_the_thought_is_folded():
+    text = (
+        'so\n</think>\n\nLet me look.\n<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>\n'
+        '<tool_call>\n{"name": "g", "arguments": {"x": [1]}}\n</tool_call>'
+    )
+    assert split_reply(text, opened="<think>\n") == {
+        "role": "assistant",
+        "content": "Let me look.",
+        "reasoning_content": "so",
+        "tool_calls": [call("f", {}), call("g", {"x": [1]})],
+    }
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>\n<tool_call>\n{"name": broken\n</tool_call>',
+        '<tool_call>\n{"name": "f", "arguments": {"a":',
+        '{"name": "Paris", "country": "France"}',
+        "<|tool_call_start|>[f(a=open('x'))]<|tool_call_end|>",
+    ],
+)
+def test_where_one_block_cannot_be_read_all_stays_text(text):
+    assert split_reply(text) == {"role": "assistant", "content": text}
