@@ -46,7 +46,8 @@ def test_the_thought_is_told_from_the_text(text, opened, expected):
         '{"name": "f", "parameters": {"a": "b", "n": 3}}',
         '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>f\n```json\n{"a": "b", "n": 3}\n```'
         "<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
-        '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>f<｜tool▁sep｜>{"a": "b", "n": 3}<｜tool▁call▁end｜><｜tool▁calls▁end｜>',
+        '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>f<｜tool▁sep｜>{"a": "b", "n": 3}<｜tool▁call▁end｜>'
+        "<｜tool▁calls▁end｜>",
         "<|tool_calls_section_begin|><|tool_call_begin|>functions.f:0<|tool_call_argument_begin|>"
         '{"a": "b", "n": 3}<|tool_call_end|><|tool_calls_section_end|>',
         "<|tool_call_start|>[f(a='b', n=3)]<|tool_call_end|>",
