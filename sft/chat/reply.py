@@ -8,6 +8,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -32,6 +33,7 @@ from sft.model.load import (
 )
 
 PROMPT_END_TOKENS = 16  # that may hold the start of a thought
+LONE_END = re.compile(r"</think>[ \t]*(\n|\Z)")
 MODEL_FILES = ("config.json", "adapter_config.json")  # one of them makes a folder a model
 
 
@@ -175,8 +177,23 @@ class Chat:
         if message.get("tool_calls") and not self.renderer.takes_tools:
             return {"role": "assistant", "content": text}
         if not message.get("reasoning_content") and not message.get("tool_calls"):
-            return {"role": "assistant", "content": text if message["content"] else ""}
+            return split_thought(text) if message["content"] else {"role": "assistant", "content": ""}
         return message
+
+
+def split_thought(text: str) -> dict:
+    """Return a reply as a message; a thought may have its end alone, where the start stood in a server's prompt.
+
+    A `</think>` inside a sentence or in code is text.
+    """
+    before, _closer, rest = text.partition("</think>")
+    has_start = before.lstrip().startswith("<think>")
+    has_end = LONE_END.search(text) and "<think>" not in before and "```" not in before
+    if not has_start and not has_end:
+        return {"role": "assistant", "content": text}
+    thought = before.lstrip().removeprefix("<think>").strip()
+    message = {"role": "assistant", "content": rest.strip()}
+    return {**message, "reasoning_content": thought} if thought else message
 
 
 # --- loading ------------------------------------------------------------------------------------------------------

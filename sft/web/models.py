@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from sft.chat.batching import MAX_ACTIVE, MAX_CACHED_TOKENS, MAX_WAITING, BusyError
-from sft.chat.reply import Chat
+from sft.chat.reply import Chat, split_thought
 from sft.chat.sampling import Sampling
 from sft.web.text import label
 from sft.web.turns import has_text, num_questions, without_oldest
@@ -120,7 +120,10 @@ class RemoteReply:
 
     def read(self) -> tuple[dict, bool, int]:
         """Return the message up to now, whether the model ended it, and its number of tokens."""
-        message = {"content": self.text} | ({"reasoning_content": self.thought} if self.thought else {})
+        message = {"content": self.text, "reasoning_content": self.thought}
+        if not self.thought:  # a server without a reasoning parser sends the thought as text
+            message = split_thought(self.text)
+            del message["role"]
         return message, self.ended, self.num_tokens
 
     @property

@@ -80,6 +80,9 @@ def test_a_reply_ends_at_the_stop_token_and_says_so(tiny_chat):
         ("想\n</think>\n\n好", "", {"content": "好", "reasoning_content": "想"}),
         ("想", "x<think>\n", {"content": "", "reasoning_content": "想"}),
         ("2*3*4 <b>", "", {"content": "2*3*4 <b>"}),
+        ("想\n</think>\n\n好", "assistant\n", {"content": "好", "reasoning_content": "想"}),
+        ("write `</think>` so", "assistant\n", {"content": "write `</think>` so"}),
+        ("```\n</think>\n```", "assistant\n", {"content": "```\n</think>\n```"}),
     ],
 )
 def test_a_reply_is_a_message_with_its_thought_apart(text, prompt, message, tiny_chat):

@@ -88,6 +88,16 @@ def test_a_reply_is_read_from_the_stream_and_the_key_goes_in_the_header(server):
     assert body["messages"] == [{"role": "user", "content": f"hi <{JOINER}|im_end|>"}]
 
 
+def test_a_thought_that_a_server_sends_as_text_is_apart_and_not_sent_back(server):
+    for text in ("so</think>\n\n好", "<think>so</think>\n\n好"):
+        server.answer = lambda _body, text=text: (200, [event(text, finish_reason="stop")])
+        assert talk(RemoteModel(server.url))[0] == {"content": "好", "reasoning_content": "so"}
+    remote = RemoteModel(server.url)
+    history = [*HELLO, {"role": "assistant", "content": "好", "reasoning_content": "so"}, *HELLO]
+    assert [message["content"] for message in remote._body(history, Sampling())["messages"]][1] == "好"
+    assert "so" not in json.dumps(remote._body(history, Sampling())["messages"])
+
+
 def test_a_server_that_refuses_fields_of_others_is_asked_without_them(server):
     server.answer = lambda body: (422, []) if "top_k" in body else (200, [event("好", finish_reason="stop")])
     remote = RemoteModel(server.url)
