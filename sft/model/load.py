@@ -4,6 +4,7 @@ Facts about a family are read from its config and tokenizer, never from its name
 where they are used, so that a mistake in the arguments is reported before seconds are spent on imports.
 """
 
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from sft.model.adapters import add_lora, untrained_ids  # noqa: F401  (until tra
 # (dev/LOG.md). It must stand in the environment before torch is imported.
 PATIENT_THREADS = ("OMP_WAIT_POLICY", "PASSIVE")
 
+ADAPTER = "adapter_config.json"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -21,13 +23,26 @@ def check_model_path(path: str, names: Sequence[str] = ("config.json",)) -> str 
     """Return what is wrong with a model folder (it must hold one of `names`), or None; a hub name is not looked up."""
     folder = Path(path).expanduser()
     if folder.is_dir():
-        found = any((folder / name).is_file() for name in names)
-        return None if found else f"{path}: no {' or '.join(names)} in this folder; name a model folder"
+        if not any((folder / name).is_file() for name in names):
+            return f"{path}: no {' or '.join(names)} in this folder; name a model folder"
+        return _check_base_of_adapter(path) if ADAPTER in names else None
     is_hub_name = path.count("/") <= 1 and not path.startswith((".", "/", "~")) and not path.endswith("/")
     looks_local = path.split("/")[0] and Path(path.split("/")[0]).is_dir() and "/" in path
     if is_hub_name and not looks_local:
         return None
     return f"{path}: no such folder; name a local model folder or a hub model (owner/name)"
+
+
+def _check_base_of_adapter(path: str) -> str | None:
+    """Return what is wrong with the base that an adapter's folder names, or None; other folders have none."""
+    config = Path(path).expanduser() / ADAPTER
+    try:
+        base = json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError):  # a full model, or peft's own error
+        return None
+    if not base or check_model_path(base) is None:
+        return None
+    return f"{path}: its base {base} is not there; put it back, or write its new path into {config}"
 
 
 def absolute(path: str) -> str:

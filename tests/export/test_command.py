@@ -1,6 +1,7 @@
 """The command `python -m sft.export`: its targets, its defaults, and one line for each mistake."""
 
 import json
+import shutil
 
 import pytest
 
@@ -56,6 +57,17 @@ def test_a_mistake_is_one_line(trained, tmp_path, flags, problem):
         main(["--model_path", trained("bloom"), "--output_dir", str(tmp_path / "new"), *flags])
     assert "\n" not in str(stopped.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_adapter_without_its_base_is_named_before_any_work(adapter, tmp_path):
+    folder = tmp_path / "moved"
+    shutil.copytree(adapter, folder)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(tmp_path / "gone")
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(SystemExit, match=r"its base .*gone is not there; put it back, or write its new path into"):
+        main(["--model_path", str(folder), "--output_dir", str(tmp_path / "new")])
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_flag_of_another_target_is_named(trained, tmp_path, capsys):
