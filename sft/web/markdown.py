@@ -31,6 +31,7 @@ LETTER = re.compile(r"[^\W\d_]")
 URL = re.compile(r"https?://[^\s<>\"'`，。；：！？、）》」』】“”‘’]+")
 URL_END = re.compile(r"[.,;:!?*_~]+$")
 LINK = re.compile(r"(https?://|mailto:)", re.IGNORECASE)
+NO_ADDRESS = re.compile(r"\]\(\s*(<>)?\s*(\"[^\"]*\"|'[^']*')?\s*\)$")
 IMAGE = re.compile(r"!\[[^\]\n]*\]\([^)\n]*\)")
 OPERATOR_ITEM = re.compile(r"[ \t]*(\+[ \t]|[*-][ \t]+[\d(])")
 COMPARISON = re.compile(r"[ \t]*>[ \t]*[\d=]")
@@ -94,6 +95,7 @@ def _markdown() -> MarkdownIt:
         block.at(name, _only_where(keeps, rule.fn), {"alt": rule.alt})
     block.before("fence", "formula", _formula_block, {"alt": ["paragraph", "blockquote", "list"]})
     inline.at("text", _text)
+    inline.at("link", _only_with_address(next(rule.fn for rule in inline.__rules__ if rule.name == "link")))
     for name, rule in (("formula", _formula), ("image_text", _image_text), ("mark", _mark), ("url", _url)):
         inline.push(name, rule)
     markdown.core.ruler.before("inline", "as_written", _keep_spaces)
@@ -274,6 +276,22 @@ def _formula(state: StateInline, silent: bool) -> bool:
         state.push("formula", "", 0).content = opening + content + FORMULAS[opening]
     state.pos = end + 2
     return True
+
+
+def _only_with_address(rule: Callable) -> Callable:
+    """Return the link rule without `[x]()`, which would lose its brackets."""
+
+    def tried(state: StateInline, silent: bool) -> bool:
+        start, num_tokens, pending = state.pos, len(state.tokens), state.pending
+        if not rule(state, silent):
+            return False
+        if not NO_ADDRESS.search(state.src[start : state.pos]):
+            return True
+        state.pos, state.pending = start, pending
+        del state.tokens[num_tokens:]
+        return False
+
+    return tried
 
 
 def _image_text(state: StateInline, silent: bool) -> bool:

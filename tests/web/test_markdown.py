@@ -33,6 +33,7 @@ AS_WRITTEN = [
     "单价*数量*折扣，snake_case_name，_x_，__name__",
     "<b>x</b> <script>alert(1)</script> <!-- a --> <?x a<b std::map<a, b>",
     "![i](http://evil.test/a.png)",
+    "[x]() [a[b]](<>) [](  )",
     "[x](javascript:alert(1)) [y](data:text/html,x) [z](//evil.test)",
     r"\*no\* C:\_x\*.txt \d+\.\d+ \[a-z\]+ \\ 5\%",
     "[foo]: http-is-not-here\n[foo]",
