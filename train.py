@@ -32,10 +32,14 @@ from sft.dataset.dataset import CACHE_DIR, MAX_LENGTH, prepare
 from sft.dataset.ledger import check_losses
 from sft.files import MAX_SHARD_SIZE
 from sft.launch.processes import LOST, STOPPED, Guard, Stopped
-from sft.preview.dry_run import Report, show_run
+from sft.model import attention, loss
+from sft.preview.dry_run import show_run
 from sft.preview.measure import measure_steps
+from sft.preview.report import Report
 from sft.report.text import say
-from sft.train.arguments import Settings, fail, flag, parse_arguments
+from sft.train.arguments import fail, flag, parse_arguments
+from sft.train.callbacks import SelfTest
+from sft.train.losses import group_sources
 from sft.train.replies import Replies
 from sft.train.setup import (
     Data,
@@ -48,8 +52,8 @@ from sft.train.setup import (
     raise_problems,
     trainer_arguments,
 )
-from sft.train.summary import make_record, run_page, say_opening, write_results
-from sft.train.trainer import SelfTest, Trainer, group_sources, last_evaluation, prepare_model
+from sft.train.summary import last_evaluation, make_record, run_page, say_opening, write_results
+from sft.train.trainer import Trainer
 
 # The flags that say how data files become tokens.
 READING = ("max_length", "encoding", "reasoning", "preference", "cache_dir")
@@ -147,12 +151,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     with Guard(lasting=__name__ == "__main__") as guard:
         settings = parse_arguments((ModelArguments, DataArguments, TrainingArguments), arguments)
+        report = Report() if settings.training.dry_run else None
+        check = raise_problems if report is None else report.check
         try:
             checkpoint = open_output_dir(settings.training, guard)
-            if settings.training.dry_run:
-                preview(settings, checkpoint, guard)
+            run = prepare_run(settings, check, checkpoint=checkpoint)
+            data = load_data(run, check)
+            if report is None:
+                train(run, data, checkpoint, guard, started=started)
             else:
-                train(settings, checkpoint, guard, started=started)
+                preview(run, data, report, guard)
         except Stopped as stop:
             guard.stage = "done"
             say(f"{stop}; {guard.resume_command}")
@@ -165,27 +173,36 @@ def main(arguments: Sequence[str] | None = None) -> None:
             sys.exit(LOST)
 
 
-def preview(settings: Settings, checkpoint: str | None, guard: Guard) -> None:
+def load_data(run: Run, check: Callable) -> Data:
+    """Tokenise the files, check what is lost, and lay out the rows of each epoch; `check` calls a check."""
+    settings = run.settings.data
+    limits = {name: getattr(settings, name) for name in READING}
+    examples, ledger = prepare(list(run.files.times), run.renderer, say=say, **limits)
+    held_out, held_out_ledger = prepare(run.files.held_out, run.renderer, say=say, **limits)
+    ledgers = {"train": ledger} | ({"eval": held_out_ledger} if run.files.held_out else {})
+    for name, counted in ledgers.items():
+        if name == "train" or counted["total"]["in"]:  # an empty eval.json: nothing is held out
+            check(check_losses, counted, settings.max_lost)
+    check(check_token_ids, run, max(examples.largest_id, held_out.largest_id))
+    return Data(examples, held_out, ledgers, lay_out_rows(run, examples, ledger) if len(examples) else None)
+
+
+def preview(run: Run, data: Data, report: Report, guard: Guard) -> None:
     """Show and check what `train` would do, without the weights; exit 2 on a problem.
 
     With --probe_steps the weights are read after that, and a few steps made and measured, of which nothing is kept.
     """
-    report = Report()
-    run = prepare_run(settings, report.check, checkpoint=checkpoint)
-    data = load_data(run, report.check)
     show_run(report, run, data)
-    if settings.training.probe_steps:
+    if run.settings.training.probe_steps:
         measure_steps(report, run, data, guard, build_trainer)
 
 
-def train(settings: Settings, checkpoint: str | None, guard: Guard, *, started: float) -> None:
+def train(run: Run, data: Data, checkpoint: str | None, guard: Guard, *, started: float) -> None:
     """Train from the base or from a checkpoint, and save the model; `guard` handles signals and lost ranks."""
-    set_seed(settings.training.seed)
-    run = prepare_run(settings, checkpoint=checkpoint)
-    data = load_data(run)
+    set_seed(run.seed)
     guard.wait_for_all()  # on the CPU: preparing may take longer than NCCL waits in the next collective
     fingerprint = fingerprint_of(run)
-    changed = check_unchanged(checkpoint, fingerprint, settings.training.allow_changed, say)
+    changed = check_unchanged(checkpoint, fingerprint, run.settings.training.allow_changed, say)
     trainer = build_trainer(
         run, data, guard=guard, fingerprint=fingerprint, sources=group_sources(data.with_source_names())
     )
@@ -207,24 +224,16 @@ def train(settings: Settings, checkpoint: str | None, guard: Guard, *, started: 
         trainer.publish()
 
 
-def load_data(run: Run, check: Callable = raise_problems) -> Data:
-    """Tokenise the files, check what is lost, and lay out the rows of each epoch; a dry run collects problems."""
-    settings = run.settings.data
-    limits = {name: getattr(settings, name) for name in READING}
-    examples, ledger = prepare(list(run.files.times), run.renderer, say=say, **limits)
-    held_out, held_out_ledger = prepare(run.files.held_out, run.renderer, say=say, **limits)
-    ledgers = {"train": ledger} | ({"eval": held_out_ledger} if run.files.held_out else {})
-    for name, counted in ledgers.items():
-        if name == "train" or counted["total"]["in"]:  # an empty eval.json: nothing is held out
-            check(check_losses, counted, settings.max_lost)
-    check(check_token_ids, run, max(examples.largest_id, held_out.largest_id))
-    return Data(examples, held_out, ledgers, lay_out_rows(run, examples, ledger) if len(examples) else None)
-
-
 def build_trainer(run: Run, data: Data, **options) -> Trainer:
-    """Return a trainer of the base, ready for its first step; `options` are those of `sft.train.trainer.Trainer`."""
+    """Keep packed documents apart, compute the loss in chunks, and return a trainer that is ready for its first step.
+
+    `options` are those of `sft.train.trainer.Trainer`.
+    """
     settings, model, tokenizer = run.settings, build_model(run), run.renderer.tokenizer
-    notes = prepare_model(model, packing=settings.data.packing, liger=settings.training.use_liger_kernel)
+    notes = [models.use_liger_kernels(model)] if settings.training.use_liger_kernel else []
+    if settings.data.packing:
+        notes.append(attention.isolate_documents(model))
+    notes.append(loss.use_chunked_loss(model))
     # On a GPU one length for all packed rows: flex attention compiles for it once.
     packed_length = settings.data.max_length if torch.cuda.is_available() else None
     trainer = Trainer(

@@ -90,12 +90,12 @@ def counted(settings: dict, device: str) -> int:
     sys.path.insert(0, str(ROOT))
     from transformers import AutoConfig
 
-    from sft.preview import memory
+    from sft.preview import memory, shape
 
     config = AutoConfig.for_model(settings["family"], **settings["config"])
     rows, length = settings["rows"], settings["max_length"]
-    step = memory.Step(rows, length, rows * length, checkpointing=False, device=device)
-    return memory.estimate(memory.read_shape(config), step, memory.Plan())[0][-1].bytes
+    step = shape.Step(rows, length, rows * length, checkpointing=False, device=device)
+    return memory.estimate(shape.read_shape(config), step, shape.Plan())[0][-1].bytes
 
 
 def sides() -> list[str]:

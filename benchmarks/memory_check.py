@@ -87,19 +87,19 @@ def main() -> None:
 
 def print_table() -> None:
     """GiB on each GPU: one packed row of 2,048 tokens, gradient checkpointing, 8 updates accumulated, bf16."""
-    from sft.preview import memory
+    from sft.preview import memory, shape
     from tests.preview.test_memory import PUBLISHED, shape_of
 
     plans = [
-        memory.Plan(),
-        memory.Plan(memory.FULL, memory.ZERO2, gpus=8),
-        memory.Plan(memory.FULL, memory.ZERO3, gpus=8),
+        shape.Plan(),
+        shape.Plan(shape.FULL, shape.ZERO2, gpus=8),
+        shape.Plan(shape.FULL, shape.ZERO3, gpus=8),
     ]
-    plans += [memory.replace(plans[-1], offload=True), memory.Plan(memory.LORA), memory.Plan(memory.QLORA)]
+    plans += [memory.replace(plans[-1], offload=True), shape.Plan(shape.LORA), shape.Plan(shape.QLORA)]
     print("| model | parameters | one GPU | ZeRO-2, 8 GPUs | ZeRO-3, 8 GPUs | with offload | LoRA, one GPU | QLoRA |")
     print("|---|" + "--:|" * 7)
     for name, (_kind, _shape, parameters) in PUBLISHED.items():
-        peaks = [memory.estimate(shape_of(name), memory.Step(accumulation=8), plan)[0][-1].bytes for plan in plans]
+        peaks = [memory.estimate(shape_of(name), shape.Step(accumulation=8), plan)[0][-1].bytes for plan in plans]
         print(f"| {name} | {parameters:,} | {' | '.join(f'{peak / memory.GIB:,.0f}' for peak in peaks)} |", flush=True)
 
 
@@ -120,16 +120,16 @@ def measure(name: str, rows: int, length: int, how: str, accumulation: int) -> N
 
     from sft.model import attention, loss
     from sft.model import load as models
-    from sft.preview import memory
+    from sft.preview import memory, shape
 
     checkpointing, half, lora, padded = (word in how.split() for word in ("checkpointing", "bf16", "LoRA", "padded"))
     config = AutoConfig.for_model(**SHAPES[name], **SMALL)
     documents = () if padded else (length // 2,) * 2 * rows
-    step = memory.Step(rows, length, rows * length // 2, documents, not padded, checkpointing, accumulation)
+    step = shape.Step(rows, length, rows * length // 2, documents, not padded, checkpointing, accumulation)
     step = memory.replace(step, half=half, device="cpu")
-    plan = memory.Plan(memory.LORA if lora else memory.FULL)
-    shape = memory.read_shape(config)
-    parts, _host = memory.estimate(shape, step, plan)
+    plan = shape.Plan(shape.LORA if lora else shape.FULL)
+    model = shape.read_shape(config)
+    parts, _host = memory.estimate(model, step, plan)
     for part in parts:
         print(part.name, memory.gib(part.bytes), part.formula)
     torch.ones(2000, 2000) @ torch.ones(2000, 2000)

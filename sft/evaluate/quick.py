@@ -20,7 +20,7 @@ from sft.format.tokens import IGNORE_INDEX
 from sft.model.loss import use_chunked_loss
 from sft.opendata.cleaning import HAN, count_han
 from sft.report.markdown import table
-from sft.report.run_page import repetition
+from sft.report.measures import repetition
 
 QUESTIONS = Path(__file__).with_name("suites") / "quick" / "questions.jsonl"
 NUM_SUMS = 12  # in each language

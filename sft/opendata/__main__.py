@@ -12,13 +12,13 @@ import argparse
 import os
 import sys
 import textwrap
-import unicodedata
 from typing import Any
 
 from sft.opendata.build import COUNTED, build_opendata
 from sft.opendata.cleaning import CHANGES, DROPS, RULES
 from sft.opendata.fields import list_counts
 from sft.opendata.files import MIXES, REJECTS, describe_skipped
+from sft.tables import align, display_width
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -82,11 +82,7 @@ def print_ledger(ledger: dict[str, Any]) -> None:
     """Print a row for each file and the total, and what was lost or changed by which rule; at most 120 columns."""
     head = ["file", "in", "train", "eval", "dupl.", "near", "unsampled", "dropped", "rejected", "p50", "p90", "p99"]
     rows = [head] + [_row(name, row) for name, row in (*ledger["files"].items(), ("total", ledger["total"]))]
-    widths = [max(map(_width, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        name, *numbers = row
-        cells = [name + " " * (widths[0] - _width(name))]
-        print("  ".join(cells + [number.rjust(width) for number, width in zip(numbers, widths[1:], strict=True)]))
+    print("\n".join(align(rows)))
     print("p50, p90, p99: characters in a kept conversation")
     for title in ("dropped", "rejected", "changed", "notes"):
         if counts := ledger["total"][title]:
@@ -138,14 +134,9 @@ def find_warnings(ledger: dict[str, Any]) -> list[str]:
 def _row(name: str, row: dict[str, Any]) -> list[str]:
     lost = [sum(row[title].values()) for title in ("dropped", "rejected")]
     numbers = [*(row[column] for column in ("in", *COUNTED)), *lost, *row["characters"].values()]
-    while _width(name) > 30:
+    while display_width(name) > 30:
         name = "…" + name[2:]
     return [name, *(f"{number:,}" for number in numbers)]
-
-
-def _width(text: str) -> int:
-    """Columns in a terminal: Chinese characters take two."""
-    return sum(2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in text)
 
 
 if __name__ == "__main__":

@@ -22,8 +22,10 @@ from transformers import PrinterCallback, TrainerCallback, set_seed
 
 from sft.dataset.dataset import TrainingRows
 from sft.launch.processes import Guard
-from sft.preview.dry_run import Report, Section, heaviest_rows, show_report, updates_of
+from sft.preview.data import heaviest_rows
+from sft.preview.dry_run import updates_of
 from sft.preview.memory import gib
+from sft.preview.report import Report, Section, show_report
 from sft.train.setup import Data, Run
 
 NUM_WARM_UP_STEPS = 2

@@ -1,8 +1,7 @@
-"""Results as text for a terminal: lines printed once, tables with aligned columns, rows with their trained tokens."""
+"""Text for a terminal: lines printed once, rows with their trained tokens."""
 
 import os
 import sys
-from collections.abc import Sequence
 
 import numpy as np
 
@@ -15,17 +14,6 @@ def say(text: str) -> None:
     """Print once, from the first process."""
     if int(os.environ.get("RANK", 0)) == 0:
         print(text, flush=True)
-
-
-def align(table: Sequence[Sequence[str]]) -> list[str]:
-    """Return the lines of a table of cells: the first column to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    lines = []
-    for row in table:
-        cells = [row[0].ljust(widths[0])] if row else []
-        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        lines.append("  ".join(cells).rstrip())
-    return lines
 
 
 def paint(tokenizer, input_ids: np.ndarray, labels: np.ndarray, *, colour: bool | None = None) -> str:

@@ -14,7 +14,8 @@ from types import MappingProxyType
 from typing import Any, NoReturn
 
 import torch
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, Trainer, get_scheduler
+from transformers.integrations import get_reporting_integration_callbacks
 
 from sft.checkpoint.manifest import find_incomplete
 from sft.checkpoint.save import check_output_dir
@@ -45,6 +46,24 @@ OF_TRANSFORMERS = {
         )
     },
 }
+# Flags of transformers that would change nothing here, or break: the values that are refused (None: any), and why.
+NO_EFFECT = {
+    "do_train": ((False,), "train.py always trains; to measure a model use python -m sft.evaluate"),
+    "do_eval": ((False,), "the evaluations are chosen by --eval_strategy; use --eval_strategy no"),
+    "do_predict": ((True,), "train.py predicts nothing; use python -m sft.evaluate"),
+    "auto_find_batch_size": ((True,), "the rows of an update must stay the same; --dry_run tells which batch fits"),
+    "ignore_data_skip": ((True,), "a resumed run continues at its place in the data"),
+    "batch_eval_metrics": ((True,), "the metrics of train.py are summed over all held-out rows; leave it out"),
+    "remove_unused_columns": ((True,), "a row holds only what the model takes; leave it out"),
+    "label_names": (None, "the labels of a row are named labels; leave it out"),
+    "hub_strategy": (("checkpoint", "all_checkpoints"), "the model is pushed once, after training; leave it out"),
+    "hub_always_push": ((True,), "the model is pushed once, after training; leave it out"),
+    "enable_jit_checkpoint": ((True,), "a signal saves a checkpoint anyway; leave it out"),
+    "fsdp": (None, "checkpoints of train.py are plain or DeepSpeed's; use --deepspeed ds_zero3.json"),
+    "fsdp_config": (None, "checkpoints of train.py are plain or DeepSpeed's; use --deepspeed ds_zero3.json"),
+}
+METRICS = ("loss", "perplexity", "token_accuracy")  # of the held-out rows; and loss/SOURCE for each source
+NEEDS_THE_MODEL = ("lomo", "adalomo")  # optimizers that can't be built without it
 GIB = 2**30
 
 
@@ -86,13 +105,16 @@ def parse_arguments(groups: tuple[type, type, type], arguments: Sequence[str] | 
     problems += [f"unknown argument {name}" for name in unknown if not problems]
     given["dry_run"] |= given["probe_steps"] > 0
     given |= read_launcher_flags(os.environ)
-    problems += check_arguments(given, groups)
+    problems += check_arguments(given, groups, typed=parser.typed)
     if problems:
         fail(problems)
     try:
-        return _make_settings(groups, given)
+        settings = _make_settings(groups, given)
     except (ValueError, TypeError, ImportError) as error:
-        fail([str(error)])
+        fail([" ".join(str(error).split())])
+    if problems := check_buildable(settings.training):
+        fail(problems)
+    return settings
 
 
 def _make_settings(groups: tuple[type, type, type], given: dict[str, Any]) -> Settings:
@@ -100,6 +122,10 @@ def _make_settings(groups: tuple[type, type, type], given: dict[str, Any]) -> Se
     given["eval_strategy"] = given["eval_strategy"] or "epoch"
     if given["hub_token"]:  # transformers would pickle it into every checkpoint
         os.environ["HF_TOKEN"], given["hub_token"] = given["hub_token"], None
+    if (
+        given["metric_for_best_model"] and given["greater_is_better"] is None
+    ):  # transformers looks for "loss" at the end
+        given["greater_is_better"] = given["metric_for_best_model"].removeprefix("eval_") == "token_accuracy"
     if given["disable_tqdm"] is None:
         given["disable_tqdm"] = not sys.stderr.isatty()
     on_cpu = given["use_cpu"] or not torch.cuda.is_available()
@@ -131,6 +157,7 @@ class Parser(HfArgumentParser):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.problems: list[str] = []
+        self.typed: set[str] = set()  # flags that were given, by name
 
     @staticmethod
     def _parse_dataclass_field(parser, entry):
@@ -141,6 +168,7 @@ class Parser(HfArgumentParser):
         HfArgumentParser._parse_dataclass_field(parser, entry)
 
     def _get_values(self, action, arg_strings):
+        self.typed.add(action.dest)
         try:
             return super()._get_values(action, arg_strings)
         except ArgumentError as error:
@@ -163,7 +191,7 @@ def fail(problems: Sequence[str], *, everywhere: bool = False) -> NoReturn:
 # --- checks -------------------------------------------------------------------------------------------------------
 
 
-def check_arguments(arguments: dict[str, Any], groups: Sequence[type]) -> list[str]:
+def check_arguments(arguments: dict[str, Any], groups: Sequence[type], *, typed: set[str]) -> list[str]:
     """Return every mistake in the parsed arguments, one line each, before anything is loaded."""
     required = [
         f"--{name} is required" for name in ("model_name_or_path", "data_path", "output_dir") if not arguments[name]
@@ -181,6 +209,7 @@ def check_arguments(arguments: dict[str, Any], groups: Sequence[type]) -> list[s
         *check_deepspeed_config(arguments),
         *find_launcher_problems(os.environ, deepspeed=bool(arguments["deepspeed"])),
         *_check_combinations(arguments),
+        *_check_effect(arguments, typed),
     ]
     return [problem for problem in checks if problem]
 
@@ -266,6 +295,91 @@ def _check_combinations(arguments: dict[str, Any]) -> list[str]:
     if arguments["load_in_4bit"] and not arguments["lora"]:
         problems.append("--load_in_4bit: 4-bit weights can't be trained; add --lora")
     return problems
+
+
+def _check_effect(arguments: dict[str, Any], typed: set[str]) -> list[str]:
+    """Find flags that were typed and would change nothing, or that this trainer can't honour."""
+    problems = []
+    for name, (values, advice) in NO_EFFECT.items():
+        if name in typed and (values is None or arguments[name] in values):
+            value = arguments[name]
+            shown = (
+                str(value).lower() if isinstance(value, bool) else " ".join([value] if isinstance(value, str) else [])
+            )
+            problems.append(f"{f'--{name} {shown}'.strip()}: {advice}")
+    if "fsdp" not in typed and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        problems.append(f"ACCELERATE_USE_FSDP: {NO_EFFECT['fsdp'][1]}")
+    if arguments["train_sampling_strategy"] not in ("random", "sequential"):
+        strategy = arguments["train_sampling_strategy"]
+        problems.append(f"--train_sampling_strategy {strategy}: use random or sequential")
+    return problems
+
+
+# --- what can be built from the flags alone -----------------------------------------------------------------------
+
+
+def check_buildable(training) -> list[str]:
+    """Build trackers, optimizer and schedule as the trainer will; return a line for each that fails."""
+    optimizer, problem = _build_optimizer(training)
+    checks = [*_check_trackers(training.report_to), problem, _check_metric(training)]
+    if optimizer is not None:
+        checks.append(_check_schedule(training, optimizer))
+    return [line for line in checks if line]
+
+
+def _check_trackers(names: Sequence[str]) -> list[str]:
+    problems = []
+    for name in names:
+        try:
+            for callback in get_reporting_integration_callbacks([name]):
+                callback()
+        except (RuntimeError, ImportError, ValueError, AssertionError) as error:
+            problems.append(f"--report_to {name}: {_one_line(error)}")
+    return problems
+
+
+def _build_optimizer(training) -> tuple[torch.optim.Optimizer | None, str | None]:
+    """Return the optimizer, built over one number, or what is wrong; neither where it needs the model."""
+    flags = f"--optim {getattr(training.optim, 'value', training.optim)}"
+    if training.optim_args:
+        flags += f" --optim_args {training.optim_args}"
+    try:
+        make, options = Trainer.get_optimizer_cls_and_kwargs(training)
+        return make([torch.nn.Parameter(torch.zeros(1))], **options), None
+    except AttributeError:  # galore and apollo look for their layers in the model
+        return None, None
+    except (ImportError, ValueError, TypeError, RuntimeError) as error:
+        needs_model = training.optim in NEEDS_THE_MODEL and not isinstance(error, ImportError)
+        return None, None if needs_model else f"{flags}: {_one_line(error)}"
+
+
+def _check_schedule(training, optimizer: torch.optim.Optimizer) -> str | None:
+    options = training.lr_scheduler_kwargs or {}
+    try:
+        get_scheduler(training.lr_scheduler_type, optimizer, 1, 2, scheduler_specific_kwargs=dict(options))
+    except (ValueError, TypeError, KeyError) as error:
+        name = getattr(training.lr_scheduler_type, "value", training.lr_scheduler_type)
+        return (
+            f"--lr_scheduler_type {name}: {_one_line(error)}; give its settings as --lr_scheduler_kwargs " + "'{...}'"
+        )
+    return None
+
+
+def _check_metric(training) -> str | None:
+    """Return why the best checkpoint can't be chosen, or None; whether the data has the source is seen later."""
+    metric = (training.metric_for_best_model or "loss").removeprefix("eval_")
+    if metric not in METRICS and not metric.startswith("loss/"):
+        return (
+            f"--metric_for_best_model {training.metric_for_best_model}: use {', '.join(METRICS)}, or loss/SOURCE "
+            "with a source of the held-out data"
+        )
+    if training.metric_for_best_model and training.eval_strategy == "no":
+        return f"--metric_for_best_model {training.metric_for_best_model}: --eval_strategy no measures nothing"
+    return None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()).rstrip(".")
 
 
 def parse_gpu(text: str) -> tuple[int, int]:

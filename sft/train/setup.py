@@ -27,7 +27,7 @@ from sft.format.render import Renderer
 from sft.launch.processes import Guard, UserError
 from sft.model import load as models
 from sft.opendata.files import find_skipped
-from sft.report.run_page import package_versions, without_secrets
+from sft.report.provenance import package_versions, without_secrets
 from sft.report.text import say
 from sft.train.arguments import Settings, parse_gpu
 
@@ -83,8 +83,8 @@ def raise_problems(function: Callable, *arguments, **options) -> Any:
     return function(*arguments, **options)
 
 
-def prepare_run(settings: Settings, check: Callable = raise_problems, *, checkpoint: str | None = None) -> Run:
-    """Find the model and the files, load the tokenizer, and bind the chat format to it.
+def prepare_run(settings: Settings, check: Callable, *, checkpoint: str | None) -> Run:
+    """Find the model and the files, load the tokenizer, and bind the chat format to it; `check` calls a check.
 
     A run that resumes keeps its checkpoint's date, which a chat template may write into prompts.
     """
@@ -161,7 +161,25 @@ def count_processes(training) -> int:
     launched = int(os.environ.get("NUM_PROCESSES") or os.environ.get("WORLD_SIZE") or 0)
     if launched or not training.deepspeed:
         return launched or 1
-    return parse_gpu(training.gpu)[1] if training.gpu else max(1, torch.cuda.device_count())
+    return find_gpus(training.gpu).count
+
+
+class Gpus(NamedTuple):
+    """The GPUs that a dry run judges, or without any the machine's memory."""
+
+    bytes_each: int
+    count: int
+    name: str
+    on_gpu: bool
+
+
+def find_gpus(gpu: str | None) -> Gpus:
+    """Return the GPUs of `--gpu`, else those of this machine, else its memory."""
+    if gpu:
+        return Gpus(*parse_gpu(gpu), f"--gpu {gpu}", True)
+    if count := torch.cuda.device_count():
+        return Gpus(torch.cuda.get_device_properties(0).total_memory, count, torch.cuda.get_device_name(), True)
+    return Gpus(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), 1, "this machine's memory", False)
 
 
 def trainer_arguments(run: Run, held_out: Examples):

@@ -2,23 +2,17 @@
 
 from pathlib import Path
 
+from sft.checkpoint.save import PAGE
 from sft.dataset.ledger import ledger_lines
 from sft.dataset.mixture import mixture_table
 from sft.files import write_json, write_text
 from sft.model.load import count_parameters
 from sft.opendata.files import describe_skipped
-from sft.report.run_page import (
-    PAGE,
-    RunPage,
-    mfu_of_a_token,
-    plot_losses,
-    provenance,
-    rates,
-    render_page,
-    replies_entry,
-    summarise,
-    write_card,
-)
+from sft.report.card import write_card
+from sft.report.charts import plot_losses
+from sft.report.measures import mfu_of_a_token, rates, replies_entry, summarise
+from sft.report.provenance import provenance
+from sft.report.run_page import RunPage, render_page
 from sft.report.text import paint, say
 from sft.train.replies import Replies, user
 from sft.train.setup import Data, Run
@@ -98,6 +92,14 @@ def run_page(trainer: Trainer, run: Run, record: dict, replies: Replies) -> RunP
         reply=replies.ask_fixed if asks else None,
         mfu=mfu,
     )
+
+
+def last_evaluation(trainer: Trainer) -> dict[str, float]:
+    """Return the metrics on the held-out rows after the last step, evaluating only if that was not just done."""
+    if trainer.eval_dataset is None or trainer.args.eval_strategy == "no":
+        return {}
+    last = next((entry for entry in reversed(trainer.state.log_history) if "eval_loss" in entry), {})
+    return last if last.get("step") == trainer.state.global_step else trainer.evaluate()
 
 
 def write_results(trainer: Trainer, run: Run, record: dict, metrics: dict, replies: Replies, *, seconds: float) -> None:

@@ -5,23 +5,20 @@ Stops at a loss or gradient that is not finite before it reaches the weights; ta
 
 import json
 import math
-import re
 import time
 import uuid
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
 import transformers
 from accelerate.data_loader import prepare_data_loader
 from huggingface_hub import HfApi
 from safetensors import SafetensorError
 from torch.utils.data import DataLoader
-from transformers import ProgressCallback, TrainerCallback
+from transformers import ProgressCallback
 
 from sft.checkpoint import zero
 from sft.checkpoint.manifest import FINGERPRINT, PROGRESS, checkpoint_bytes, hash_files, read_manifest, write_manifest
@@ -37,17 +34,11 @@ from sft.checkpoint.save import (
     remove_leftovers,
 )
 from sft.checkpoint.weights import find_bad_weight, saved_shapes, verify_saved
-from sft.dataset.dataset import Examples
-from sft.dataset.sampler import EMPTY, Updates, WithEmpty
+from sft.dataset.sampler import Updates, WithEmpty
 from sft.files import write_json
-from sft.format.tokens import IGNORE_INDEX
 from sft.launch.processes import Guard, Stopped, UserError
-from sft.model import attention, loss
-from sft.model import load as models
-from sft.report.text import say
-
-MOST_SOURCES = 9  # that a loss is shown for
-MOST_PENDING = 64  # batches whose losses wait on the GPU until they are read
+from sft.train.callbacks import ProgressWithSpeed, Restore
+from sft.train.losses import FiniteCheck, SourceLosses, Sources, statistics_of_rows
 
 
 @dataclass
@@ -63,39 +54,6 @@ class Progress:
     last_logged: int = 0
     by_source: list[dict] = field(default_factory=list)  # as `losses`: {source: [sum, trained tokens]} of each rank
     evaluate: bool = False  # an evaluation was due, and cut off by a signal
-
-
-@dataclass(frozen=True)
-class Sources:
-    """What losses are shown by: up to MOST_SOURCES names, and the number of its name for each example."""
-
-    names: tuple[str, ...]
-    train: np.ndarray
-    held_out: np.ndarray
-
-
-def group_sources(parts: Sequence[tuple[Examples, Sequence[str]]]) -> Sources | None:
-    """Number the sources of (examples, names of their sources), training and held out; None if each has only one.
-
-    Those with fewest examples become one, whose name says how many they are. In the names whatever is no letter, digit,
-    dot, dash or underscore becomes an underscore, as trackers of experiments want it.
-    """
-    counted = Counter()
-    for examples, names in parts:
-        for number, name in enumerate(names):
-            counted[name] += int((examples.origins["source"] == number).sum())
-    most = len(counted) if len(counted) <= MOST_SOURCES else MOST_SOURCES - 1
-    shown = {name: re.sub(r"[^\w.-]+", "_", name) or "_" for name, _number in counted.most_common(most)}
-    rest = f"{len(counted) - most}_other_sources"
-    unique = list(dict.fromkeys([*shown.values(), *([rest] if most < len(counted) else [])]))
-    if max(len(names) for _examples, names in parts) < 2 or len(unique) < 2:
-        return None
-    of_names = [np.array([unique.index(shown.get(name, rest)) for name in names], int) for _examples, names in parts]
-    of_parts = [
-        of[examples.origins["source"]] if len(of) else np.zeros(0, int)
-        for of, (examples, _names) in zip(of_names, parts, strict=True)
-    ]
-    return Sources(tuple(unique), *of_parts)
 
 
 class EvaluationStopped(Exception):
@@ -118,16 +76,16 @@ class Trainer(transformers.Trainer):
         **options,
     ):
         super().__init__(*arguments, compute_metrics=self._metrics, **options)
-        self.sources, self.by_source, self._token_losses, self._pending = sources, {}, [], []
-        if self.args.train_sampling_strategy not in ("random", "sequential"):
-            raise UserError(f"--train_sampling_strategy {self.args.train_sampling_strategy}: use random or sequential")
+        self.source_losses = SourceLosses(sources) if sources else None
+        self._token_losses: list[torch.Tensor | None] = []  # of the update's batches so far
         self.guard, self.fingerprint, self.say = guard, fingerprint, say
         self.run, self.progress, self.shift = guard.broadcast(uuid.uuid4().hex), Progress(), 0
         self.changed: set[str] = set()
         # transformers' own rotation deletes whatever is named checkpoint-N.
         self.keep, self.args.save_total_limit = self.args.save_total_limit, None
-        self._evaluating = False
-        self._staging, self._losses, self._gradients, self.broken = None, [], [], None
+        self._is_evaluating = False
+        self._staging: str | None = None
+        self.finite = FiniteCheck(self)
         self.updates = Updates(
             len(self.train_dataset),
             batch_size=self.args.train_batch_size,
@@ -142,7 +100,6 @@ class Trainer(transformers.Trainer):
         self.add_callback(Restore(self))
         if self.pop_callback(ProgressCallback):
             self.add_callback(ProgressWithSpeed)
-        self._watch_gradient()
 
     # --- rows: where to begin, and how many updates are left ---
 
@@ -240,8 +197,12 @@ class Trainer(transformers.Trainer):
             raise Stopped(f"stopped at step {self.state.global_step}")
 
     def _advance(self) -> None:
-        self._note_sources()
-        progress, self._losses, self._token_losses, self._gradients = self.progress, [], [], []
+        progress = self.progress
+        if self.source_losses and None not in self._token_losses:
+            batches = self.updates.batches_at(progress.epoch, progress.taken)[self.args.process_index]
+            self.source_losses.add(batches, self._token_losses, self.train_dataset)
+        self._token_losses = []
+        self.finite.start_update()
         progress.updates, progress.num_rows = self.state.global_step, len(self.train_dataset)
         progress.taken += self.updates.rows_per_update
         if self.updates.is_over(progress.taken):
@@ -257,33 +218,30 @@ class Trainer(transformers.Trainer):
         """Return of each row, (rows, 3), its loss, right guesses and trained tokens: all that is kept of a batch."""
         if self.is_in_train and self.guard.stop_requested():
             raise EvaluationStopped
-        self._evaluating = True
+        self._is_evaluating = True
         try:
             loss, outputs, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         finally:
-            self._evaluating = False
+            self._is_evaluating = False
         if outputs is None or labels is None:
             return loss, outputs, labels
-        facts = facts_of_rows(outputs, labels)
-        return loss, facts, facts[:, 2]
+        statistics = statistics_of_rows(outputs, labels)
+        return loss, statistics, statistics[:, 2]
 
     def _metrics(self, prediction) -> dict[str, float]:
         """Sum up the held-out rows, of all and of each source; each row counts once, on any number of processes."""
         rows = prediction.predictions.astype(float)
         loss, right, tokens = rows.sum(0).tolist()
         found = {"loss": loss / tokens, "token_accuracy": right / tokens, "tokens": int(tokens)}
-        if self.sources is not None and len(rows) == len(self.sources.held_out):
-            sums = [np.bincount(self.sources.held_out, rows[:, column], len(self.sources.names)) for column in (0, 2)]
-            found |= _means("eval_loss", self.sources.names, *sums)
-        return found
+        return found | (self.source_losses.held_out_means(rows) if self.source_losses else {})
 
     def _get_num_items_in_batch(self, batch_samples, device):
         """In evaluation each rank's loss is the mean over its own tokens: transformers 5.23 divides by all ranks'."""
-        return None if self._evaluating else super()._get_num_items_in_batch(batch_samples, device)
+        return None if self._is_evaluating else super()._get_num_items_in_batch(batch_samples, device)
 
     def log(self, logs: dict, start_time: float | None = None) -> None:
-        if "loss" in logs and self.sources is not None:
-            logs |= self._losses_by_source()
+        if "loss" in logs and self.source_losses:
+            logs |= self.source_losses.take_means(self.guard.all_gather)
         if "eval_loss" in logs:
             logs["eval_perplexity"] = math.exp(min(logs["eval_loss"], 700))
         super().log(logs, start_time)
@@ -292,107 +250,21 @@ class Trainer(transformers.Trainer):
                 f"eval_loss is {logs['eval_loss']} at step {self.state.global_step}; stopped, no model saved"
             )
 
-    # --- the loss of each source ---
-
-    def _note_sources(self) -> None:
-        """Remember the update's losses by token with their sources; they are read when they are logged or saved."""
-        if self.sources is None or None in self._token_losses:
-            return
-        rows, examples = self.train_dataset.rows, self.train_dataset.examples
-        batches = self.updates.batches_at(self.progress.epoch, self.progress.taken)[self.args.process_index]
-        for batch, losses in zip(batches, self._token_losses, strict=True):
-            of_token = np.full(losses.shape, -1)
-            for place, row in enumerate(batch):
-                members = [] if row == EMPTY else rows[row]
-                found = [np.full(len(examples[int(n)]["input_ids"]), self.sources.train[n]) for n in members]
-                of_token[place, : sum(map(len, found))] = np.concatenate([[], *found])
-            self._pending.append((of_token, losses))
-        if len(self._pending) > MOST_PENDING:
-            self._add_pending()
-
-    def _add_pending(self) -> None:
-        number = len(self.sources.names)
-        for of_token, losses in self._pending:
-            losses = losses.cpu().numpy().astype(float)
-            known = ~np.isnan(losses) & (of_token >= 0)
-            sums = np.bincount(of_token[known], losses[known], number), np.bincount(of_token[known], minlength=number)
-            for name, added, tokens in zip(self.sources.names, *sums, strict=True):
-                before = self.by_source.get(name, (0.0, 0))
-                self.by_source[name] = [before[0] + float(added), before[1] + int(tokens)]
-        self._pending = []
-
-    def _losses_by_source(self) -> dict[str, float]:
-        """Return the mean losses since the last log line, over all ranks, and begin anew."""
-        self._add_pending()
-        total = _sum_of(self.guard.all_gather(self.by_source))
-        self.by_source = {}
-        return _means("loss", total, *zip(*total.values(), strict=True)) if total else {}
-
-    # --- numbers that are none ---
-
-    def _watch_gradient(self) -> None:
-        """Note on this rank whether the gradient that reaches the embeddings is finite: the summed one hides who."""
-
-        def note(_module, _inputs, output):
-            if self.is_in_train and torch.is_tensor(output) and output.requires_grad:
-                output.register_hook(lambda gradient: self._gradients.append(gradient.isfinite().all()))
-
-        self.model.get_input_embeddings().register_forward_hook(note)
-
     def compute_loss(self, model, inputs, return_outputs=False, **options):
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **options)
         if model.training:
-            self._losses.append(loss.detach())
+            self.finite.losses.append(loss.detach())
             self._token_losses.append(outputs.get("losses"))
             if self.is_deepspeed_enabled and self.accelerator.sync_gradients:  # its backward makes the update, too
-                self._check_finite(norm=0.0)
+                self.finite.check(norm=0.0)
         return (loss, outputs) if return_outputs else loss
 
     def _get_grad_norm(self, model, grad_norm=None):
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         skipped = self.is_deepspeed_enabled and getattr(self.model_wrapped.optimizer, "overflow", False)
         # Under fp16 a gradient that is not finite is no fault: its scale is lowered, and the update left out.
-        self._check_finite(norm=0.0 if self.args.fp16 else math.inf if skipped else norm)
+        self.finite.check(norm=0.0 if self.args.fp16 else math.inf if skipped else norm)
         return norm
-
-    def _check_finite(self, *, norm) -> None:
-        """Raise UserError on all ranks when the loss of one, or the summed gradient, is not finite."""
-        norm = torch.as_tensor(norm, dtype=torch.float32, device=self.args.device)
-        fine = torch.stack([norm.reshape(()), *(loss.float().reshape(()) for loss in self._losses)]).isfinite().all()
-        if self.guard.is_set_on_any_rank(not fine.item()) or self.broken:
-            raise UserError(self._say_where(float(norm)))
-
-    def _say_where(self, norm: float) -> str:
-        losses = [float(loss) for loss in self._losses]
-        gradients = [bool(finite) for finite in self._gradients]
-        found, of_ranks = [], self.updates.batches_at(self.progress.epoch, self.progress.taken)
-        for rank, (values, finite) in enumerate(self.guard.all_gather((losses, gradients))):
-            batches = of_ranks[rank]
-            bad = [place for place, value in enumerate(values) if not math.isfinite(value)]
-            what = f"the loss is {values[bad[0]]}" if bad else "the gradient is not finite"
-            bad = bad or [place for place, fine in enumerate(finite) if not fine]
-            rows = [row for place in bad for row in batches[place]]
-            found += [f"{what} on rank {rank}, in {self._name_rows(rows)}"] if bad else []
-        if not found:
-            rows = [row for batches in of_ranks for batch in batches for row in batch]
-            what = f"the gradient is not finite (norm {norm}), every loss is; " if not math.isfinite(norm) else ""
-            found = [f"{what}in {self._name_rows(rows)}"]
-        step = self.state.global_step + 1
-        found += [f"{self.broken} was not finite before"] if self.broken else []
-        return f"step {step}: {'; '.join(found)}; stopped before the update, no model saved"
-
-    def _name_rows(self, rows: list[int]) -> str:
-        """Name the examples of rows by number and the words before the reply; they count from 0, as in the files."""
-        dataset = self.train_dataset
-        examples = [n for row in rows if row != EMPTY for n in dataset.rows[row].tolist()]
-        more = f" and {', '.join(map(str, examples[4:40]))}" if len(examples) > 4 else ""
-        return ", ".join(f"example {n} ({self._words_of(dataset.examples[n])!r})" for n in examples[:4]) + more
-
-    def _words_of(self, example: dict) -> str:
-        reply = int((example["labels"] != IGNORE_INDEX).argmax())
-        return " ".join(
-            self.processing_class.decode(example["input_ids"][max(0, reply - 32) : reply].tolist()).split()
-        )[-60:]
 
     # --- checkpoints ---
 
@@ -443,11 +315,11 @@ class Trainer(transformers.Trainer):
         return sum(size * (12 if self.is_deepspeed_enabled else 8) + size * 4 for size, trained in sizes if trained)
 
     def _write_progress(self, folder: Path) -> None:
-        if self.sources is not None:
-            self._add_pending()
+        if self.source_losses:
+            self.source_losses.read_pending()
         progress = {
             "losses": self.guard.all_gather(self._tr_loss.item()),
-            "by_source": self.guard.all_gather(self.by_source),
+            "by_source": self.guard.all_gather(self.source_losses.sums if self.source_losses else {}),
             "total_loss": self._total_loss_scalar,
             "last_logged": self._globalstep_last_logged,
         }
@@ -526,120 +398,5 @@ class Trainer(transformers.Trainer):
         """The same error, or when a disk is full, a ValueError that says so."""
         if not is_full_disk(error):
             return error
-        where = self.args.output_dir
-        return ValueError(f"{where}: the disk is full ({str(error).splitlines()[0]}); the checkpoints in it are whole")
-
-
-def facts_of_rows(outputs, labels: torch.Tensor) -> torch.Tensor:
-    """Return of each row, (rows, 3): its summed loss, right guesses, trained tokens; labels (rows, length), unshifted.
-
-    `outputs`: losses and guesses, each (rows, length), of the loss in chunks; else logits (rows, length, tokens).
-    """
-    if not isinstance(outputs, tuple):
-        targets = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
-        losses = torch.nn.functional.cross_entropy(outputs.float().mT, targets, reduction="none")
-        outputs = losses, outputs.argmax(-1)
-    losses, guesses = (values[:, :-1] for values in outputs)
-    in_loss = labels[:, 1:] != IGNORE_INDEX
-    right = in_loss & (guesses == labels[:, 1:])
-    return torch.stack([losses.where(in_loss, 0.0).double().sum(1), right.sum(1), in_loss.sum(1)], 1)
-
-
-def _sum_of(parts: Sequence[dict]) -> dict[str, tuple[float, int]]:
-    names = dict.fromkeys(name for part in parts for name in part)
-    return {name: tuple(map(sum, zip(*(part[name] for part in parts if name in part), strict=True))) for name in names}
-
-
-def _means(key: str, names: Iterable[str], sums: Sequence[float], tokens: Sequence[float]) -> dict[str, float]:
-    """Return {key/name: mean} of each source that had a trained token."""
-    found = zip(names, sums, tokens, strict=True)
-    return {f"{key}/{name}": float(total / number) for name, total, number in found if number}
-
-
-class Restore(TrainerCallback):
-    """Before the first step: look at the weights; put back open log lines, and do an evaluation that is due."""
-
-    def __init__(self, trainer: Trainer):
-        self.trainer = trainer
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        trainer, progress = self.trainer, self.trainer.progress
-        trainer.broken = trainer.bad_weight()
-        if not progress.updates:
-            return
-        mine = progress.losses
-        same = len(mine) == args.world_size
-        trainer._tr_loss += mine[args.process_index] if same else sum(mine) / len(mine)
-        if trainer.sources is not None and progress.by_source:
-            total = {} if args.process_index else _sum_of(progress.by_source)
-            trainer.by_source = progress.by_source[args.process_index] if same else total
-        trainer._total_loss_scalar, trainer._globalstep_last_logged = progress.total_loss, progress.last_logged
-        self.take_new_flags(args)
-        if progress.evaluate and trainer.eval_dataset is not None:
-            progress.evaluate = False
-            trainer._evaluate(None, None)
-
-    def take_new_flags(self, args) -> None:
-        """Let allowed changes of the optimizer's flags take effect: a checkpoint brings the old ones with it."""
-        changed, scheduler = self.trainer.changed, self.trainer.lr_scheduler
-        for group in self.trainer.optimizer.param_groups:
-            if "learning_rate" in changed:
-                group["lr"] = group["initial_lr"] = args.learning_rate
-            if "weight_decay" in changed and group.get("weight_decay"):
-                group["weight_decay"] = args.weight_decay
-            if changed & {"adam_beta1", "adam_beta2"} and "betas" in group:
-                group["betas"] = (args.adam_beta1, args.adam_beta2)
-            if "adam_epsilon" in changed and "eps" in group:
-                group["eps"] = args.adam_epsilon
-        if "learning_rate" in changed and hasattr(scheduler, "base_lrs"):
-            scheduler.base_lrs = [args.learning_rate] * len(scheduler.base_lrs)
-        if changed and hasattr(scheduler, "lr_lambdas"):
-            for group, base, of in zip(
-                self.trainer.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=False
-            ):
-                group["lr"] = base * of(scheduler.last_epoch)
-
-
-def prepare_model(model, *, packing: bool, liger: bool = False) -> list[str]:
-    """Keep packed documents apart, compute the loss in chunks, use Liger's kernels if asked; return what was done."""
-    notes = [models.use_liger_kernels(model)] if liger else []
-    return notes + ([attention.isolate_documents(model)] if packing else []) + [loss.use_chunked_loss(model)]
-
-
-class SelfTest(TrainerCallback):
-    """Prove on the real model, in its compute type, that packed rows and the loss in chunks are what they stand for."""
-
-    def __init__(self, trainer: Trainer, notes: list[str], *, packing: bool):
-        self.trainer, self.notes, self.packing = trainer, notes, packing
-
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
-        for note in self.notes:
-            say(note)
-        if self.trainer.broken:  # the first step says so, and names its rows
-            return
-        low = args.bf16 or args.fp16
-        exact = not low and all(parameter.dtype == torch.float32 for parameter in model.parameters())
-        dtype = torch.bfloat16 if args.bf16 else torch.float16
-        with torch.autocast(args.device.type, dtype=dtype, enabled=low):
-            loss.self_test(model, exact=exact)
-            if self.packing:
-                apart, _reach = attention.self_test(model, exact=exact)
-                say(f"self-test: logits of a packed row are within {apart:.0e} of its documents alone")
-
-
-class ProgressWithSpeed(ProgressCallback):
-    """The progress bar, with the loss and the tokens per second beside it."""
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        super().on_log(args, state, control, logs=logs, **kwargs)
-        if self.training_bar is not None and "loss" in (logs or {}):
-            speed = logs.get("train_tokens_per_second", 0)
-            self.training_bar.set_postfix_str(f"loss {logs['loss']:.3f}, {speed:,.0f} tokens/s")
-
-
-def last_evaluation(trainer: Trainer) -> dict[str, float]:
-    """Return the metrics on the held-out rows after the last step, evaluating only if that was not just done."""
-    if trainer.eval_dataset is None or trainer.args.eval_strategy == "no":
-        return {}
-    last = next((entry for entry in reversed(trainer.state.log_history) if "eval_loss" in entry), {})
-    return last if last.get("step") == trainer.state.global_step else trainer.evaluate()
+        reason = str(error).splitlines()[0]
+        return ValueError(f"{self.args.output_dir}: the disk is full ({reason}); the checkpoints in it are whole")

@@ -215,9 +215,10 @@ def test_a_disk_that_is_full_ends_the_run_before_the_save_and_leaves_the_last_ch
     assert find_checkpoint(str(tmp_path / "run")) == (str(tmp_path / "run" / "checkpoint-4"), [])
 
 
-def test_an_order_of_rows_that_could_not_be_resumed_is_refused(tiny_base, data, tmp_path):
-    with pytest.raises(ValueError, match="--train_sampling_strategy group_by_length: use random or sequential"):
+def test_an_order_of_rows_that_could_not_be_resumed_is_refused(tiny_base, data, tmp_path, capsys):
+    with pytest.raises(SystemExit):
         run(tiny_base("qwen2"), data, tmp_path / "run", train_sampling_strategy="group_by_length")
+    assert capsys.readouterr().err == "train.py: --train_sampling_strategy group_by_length: use random or sequential\n"
 
 
 def test_a_change_is_named_with_both_values_and_refused_unless_allowed():

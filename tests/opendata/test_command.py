@@ -33,7 +33,7 @@ def test_the_table_fits_120_columns_and_adds_up(tmp_path, capsys):
         "rejected: malformed_json 1",
         "first malformed_json: b.json line 2: Expecting value at character 1 of the record; this is not valid JSON",
     ]
-    assert max(map(command._width, lines)) <= 120
+    assert max(map(command.display_width, lines)) <= 120
 
 
 def test_all_mistakes_are_told_at_once_in_a_line_each_and_nothing_is_written(tmp_path):

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,10 @@ import pytest
 import train
 from sft.dataset.dataset import Examples
 from sft.format.tokens import IGNORE_INDEX
-from sft.preview.dry_run import Report, describe_schedule, histogram
+from sft.preview.data import histogram
+from sft.preview.dry_run import count_saves, describe_steps
+from sft.preview.report import Report
+from sft.train.arguments import Settings
 
 
 def write(path, questions, source="made up", answer="It is <b>{}</b>."):
@@ -253,19 +257,40 @@ def test_a_histogram_shows_what_there_is():
     assert histogram(np.array([0, 0, 0, 0, 0, 0, 0, 0, 99]), 99, bins=4) == "█  ▁"
 
 
-def test_an_update_and_the_schedule_follow_from_the_numbers():
-    report = Report("")
-    options = {"epochs": 3, "max_steps": -1, "warmup": 0.03, "learning_rate": 2e-5, "schedule": "cosine", "lora": False}
-    steps = describe_schedule(
-        report, num_examples=1000, num_rows=100, tokens=180_000, fill=0.9, rows=(2, 4, 8), **options
+def test_an_update_and_the_schedule_follow_from_the_numbers(monkeypatch):
+    monkeypatch.setenv("NUM_PROCESSES", "8")
+    training = train.TrainingArguments(
+        per_device_train_batch_size=2, gradient_accumulation_steps=4, learning_rate=2e-5, dry_run=True, use_cpu=True
     )
-    assert steps == 6
+    run = SimpleNamespace(settings=Settings(train.ModelArguments(), train.DataArguments(), training))
+
+    class Rows:
+        num_examples, num_tokens, fill = 1000, 180_000, 0.9
+
+        def __len__(self):
+            return 100
+
+    report = Report("")
+    assert describe_steps(report, run, Rows()) == 6
     assert report.sections[0].lines[:3] == [
         "packed: 100 rows, 90.0% full, 10.0 conversations each",
         "an update: 64 rows (2 x 4 x 8 processes), about 115,200 tokens, 640 conversations",
         "updates: 6; learning rate 2e-05 after 1 of warm-up, then cosine",
     ]
     assert (report.problems, report.notes) == ([], [])
+
+
+@pytest.mark.parametrize(
+    ("flags", "saves"),
+    [
+        ({"save_strategy": "no"}, 0),
+        ({"save_strategy": "epoch", "num_train_epochs": 2.5}, 3),
+        ({"save_strategy": "steps", "save_steps": 30}, 3),
+        ({"save_strategy": "steps", "save_steps": 0.25}, 4),
+    ],
+)
+def test_the_checkpoints_of_a_run_are_counted(flags, saves):
+    assert count_saves(train.TrainingArguments(use_cpu=True, **flags), 100) == saves
 
 
 def folder_state(folder) -> dict[str, tuple]:

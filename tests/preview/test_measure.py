@@ -10,7 +10,8 @@ import train
 from sft.dataset.dataset import Examples, TrainingRows
 from sft.dataset.packing import Rows
 from sft.preview import measure as probe
-from sft.preview.dry_run import Report, heaviest_rows
+from sft.preview.data import heaviest_rows
+from sft.preview.report import Report
 from tests.e2e.test_launchers import sh
 from tests.preview.test_dry_run import dry_run, set_up  # noqa: F401 (a fixture)
 

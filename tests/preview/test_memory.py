@@ -3,8 +3,9 @@
 import pytest
 from transformers import AutoConfig
 
-from sft.preview import memory
-from sft.preview.memory import FULL, GIB, LORA, ONE, QLORA, ZERO2, ZERO3, Plan, Step
+from sft.preview import activations, memory
+from sft.preview.shape import FULL, LORA, ONE, QLORA, ZERO2, ZERO3, Plan, Shape, Step, read_shape
+from sft.train.arguments import GIB
 
 BLOOM = {"vocab_size": 250_880, "tie_word_embeddings": True}
 FALCON = {"new_decoder_architecture": False, "max_position_embeddings": 2048, "tie_word_embeddings": True}
@@ -77,9 +78,9 @@ PUBLISHED = {
 }
 
 
-def shape_of(name: str) -> memory.Shape:
+def shape_of(name: str) -> Shape:
     kind, shape, _parameters = PUBLISHED[name]
-    return memory.read_shape(AutoConfig.for_model(kind, **shape))
+    return read_shape(AutoConfig.for_model(kind, **shape))
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -116,7 +117,7 @@ def test_adapters_are_counted_as_peft_makes_them(tiny_base):
     from sft.model.load import add_lora, load_model
 
     model = load_model(str(tiny_base("falcon")), lora=True)
-    shape = memory.read_shape(model.config)
+    shape = read_shape(model.config)
     model = add_lora(model, rank=4, alpha=8, dropout=0.0)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     assert memory.adapter_parameters(shape, Step(lora_rank=4)) == trained
@@ -124,18 +125,18 @@ def test_adapters_are_counted_as_peft_makes_them(tiny_base):
 
 @pytest.mark.slow
 def test_what_is_traced_of_two_layers_tells_about_many(family, tiny_base):
-    shape = memory.read_shape(AutoConfig.from_pretrained(tiny_base(family)))
+    shape = read_shape(AutoConfig.from_pretrained(tiny_base(family)))
     for checkpointing, lora in ((True, False), (False, True)):
         step = Step(rows=2, length=64, trained=0, checkpointing=checkpointing)
-        one, two, four = (memory._trace(shape, layers, step, lora, False) for layers in (1, 2, 4))
+        one, two, four = (activations._trace(shape, layers, step, lora, False) for layers in (1, 2, 4))
         assert [a + 3 * (b - a) for a, b in zip(one, two, strict=True)] == list(four)
 
 
 def test_checkpointing_takes_less_and_packed_rows_on_a_gpu_keep_no_scores(tiny_base):
-    shape = memory.read_shape(AutoConfig.from_pretrained(tiny_base("bloom")))
+    shape = read_shape(AutoConfig.from_pretrained(tiny_base("bloom")))
 
     def kept(**options):
-        return memory.activations(shape, Step(length=512, **options), Plan()).forward
+        return activations.activations(shape, Step(length=512, **options), Plan()).forward
 
     assert kept(checkpointing=True) < kept(checkpointing=False) / 2
     assert kept(checkpointing=False, packing=True) < kept(checkpointing=False, packing=False) / 2
@@ -145,7 +146,7 @@ def test_only_what_is_alive_is_counted():
     import torch
 
     known = torch.zeros(10)
-    with memory._Meter([known]) as meter:
+    with activations._Meter([known]) as meter:
         first = torch.zeros(100)
         view = first[:50]
         known.add_(1)

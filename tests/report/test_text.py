@@ -1,17 +1,9 @@
-"""Results as text: aligned tables, rows with their trained tokens."""
+"""Text for a terminal."""
 
 import numpy as np
 
 from sft.format.render import Renderer
-from sft.report.text import align, paint
-
-
-def test_the_first_column_of_a_table_is_aligned_left_and_the_others_right():
-    assert align([["source", "tokens"], ["a", "5"], ["longer name", ""]]) == [
-        "source       tokens",
-        "a                 5",
-        "longer name",
-    ]
+from sft.report.text import paint
 
 
 def test_the_trained_tokens_are_marked_with_and_without_colour(tokenizer_of):

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sft.checkpoint.manifest import find_checkpoint
+from sft.train.losses import FiniteCheck
 from sft.train.trainer import Trainer
 from tests.checkpoint import test_resume
 from tests.checkpoint.test_resume import logs_of, run
@@ -24,9 +25,9 @@ def spoil(monkeypatch, step: int, how: str) -> None:
 
     def spoiled(self, model, inputs, *arguments, **options):
         result = original(self, model, inputs, *arguments, **options)
-        if model.training and self.state.global_step == step and len(self._losses) == 2:
+        if model.training and self.state.global_step == step and len(self.finite.losses) == 2:
             if how == "loss":
-                self._losses[-1] = result = result * math.inf
+                self.finite.losses[-1] = result = result * math.inf
             if how == "gradient":
                 result.register_hook(lambda gradient: gradient * math.nan)
             if how == "one weight":
@@ -55,15 +56,16 @@ def test_a_loss_or_gradient_that_is_not_finite_stops_before_the_update_and_names
     monkeypatch,
 ):
     place = []
-    original = Trainer._say_where
+    original = FiniteCheck.describe
 
     def with_place(self, norm):
-        place.extend(self.updates.batches_at(self.progress.epoch, self.progress.taken)[0])
+        trainer = self.trainer
+        place.extend(trainer.updates.batches_at(trainer.progress.epoch, trainer.progress.taken)[0])
         if packing:
-            place[:] = [[int(n) for row in batch for n in self.train_dataset.rows[row]] for batch in place]
+            place[:] = [[int(n) for row in batch for n in trainer.train_dataset.rows[row]] for batch in place]
         return original(self, norm)
 
-    monkeypatch.setattr(Trainer, "_say_where", with_place)
+    monkeypatch.setattr(FiniteCheck, "describe", with_place)
     spoil(monkeypatch, 5, how)
     with pytest.raises(ValueError) as error:
         run(tiny_base("qwen2"), data, tmp_path / "run", packing=packing)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sft.dataset.dataset import ORIGIN
-from sft.train.trainer import MOST_SOURCES, facts_of_rows, group_sources
+from sft.train.losses import MAX_SOURCES, group_sources, statistics_of_rows
 from tests.e2e.test_launchers import sh
 
 
@@ -16,13 +16,13 @@ def examples(*numbers: int):
     return SimpleNamespace(origins=np.array([(number, 0) for number in numbers], ORIGIN))
 
 
-def test_the_facts_of_a_row_look_one_token_ahead():
+def test_the_statistics_of_a_row_look_one_token_ahead():
     guesses, labels = torch.tensor([[7, 8, 9, 0], [1, 0, 0, 0]]), torch.tensor([[-100, 7, 8, 1], [-100, 1, -100, -100]])
     losses = torch.tensor([[0.5, 0.25, 2.0, torch.nan], [0.125, torch.nan, torch.nan, torch.nan]])
     expected = [[2.75, 2, 3], [0.125, 1, 1]]
-    assert facts_of_rows((losses, guesses), labels).tolist() == expected
+    assert statistics_of_rows((losses, guesses), labels).tolist() == expected
     logits = torch.nn.functional.one_hot(guesses, 10).float() * 5
-    found = facts_of_rows(logits, labels)
+    found = statistics_of_rows(logits, labels)
     assert found[:, 1:].tolist() == [[2, 3], [1, 1]]
     alone = torch.nn.functional.cross_entropy(logits[1, :1], labels[1, 1:2])
     assert float(found[1, 0]) == pytest.approx(float(alone), rel=1e-6)
@@ -33,7 +33,7 @@ def test_sources_are_numbered_and_the_small_ones_are_one():
     assert few.names == ("中文", "a_b")
     assert (few.train.tolist(), few.held_out.tolist()) == ([1, 0, 0], [0])
     assert group_sources([(examples(0, 0), ["train.json"]), (examples(0), ["eval.json"])]) is None
-    names = [f"s{number}" for number in range(MOST_SOURCES + 3)]
+    names = [f"s{number}" for number in range(MAX_SOURCES + 3)]
     many = group_sources([(examples(*range(len(names)), *range(7)), names), (examples(0, 1), ["s11", "new"])])
     assert many.names == (*names[:7], "s11", "5_other_sources")
     assert many.train.tolist()[7:12] == [8, 8, 8, 8, 7]

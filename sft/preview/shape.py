@@ -1,0 +1,103 @@
+"""A model's shape from its config alone, on the meta device; and how a step and a run are laid out over GPUs."""
+
+from dataclasses import dataclass, field
+
+FULL, LORA, QLORA = "all weights", "LoRA", "QLoRA"
+ONE, ZERO2, ZERO3 = "one process", "ZeRO-2", "ZeRO-3"
+WRONG_CONFIG = (ValueError, RuntimeError, ImportError, KeyError, TypeError, AttributeError, ZeroDivisionError)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What is counted in a model; `linear` are the parameters of linear layers without the head."""
+
+    config: object = field(compare=False)
+    described: str  # the config as JSON, which tells shapes apart
+    parameters: int
+    linear: int
+    adapter_per_rank: int
+    layers: int
+    hidden: int
+    vocabulary: int
+    tied: bool
+    trusted: bool = False  # its code came with it
+
+    @property
+    def embedding(self) -> int:
+        return self.vocabulary * self.hidden
+
+
+@dataclass(frozen=True)
+class Step:
+    """One forward and backward on one GPU: `rows` of `length` tokens, `trained` of them in the loss, and how."""
+
+    rows: int = 1
+    length: int = 2048
+    trained: int = 2048
+    documents: tuple[int, ...] = ()  # lengths of the conversations in the batch; empty: one in each row
+    packing: bool = True
+    checkpointing: bool = True
+    accumulation: int = 1
+    half: bool = True  # bf16 or fp16 computing
+    lora_rank: int = 16
+    device: str = "cuda"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the weights are trained, and over how many GPUs they are spread."""
+
+    method: str = FULL
+    launcher: str = ONE
+    offload: bool = False
+    gpus: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.method}, {self.launcher}{' with offload' if self.offload else ''}"
+
+
+@dataclass(frozen=True)
+class Part:
+    """A number of bytes of one GPU (or of the machine's memory), and where it comes from."""
+
+    name: str
+    bytes: int
+    formula: str
+
+
+def read_shape(config, *, trust_remote_code: bool = False) -> Shape:
+    """Build the model of a config on the meta device, and count; raises ValueError for one that can't be built."""
+    import torch
+    from torch import nn
+
+    from sft.model.shrink import not_sharded
+
+    try:
+        with torch.device("meta"), not_sharded():
+            model = build_model(config, torch.float32, trust_remote_code)
+    except WRONG_CONFIG as error:
+        raise ValueError(
+            f"{getattr(config, 'model_type', '?')}: no model can be built from this config: {error}"
+        ) from None
+    head, text = model.get_output_embeddings(), config.get_text_config()
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear) and module is not head]
+    rows, size = model.get_input_embeddings().weight.shape
+    return Shape(
+        config=config,
+        described=config.to_json_string(),
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        linear=sum(module.weight.numel() for module in linear),
+        adapter_per_rank=sum(module.in_features + module.out_features for module in linear),
+        layers=text.num_hidden_layers,
+        hidden=size,
+        vocabulary=rows,
+        tied=bool(text.tie_word_embeddings),
+        trusted=trust_remote_code,
+    )
+
+
+def build_model(config, dtype, trust_remote_code: bool):
+    from transformers import AutoModelForCausalLM
+
+    trust = {"trust_remote_code": True} if trust_remote_code else {}
+    return AutoModelForCausalLM.from_config(config, dtype=dtype, **trust)
