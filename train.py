@@ -243,7 +243,6 @@ def build_trainer(run: Run, data: Data, **options) -> Trainer:
         eval_dataset=data.held_out if len(data.held_out) else None,
         data_collator=Collator(tokenizer.pad_token_id, packed_length=packed_length),
         processing_class=tokenizer,
-        say=say,
         **options,
     )
     trainer.add_callback(SelfTest(trainer, notes, packing=settings.data.packing))

@@ -307,8 +307,6 @@ def _check_effect(arguments: dict[str, Any], typed: set[str]) -> list[str]:
                 str(value).lower() if isinstance(value, bool) else " ".join([value] if isinstance(value, str) else [])
             )
             problems.append(f"{f'--{name} {shown}'.strip()}: {advice}")
-    if "fsdp" not in typed and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
-        problems.append(f"ACCELERATE_USE_FSDP: {NO_EFFECT['fsdp'][1]}")
     if arguments["train_sampling_strategy"] not in ("random", "sequential"):
         strategy = arguments["train_sampling_strategy"]
         problems.append(f"--train_sampling_strategy {strategy}: use random or sequential")

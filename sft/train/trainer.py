@@ -7,7 +7,7 @@ import json
 import math
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -37,6 +37,7 @@ from sft.checkpoint.weights import find_bad_weight, saved_shapes, verify_saved
 from sft.dataset.sampler import Updates, WithEmpty
 from sft.files import write_json
 from sft.launch.processes import Guard, Stopped, UserError
+from sft.report.text import say
 from sft.train.callbacks import ProgressWithSpeed, Restore
 from sft.train.losses import FiniteCheck, SourceLosses, Sources, statistics_of_rows
 
@@ -61,7 +62,7 @@ class EvaluationStopped(Exception):
 
 
 class Trainer(transformers.Trainer):
-    """`guard` watches the process; `fingerprint` says what the run depends on; `say` prints from the first rank.
+    """`guard` watches the process; `fingerprint` says what the run depends on.
 
     With `sources`, the loss of each is logged beside the one of all, as `loss/NAME` and `eval_loss/NAME`.
     """
@@ -71,14 +72,13 @@ class Trainer(transformers.Trainer):
         *arguments,
         guard: Guard,
         fingerprint: dict,
-        say: Callable[[str], None],
         sources: Sources | None = None,
         **options,
     ):
         super().__init__(*arguments, compute_metrics=self._metrics, **options)
         self.source_losses = SourceLosses(sources) if sources else None
         self._token_losses: list[torch.Tensor | None] = []  # of the update's batches so far
-        self.guard, self.fingerprint, self.say = guard, fingerprint, say
+        self.guard, self.fingerprint = guard, fingerprint
         self.run, self.progress, self.shift = guard.broadcast(uuid.uuid4().hex), Progress(), 0
         self.changed: set[str] = set()
         # transformers' own rotation deletes whatever is named checkpoint-N.
@@ -346,7 +346,7 @@ class Trainer(transformers.Trainer):
             delete_old_checkpoints(output, keep=self.keep, step=step, run=self.run, spare=best)
             size = sum(size for size, _sha256 in files.values())
             remove_leftovers(output)
-            self.say(aside or f"saved {output / folder.name}: {size:,} bytes in {time.monotonic() - began:.2f} s")
+            say(aside or f"saved {output / folder.name}: {size:,} bytes in {time.monotonic() - began:.2f} s")
         self.guard.wait_for_all()
 
     # --- the final model ---
@@ -385,7 +385,7 @@ class Trainer(transformers.Trainer):
             return
         folder, repository = self.args.output_dir, self.hub_model_id
         try:
-            self.say(f"pushing to {repository}")
+            say(f"pushing to {repository}")
             kept_here = ["checkpoint-*", ".*", "_*"]
             HfApi().upload_folder(
                 repo_id=repository, folder_path=folder, ignore_patterns=kept_here, revision=self.args.hub_revision
