@@ -32,7 +32,7 @@ from sft.dataset.dataset import CACHE_DIR, MAX_LENGTH, prepare
 from sft.dataset.ledger import check_losses
 from sft.files import MAX_SHARD_SIZE
 from sft.launch.processes import LOST, STOPPED, Guard, Stopped
-from sft.model import attention, loss
+from sft.model import adapters, attention, loss
 from sft.preview.dry_run import show_run
 from sft.preview.measure import measure_steps
 from sft.preview.report import Report
@@ -68,10 +68,12 @@ class ModelArguments:
     dtype: str = flag("auto", "Type of the weights: auto is fp32 masters (LoRA: frozen base in bf16).", resume="same")
     attn_implementation: str | None = flag(None, "eager, sdpa or flash_attention_2.", resume="same")
     trust_remote_code: bool = flag(False, "Run code that comes with the model.")
-    lora: bool = flag(False, "Train LoRA adapters on all linear layers instead of all weights.", resume="same")
+    lora: bool = flag(False, "Train LoRA adapters on the layers' matrices instead of all weights.", resume="same")
     lora_rank: int = flag(16, "Rank of the adapters.", at_least=1, resume="same")
     lora_alpha: int = flag(32, "Scale of the adapters; twice the rank is usual.", at_least=1, resume="same")
     lora_dropout: float = flag(0.05, "Dropout in the adapters.", at_least=0, at_most=1, resume="same")
+    lora_variant: str = flag("lora", "lora, rslora (scale alpha / sqrt(rank)) or dora.", resume="same unless default")
+    lora_router: bool = flag(False, "Adapt the routers of a mixture of experts too.", resume="same unless default")
     load_in_4bit: bool = flag(False, "QLoRA: keep the frozen base in 4 bits (CUDA).", resume="same")
 
 
@@ -263,13 +265,17 @@ def build_model(run: Run):
     )
     if flags.lora:
         activation_checkpointing = getattr(training, "activation_checkpointing", False)
-        model = models.add_lora(
+        how = {"variant": flags.lora_variant, "dropout": flags.lora_dropout}
+        plan = adapters.plan_adapters(model, router=flags.lora_router, **how)
+        say("\n".join(plan.lines()))
+        model = adapters.add_lora(
             model,
+            plan=plan,
             rank=flags.lora_rank,
             alpha=flags.lora_alpha,
-            dropout=flags.lora_dropout,
-            untrained_ids=models.untrained_ids(renderer.tokenizer, renderer),
+            untrained_ids=adapters.untrained_ids(renderer.tokenizer, renderer),
             gradient_checkpointing=bool(training.gradient_checkpointing or activation_checkpointing),
+            **how,
         )
     models.set_generation_config(model, renderer.tokenizer, renderer.stop_ids)
     model.save_pretrained = partial(model.save_pretrained, max_shard_size=training.max_shard_size)

@@ -118,8 +118,7 @@ def measure(name: str, rows: int, length: int, how: str, accumulation: int) -> N
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from sft.model import attention, loss
-    from sft.model import load as models
+    from sft.model import adapters, attention, loss
     from sft.preview import memory, shape
 
     checkpointing, half, lora, padded = (word in how.split() for word in ("checkpointing", "bf16", "LoRA", "padded"))
@@ -140,7 +139,7 @@ def measure(name: str, rows: int, length: int, how: str, accumulation: int) -> N
     if lora:
         for parameter in model.parameters():  # as sft.model loads a frozen base
             parameter.data = parameter.data.to(torch.bfloat16 if half else torch.float32)
-        model = models.add_lora(model, rank=16, alpha=32, dropout=0.05, gradient_checkpointing=checkpointing)
+        model = adapters.add_lora(model, rank=16, alpha=32, dropout=0.05, gradient_checkpointing=checkpointing)
     if not padded:
         attention.isolate_documents(model)
     loss.use_chunked_loss(model)

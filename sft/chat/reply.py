@@ -30,6 +30,7 @@ from sft.model.load import (
     four_bit,
     from_pretrained,
     load_tokenizer,
+    repair_peft,
 )
 
 PROMPT_END_TOKENS = 16  # that may hold the start of a thought
@@ -233,6 +234,8 @@ def load_chat(
     tokenizer = load_tokenizer(model_path, trust_remote_code=trust_remote_code)
     if (Path(model_path) / "adapter_config.json").is_file():
         from peft import AutoPeftModelForCausalLM as Model
+
+        repair_peft()
     else:
         from transformers import AutoModelForCausalLM as Model
     model = from_pretrained(Model, model_path, **options)

@@ -16,7 +16,7 @@ from transformers.masking_utils import sdpa_mask
 
 from sft.model.kernels import Documents, attend, current_documents, read_documents
 from sft.model.mixers import RunByDocument, carry_documents, find_mixers, run_by_document
-from sft.model.shrink import build_twin
+from sft.model.shrink import build_twin, family_class
 
 # The name of our attention among transformers' own.
 IMPLEMENTATION = "documents"
@@ -43,7 +43,7 @@ def isolate_documents(model) -> str:
         model.register_forward_hook(_leave, always_call=True)
     implementation = base.config.get_text_config()._attn_implementation
     implementation = "sdpa" if implementation == IMPLEMENTATION else implementation
-    family = _Family(_model_class(base), base.config.to_json_string(), implementation, base.config)
+    family = _Family(family_class(base), base.config.to_json_string(), implementation, base.config)
     with torch.device("cpu"):
         isolate_attention, mixers = _choose_way(family)
     if mixers is None:
@@ -59,11 +59,6 @@ def run_model_by_document(model) -> str:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     run_by_document([base.base_model], with_kernels=False)
     return "documents are kept apart by running the model once per document"
-
-
-def _model_class(base) -> type:
-    """Return the family's own class, without the subclasses that this project makes of it."""
-    return next(each for each in type(base).__mro__ if not each.__bases__[0].__module__.startswith("sft."))
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,11 @@ Facts about a family are read from its config and tokenizer, never from its name
 where they are used, so that a mistake in the arguments is reported before seconds are spent on imports.
 """
 
+import functools
 import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-
-from sft.model.adapters import add_lora, untrained_ids  # noqa: F401  (until train.py imports them there)
 
 # OpenMP's idle threads spin: on a CPU that is busy with anything else too, generation took 100 times as long
 # (dev/LOG.md). It must stand in the environment before torch is imported.
@@ -166,6 +165,70 @@ def four_bit(compute: str) -> dict:
         bnb_4bit_compute_dtype=getattr(torch, compute),
     )
     return {"quantization_config": config, "device_map": {"": int(os.environ.get("LOCAL_RANK", 0))}}
+
+
+# --- adapters of peft ----------------------------------------------------------------------------------------------
+
+
+def repair_peft() -> None:
+    """Repair peft 0.21: trained token rows lose a head's bias and an embedding's norm, exact targets are rewritten.
+
+    Its rewriting serves adapters that were trained with transformers 4, where experts were linear layers; it takes the
+    adapters of dense layers and shared experts away and gives the router one. It is left out for configs with a list of
+    parameters, be it empty: older adapters have none.
+    """
+    from peft.tuners.trainable_tokens import TrainableTokensLayer
+    from peft.utils import transformers_weight_conversion as conversion
+
+    TrainableTokensLayer._collect_token_weights = _gathered_rows
+    if hasattr(conversion.convert_peft_config_for_transformers, "__wrapped__"):
+        return
+    convert_config = conversion.convert_peft_config_for_transformers
+    convert_weights = conversion.convert_peft_adapter_state_dict_for_transformers
+
+    @functools.wraps(convert_config)
+    def convert_old_config(peft_config, model, conversions):
+        if getattr(peft_config, "target_parameters", None) is None:
+            convert_config(peft_config, model=model, conversions=conversions)
+
+    def convert_old_weights(*, model, peft_config, adapter_state_dict, **options):
+        if getattr(peft_config, "target_parameters", None) is not None:
+            return adapter_state_dict
+        return convert_weights(model, peft_config, adapter_state_dict, **options)
+
+    conversion.convert_peft_config_for_transformers = convert_old_config
+    conversion.convert_peft_adapter_state_dict_for_transformers = convert_old_weights
+    TrainableTokensLayer.forward_adapters = _whole_forward(TrainableTokensLayer.forward_adapters)
+
+
+def _whole_forward(forward):
+    """Let a layer with trained token rows do all that its own forward does: a head's bias, an embedding's norm."""
+    from torch import nn
+    from torch.func import functional_call
+
+    @functools.wraps(forward)
+    def forward_adapters(self, x, active_adapters, *args, **kwargs):
+        base = self.base_layer
+        if self.disable_adapters or not active_adapters or self.merged:
+            return forward(self, x, active_adapters, *args, **kwargs)
+        if isinstance(base, nn.Embedding) and type(base).forward is not nn.Embedding.forward:
+            return functional_call(base, {"weight": self.get_merged_weights(active_adapters)}, (x,))
+        result = forward(self, x, active_adapters, *args, **kwargs)
+        bias = getattr(base, "bias", None)
+        return result if bias is None else result + bias.to(result.dtype)
+
+    return forward_adapters
+
+
+def _gathered_rows(_layer, weight, rows: Sequence[int], _size: int):
+    """Rows of a weight that ZeRO-3 has sharded. peft 0.21's own wants a CUDA device, also where there is none."""
+    from peft.utils.integrations import gather_params_ctx
+
+    with gather_params_ctx([weight], modifier_rank=None):
+        return weight[rows].clone()
+
+
+# --- made ready ----------------------------------------------------------------------------------------------------
 
 
 def use_liger_kernels(model) -> str:

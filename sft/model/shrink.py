@@ -72,6 +72,17 @@ def build_twin(model_class: type, config, attn_implementation: str):
     return twin.eval()
 
 
+def build_twin_of(model):
+    """Return a twin of a model, with its attention implementation."""
+    implementation = model.config.get_text_config()._attn_implementation
+    return build_twin(family_class(model), model.config, "sdpa" if implementation == "documents" else implementation)
+
+
+def family_class(base) -> type:
+    """Return the family's own class of a model, without the subclasses that this project makes of it."""
+    return next(each for each in type(base).__mro__ if not each.__bases__[0].__module__.startswith("sft."))
+
+
 def without_dropout(config):
     """Set every dropout of a config to 0, in place; return the config."""
     for part in (config, config.get_text_config(), *(getattr(config, name, None) for name in PARTS)):

@@ -72,8 +72,7 @@ def _trace(shape: Shape, layers: int, step: Step, lora: bool, spread: bool) -> t
 
 
 def _shallow_model(shape: Shape, layers: int, dtype, step: Step, lora: bool):
-    from sft.model import attention
-    from sft.model import load as models
+    from sft.model import adapters, attention
 
     config = copy.deepcopy(shape.config)
     text = config.get_text_config()
@@ -84,7 +83,7 @@ def _shallow_model(shape: Shape, layers: int, dtype, step: Step, lora: bool):
     if step.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if lora:
-        model = models.add_lora(
+        model = adapters.add_lora(
             model, rank=step.lora_rank, alpha=1, dropout=0.05, gradient_checkpointing=step.checkpointing
         )
     if step.packing:

@@ -10,7 +10,7 @@ from sft.dataset.ledger import EXPLAINED, LOST, WAYS, ledger_lines
 from sft.dataset.mixture import mixture_table
 from sft.format.contract import check_contract
 from sft.format.render import Renderer
-from sft.model import load as models
+from sft.model import adapters
 from sft.opendata.conversation import read_conversations
 from sft.preview.report import Report, Section
 from sft.train.setup import Data
@@ -49,7 +49,7 @@ def describe_tokenizer(report: Report, renderer: Renderer, files: Sequence[str],
         )
     if pad in renderer.stop_ids:
         report.notes.append("pad is a stop token, which does no harm here: padding is masked by position")
-    unseen = models.untrained_ids(renderer.tokenizer, renderer)
+    unseen = adapters.untrained_ids(renderer.tokenizer, renderer)
     if unseen and lora:
         rows = ", ".join(map(name, unseen))
         report.notes.append(f"LoRA: the base may never have seen {rows}; their embedding and head rows are trained too")

@@ -113,9 +113,13 @@ def describe_run(report: Report, run: Run, rows: TrainingRows, trained: np.ndarr
     flags, training = run.settings.model, run.settings.training
     steps = describe_steps(report, run, rows)
     config = models.load_config(run.model_path, trust_remote_code=flags.trust_remote_code)
-    shape = report.check(read_shape, config, trust_remote_code=flags.trust_remote_code)
+    how = {"variant": flags.lora_variant, "router": flags.lora_router, "dropout": flags.lora_dropout}
+    shape = report.check(read_shape, config, trust_remote_code=flags.trust_remote_code, **how)
     if shape is None:
         return steps, 0
+    if flags.lora:
+        lines = [f"{shape.adapters.share:.1%} of the layers' weights are adapted", *shape.adapters.notes]
+        report.sections.append(Section("adapters", shape.adapters.table(), lines))
     gpus = find_gpus(training.gpu)
     step, plan = _heaviest_step(run, rows, trained, on_gpu=gpus.on_gpu), _plan_of(run)
     counted = report.check(describe_memory, report, shape, step, plan, gpus)
@@ -149,6 +153,7 @@ def _heaviest_step(run: Run, rows: TrainingRows, trained: np.ndarray, *, on_gpu:
         accumulation=training.gradient_accumulation_steps,
         half=bool(training.bf16 or training.fp16 or training.gpu),
         lora_rank=run.settings.model.lora_rank,
+        lora_variant=run.settings.model.lora_variant,
         device="cuda" if on_gpu else "cpu",
     )
 

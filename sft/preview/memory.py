@@ -20,7 +20,7 @@ ZERO2_BUCKETS, ZERO3_LIVE = 2 * 5e8, 1e9
 
 
 def adapter_parameters(shape: Shape, step: Step) -> int:
-    return step.lora_rank * shape.adapter_per_rank
+    return shape.adapters.count_parameters(step.lora_rank, step.lora_variant)
 
 
 def estimate(shape: Shape, step: Step, plan: Plan) -> tuple[list[Part], list[Part]]:

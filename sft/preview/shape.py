@@ -15,7 +15,7 @@ class Shape:
     described: str  # the config as JSON, which tells shapes apart
     parameters: int
     linear: int
-    adapter_per_rank: int
+    adapters: object  # a Plan of sft.model.adapters
     layers: int
     hidden: int
     vocabulary: int
@@ -40,6 +40,7 @@ class Step:
     accumulation: int = 1
     half: bool = True  # bf16 or fp16 computing
     lora_rank: int = 16
+    lora_variant: str = "lora"
     device: str = "cuda"
 
 
@@ -65,11 +66,17 @@ class Part:
     formula: str
 
 
-def read_shape(config, *, trust_remote_code: bool = False) -> Shape:
-    """Build the model of a config on the meta device, and count; raises ValueError for one that can't be built."""
+def read_shape(
+    config, *, trust_remote_code: bool = False, variant: str = "lora", router: bool = False, dropout: float = 0.0
+) -> Shape:
+    """Build the model of a config on the meta device, and count; raises ValueError for one that can't be built.
+
+    `variant`, `router` and `dropout` are those of the adapters that LoRA would train.
+    """
     import torch
     from torch import nn
 
+    from sft.model.adapters import plan_adapters
     from sft.model.shrink import not_sharded
 
     try:
@@ -87,7 +94,7 @@ def read_shape(config, *, trust_remote_code: bool = False) -> Shape:
         described=config.to_json_string(),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         linear=sum(module.weight.numel() for module in linear),
-        adapter_per_rank=sum(module.in_features + module.out_features for module in linear),
+        adapters=plan_adapters(model, variant=variant, router=router, dropout=dropout),
         layers=text.num_hidden_layers,
         hidden=size,
         vocabulary=rows,

@@ -22,6 +22,7 @@ from sft.checkpoint.save import check_output_dir
 from sft.dataset.dataset import find_files
 from sft.format.table import FORMAT_NAMES, TURNS_TO_TRAIN
 from sft.launch.environment import complete_single_process, find_launcher_problems, read_launcher_flags
+from sft.model.adapters import VARIANTS
 from sft.model.load import check_dtype, check_model_path, choose_compute
 from sft.opendata.fields import check_choices
 from sft.train.deepspeed import check_deepspeed_config, deepspeed_config, start_deepspeed_on_cpu
@@ -292,6 +293,8 @@ def _check_combinations(arguments: dict[str, Any]) -> list[str]:
         problems.append("--gpu: judges another machine, and --probe_steps measures this one; leave one of them out")
     if arguments["gpu"] and not arguments["dry_run"]:
         problems.append("--gpu: says which GPU a --dry_run judges; add --dry_run, or leave it out")
+    if arguments["lora_variant"] not in VARIANTS:
+        problems.append(f"--lora_variant {arguments['lora_variant']}: use one of {', '.join(VARIANTS)}")
     if arguments["load_in_4bit"] and not arguments["lora"]:
         problems.append("--load_in_4bit: 4-bit weights can't be trained; add --lora")
     return problems

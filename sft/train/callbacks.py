@@ -3,7 +3,7 @@
 import torch
 from transformers import ProgressCallback, TrainerCallback
 
-from sft.model import attention, loss
+from sft.model import adapters, attention, loss
 from sft.report.text import say
 from sft.train.losses import sum_by_source
 
@@ -68,6 +68,8 @@ class SelfTest(TrainerCallback):
         dtype = torch.bfloat16 if args.bf16 else torch.float16
         with torch.autocast(args.device.type, dtype=dtype, enabled=low):
             loss.self_test(model, exact=exact)
+            if hasattr(model, "peft_config") and not state.global_step:
+                adapters.self_test(model, exact=exact)
             if self.packing:
                 apart, _reach = attention.self_test(model, exact=exact)
                 say(f"self-test: logits of a packed row are within {apart:.0e} of its documents alone")

@@ -19,7 +19,7 @@ from sft.train.setup import Data, Run
 from sft.train.trainer import Trainer
 
 EVALUATION_METRICS = ("eval_loss", "eval_perplexity", "eval_token_accuracy")
-LORA_FLAGS = ("lora_rank", "lora_alpha", "lora_dropout")
+LORA_FLAGS = ("lora_rank", "lora_alpha", "lora_dropout", "lora_variant", "lora_router")
 MAX_REPLY_CHARACTERS = 80  # of the reply before training
 
 

@@ -9,7 +9,8 @@ import nbformat
 import pytest
 from nbclient.exceptions import CellExecutionError
 
-from sft.model.load import add_lora, load_model, load_tokenizer
+from sft.model.adapters import add_lora
+from sft.model.load import load_model, load_tokenizer
 from tests.conftest import ROOT
 from tests.e2e.notebooks import INFER, PROCESS, code_cells, execute, printed
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from sft.format.render import Renderer
-from sft.model.load import add_lora, load_model, load_tokenizer, set_generation_config
+from sft.model.adapters import add_lora
+from sft.model.load import load_model, load_tokenizer, set_generation_config
 
 
 @pytest.fixture(scope="package")

@@ -114,7 +114,8 @@ def test_weights_gradients_and_optimizer_are_shared_out_as_zero_does_it():
 
 
 def test_adapters_are_counted_as_peft_makes_them(tiny_base):
-    from sft.model.load import add_lora, load_model
+    from sft.model.adapters import add_lora
+    from sft.model.load import load_model
 
     model = load_model(str(tiny_base("falcon")), lora=True)
     shape = read_shape(model.config)
