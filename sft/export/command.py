@@ -14,6 +14,7 @@ import re
 import sys
 from pathlib import Path
 
+from sft.chat.reply import MODEL_FILES
 from sft.export.gguf import export_gguf
 from sft.export.gguf_check import MIN_AGREEMENT
 from sft.export.merge import PRECISIONS, export_merged
@@ -23,7 +24,6 @@ from sft.export.tokenizer import export_tokenizer
 from sft.files import MAX_SHARD_SIZE
 from sft.model.load import check_model_path
 
-MODEL_FILES = ("config.json", "adapter_config.json")
 TARGETS = ("merged", "gguf", "modelfile", "tokenizer-v4")
 FLAGS_OF_ONE_TARGET = {
     "dtype": "merged",

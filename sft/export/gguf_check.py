@@ -42,6 +42,17 @@ CONVERSATIONS = (
     ("1+1=?", "2", "Hello {{ .System }} \"quoted\"\n\n'twice'", "**Yes**, `code`.", "谢谢"),
 )
 
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "get_weather",
+            "description": "Look up the weather. 查询天气。",
+            "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+        },
+    }
+]
+
 
 def messages_of(texts: Sequence[str], system: str | None = None) -> list[dict]:
     """Turn texts, the user's first, into messages."""
@@ -97,6 +108,11 @@ class LlamaServer:
         """Return the ids of a text with control tokens in it, behind a bos if the file asks for one."""
         return self._request("/tokenize", {"content": text, "add_special": True, "parse_special": True})["tokens"]
 
+    def render(self, messages: Sequence[dict], tools: Sequence[dict] | None, variables: dict) -> str:
+        """Return the prompt's text, by the template in the file and llama.cpp's own Jinja engine."""
+        body = {"messages": messages, "chat_template_kwargs": variables} | ({"tools": tools} if tools else {})
+        return self._request("/apply-template", body)["prompt"]
+
     def next_token(self, ids: Sequence[int]) -> int:
         """Return the likeliest token after `ids`."""
         return self._complete(ids)["tokens"][0]
@@ -128,7 +144,11 @@ def compare_with_llama_cpp(chat: Chat, path: Path, outtype: str) -> str:
     except (ValueError, RuntimeError, OSError) as error:
         raise ValueError(f"llama.cpp can't load the file: {error}") from None
     try:
-        problems = [*_find_other_ids(chat, server, prompts), *_find_other_ends(chat, server)]
+        problems = [
+            *_find_other_ids(chat, server, prompts),
+            *_find_other_ends(chat, server),
+            *_find_other_prompts(chat, server),
+        ]
         if problems:
             raise ValueError(f"llama.cpp and transformers read the model differently: {'; '.join(problems[:3])}")
         equal, tied, total = count_equal_tokens(chat, server, prompts, MAX_TIE[outtype])
@@ -161,6 +181,19 @@ def _find_other_ids(chat: Chat, server: LlamaServer, prompts: list[list[int]]) -
     for messages, prompt in zip(_conversations(chat), prompts, strict=True):
         if server.tokenize(chat.renderer.text(messages).removeprefix(bos)) != prompt:
             yield f"other ids for a rendered conversation of {len(messages)} messages"
+
+
+def _find_other_prompts(chat: Chat, server: LlamaServer) -> Iterable[str]:
+    """Compare the prompts that the server renders itself; one with today's date differs every day."""
+    if chat.renderer.writes_date:
+        return
+    renderer = chat.renderer
+    for tools in (None, TOOLS) if renderer.takes_tools else (None,):
+        for messages in _conversations(chat):
+            text = server.render(messages, tools, renderer.template_kwargs)
+            if server.tokenize(text) != renderer.prompt(messages, tools=tools):
+                kind = " with tools" if tools else ""
+                yield f"llama.cpp renders a conversation of {len(messages)} messages{kind} to another prompt"
 
 
 def _find_other_ends(chat: Chat, server: LlamaServer) -> Iterable[str]:

@@ -8,9 +8,11 @@ from pathlib import Path
 from sft.chat.reply import Chat, load_chat
 from sft.checkpoint.weights import saved_shapes, verify_saved
 from sft.export.output import stage_output
-from sft.files import MAX_SHARD_SIZE
+from sft.files import MAX_SHARD_SIZE, write_json
+from sft.format.contract import saved_run
 from sft.model.load import set_generation_config
 
+RUN_RECORD = "run.json"
 PRECISIONS = ("float32", "bfloat16", "float16")
 # Adding fp32 weights in another order moves logits by rounding, by less than this.
 MAX_LOGIT_DIFFERENCE = 1e-3
@@ -51,6 +53,8 @@ def _write_model(chat: Chat, folder: Path, dtype: str, max_shard_size: str) -> N
     _cast_weights(chat.model, getattr(torch, dtype))
     chat.model.save_pretrained(folder, max_shard_size=max_shard_size)
     chat.renderer.tokenizer.save_pretrained(folder)
+    if run := saved_run(chat.renderer.tokenizer):
+        write_json(folder / RUN_RECORD, run)  # it names the chat format and its template's variables
     verify_saved(folder, saved_shapes(chat.model))
     _cast_weights(chat.model, torch.float32)
 

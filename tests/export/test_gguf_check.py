@@ -34,6 +34,19 @@ def test_another_template_and_another_stop_token_are_named(exported, monkeypatch
         compare_with_llama_cpp(chat, path, "f16")
 
 
+def test_a_prompt_that_llama_cpp_renders_in_another_way_is_named(exported, monkeypatch):
+    path, chat = exported
+    rendered = gguf_check.LlamaServer.render
+
+    def render_without_spaces(self, messages, tools, variables) -> str:
+        text = rendered(self, messages, tools, variables)
+        return text.replace('": ', '":') if tools else text
+
+    monkeypatch.setattr(gguf_check.LlamaServer, "render", render_without_spaces)
+    with pytest.raises(ValueError, match=r"llama\.cpp renders a conversation of 1 messages with tools"):
+        compare_with_llama_cpp(chat, path, "f16")
+
+
 def test_another_tokenizer_is_named_by_the_first_text(exported, tokenizer_of, monkeypatch):
     path, chat = exported
     monkeypatch.setattr(chat, "renderer", Renderer(tokenizer_of("bloom"), "blossom"))

@@ -42,6 +42,27 @@ def test_a_full_model_is_written_in_another_precision(trained, tmp_path):
     assert json.loads((written / "generation_config.json").read_text())["eos_token_id"] == [2045]
 
 
+def test_the_chat_format_and_its_variables_go_along(trained, tmp_path):
+    """Without the run's record, `auto` would give this base model another format than it was trained in."""
+    folder = tmp_path / "run"
+    shutil.copytree(trained("qwen2"), folder)
+    template = (
+        "{{ '<|im_start|>system\\n' + mood + '<|im_end|>\\n' }}"
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content | trim + '<|im_end|>\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    )
+    (folder / "chat_template.jinja").write_text(template)
+    record = {"chat_format": "base", "template_kwargs": {"mood": "glad"}, "model": "base"}
+    (folder / "run.json").write_text(json.dumps(record))
+    written = export_merged(str(folder), str(tmp_path / "merged"))
+    renderer = load_chat(str(written), device="cpu").renderer
+    assert (renderer.name, renderer.template_kwargs) == ("base", {"mood": "glad"})
+    assert renderer.text([{"role": "user", "content": "a"}]) == (
+        "<|im_start|>system\nglad<|im_end|>\n<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert json.loads((written / "run.json").read_text()) == record
+
+
 def test_a_difference_is_an_error_and_no_folder_is_left(adapter, tmp_path, monkeypatch):
     monkeypatch.setattr(merge, "MAX_LOGIT_DIFFERENCE", -1.0)
     with pytest.raises(ValueError, match="the merged model's logits differ from the adapter's by"):
