@@ -344,6 +344,8 @@ def _readable(
             ledger["rejected"][error.reason] += lost == "rejected"
             count_outcome(ledger, file, line, Path(file).name, lost, why=str(error))
         else:
+            if conversation.get("tools") and renderer.ignores_definitions:
+                counts[file].notes["tools_not_written_by_the_template"] += 1
             yield file, line, conversation["source"], conversation
     ledger["rejected"] = +ledger["rejected"]
     ledger["notes"] = {file: dict(+found.notes) for file, found in counts.items() if +found.notes}

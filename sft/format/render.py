@@ -139,6 +139,11 @@ class Renderer:
         return bool(self._own and self._own.takes_tools and self._own.call_form)
 
     @property
+    def ignores_definitions(self) -> bool:
+        """Whether the template writes calls, but not the definitions of tools (as DeepSeek V3's)."""
+        return bool(self._own and self._own.call_form and not self._own.takes_tools)
+
+    @property
     def keeps_reasoning(self) -> bool:
         """Whether a thought has a place in a reply."""
         return bool(self._own and self._own.thoughts)

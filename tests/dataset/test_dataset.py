@@ -1,5 +1,6 @@
 """Nothing vanishes: every conversation is kept or counted, with its file and line."""
 
+import copy
 import json
 import os
 import re
@@ -385,3 +386,19 @@ def test_what_was_read_of_the_mapped_rows_does_not_stay_in_memory(tmp_path):
     entries = re.findall(rf"{re.escape(str(tmp_path))}/.*?\nRss: +(\d+) kB", Path("/proc/self/smaps").read_text(), re.S)
     assert len(entries) == 2
     assert sum(map(int, entries)) < 8 * 1024
+
+
+def test_definitions_of_tools_that_a_template_does_not_write_are_counted(tmp_path, tokenizer_of):
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content or '' }}"
+        "{% for call in m.tool_calls or [] %}<call>{{ call.function.name }} {{ call.function.arguments | tojson }}"
+        "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    tokenizer = copy.deepcopy(tokenizer_of("qwen2"))
+    tokenizer.chat_template = template
+    definition = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
+    with_tools = {"messages": [{"role": "user", "content": "p"}, {"role": "assistant", "content": "b"}]}
+    path = write_lines(tmp_path / "data.jsonl", [record("q", "a"), {**with_tools, "tools": [definition]}])
+    _examples, ledger = prepare([path], Renderer(tokenizer, "base"), max_length=256, say=lambda text: None)
+    assert ledger["total"]["kept"] == 2
+    assert ledger_lines(ledger)[-1] == "  notes: tools_not_written_by_the_template 1"
