@@ -34,7 +34,11 @@ if [ -z "${MODEL:-}" ]; then
 fi
 
 : "${DATA:=data_proj/opendata}"
-: "${EPOCHS:=3}" "${LEARNING_RATE:=1e-5}" "${BATCH_SIZE:=4}" "${ACCUMULATION:=8}" "${MAX_LENGTH:=2048}"
+: "${BATCH_SIZE:=4}" "${ACCUMULATION:=8}"
+# train.py has the defaults of these three; a flag at the end comes later and wins.
+[ -z "${MAX_LENGTH:-}" ] || set -- --max_length "$MAX_LENGTH" "$@"
+[ -z "${LEARNING_RATE:-}" ] || set -- --learning_rate "$LEARNING_RATE" "$@"
+[ -z "${EPOCHS:-}" ] || set -- --num_train_epochs "$EPOCHS" "$@"
 
 # An update takes BATCH_SIZE x ACCUMULATION rows, however many processes there are: each does its part of the steps, of
 # smaller ones if need be, and more than its part only where nothing else is left.
@@ -76,9 +80,6 @@ exec $LAUNCHER train.py \
     --model_name_or_path "$MODEL" \
     --data_path "$DATA" \
     --output_dir "$OUTPUT/model" \
-    --num_train_epochs "$EPOCHS" \
-    --learning_rate "$LEARNING_RATE" \
-    --max_length "$MAX_LENGTH" \
     --per_device_train_batch_size "$BATCH_SIZE" \
     --per_device_eval_batch_size "$BATCH_SIZE" \
     --gradient_accumulation_steps "$ACCUMULATION" \

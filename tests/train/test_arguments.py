@@ -187,3 +187,59 @@ def test_a_wrong_value_for_the_chat_template_is_one_line(flag, value, problem, t
             [text for name, argument in given.items() for text in (f"--{name}", str(argument))],
         )
     assert problem in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "start"),
+    [
+        ("--report_to wandb", "--report_to wandb: WandbCallback requires wandb to be installed"),
+        ("--report_to nonsense", "--report_to nonsense: nonsense is not supported, only "),
+        ("--optim galore_adamw", "--optim galore_adamw: You need to install `galore_torch`"),
+        ("--optim stable_adamw --optim_args x", "--optim stable_adamw --optim_args x: "),
+        ("--adam_beta1 2", "--optim adamw_torch_fused: Invalid beta parameter at index 0: 2.0"),
+        (
+            "--lr_scheduler_type cosine_with_min_lr",
+            "--lr_scheduler_type cosine_with_min_lr: One of min_lr or min_lr_rate",
+        ),
+        (
+            "--lr_scheduler_type warmup_stable_decay",
+            "--lr_scheduler_type warmup_stable_decay: get_wsd_schedule() missing",
+        ),
+        ("--metric_for_best_model accuracy", "--metric_for_best_model accuracy: use loss, perplexity, token_accuracy"),
+        (
+            "--metric_for_best_model loss --eval_strategy no",
+            "--metric_for_best_model loss: --eval_strategy no measures",
+        ),
+        ("--do_train false", "--do_train false: train.py always trains"),
+        ("--do_predict", "--do_predict true: train.py predicts nothing"),
+        ("--fsdp full_shard", "--fsdp full_shard: checkpoints of train.py are plain or DeepSpeed's; use --deepspeed"),
+        ("--hub_strategy checkpoint", "--hub_strategy checkpoint: the model is pushed once, after training"),
+    ],
+)
+@pytest.mark.parametrize("mode", [[], ["--dry_run"]])
+def test_all_that_flags_alone_show_is_said_before_anything_is_loaded(
+    capsys,
+    tiny_base,
+    data,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+    flags,
+    start,
+    mode,
+):
+    monkeypatch.setattr("sft.train.setup.load_renderer", lambda *_, **__: pytest.fail("something was loaded"))
+    (line,) = problems_of(capsys, *flags_of(tiny_base("qwen2"), data, tmp_path / "r"), *flags.split(), *mode)
+    assert line.startswith(f"train.py: {start}")
+
+
+@pytest.mark.parametrize(("metric", "is_greater_better"), [("perplexity", False), ("eval_token_accuracy", True)])
+def test_the_best_checkpoint_has_the_lowest_perplexity_or_the_highest_accuracy(
+    tiny_base,
+    data,  # noqa: F811
+    tmp_path,
+    metric,
+    is_greater_better,
+):
+    groups = (train.ModelArguments, train.DataArguments, train.TrainingArguments)
+    words = [*flags_of(tiny_base("qwen2"), data, tmp_path / "r"), "--metric_for_best_model", metric]
+    assert parse_arguments(groups, words).training.greater_is_better is is_greater_better
