@@ -16,7 +16,7 @@ from sft.format.tokens import any_of
 from sft.opendata.fields import RecordError
 
 LENGTH_FILTERS = {"length", "count", "wordcount"}
-LISTS = {"messages", "loop_messages", "tools", "tool_calls", "id", "tool_call_id"}  # measured as lists, or not texts
+MAY_BE_TEXT = re.compile(r"\A\Z|content|text|reason|think|thought|\Am\Z|\Ac\Z")  # names of what is measured
 
 
 class GenerationTag(Extension):
@@ -107,7 +107,7 @@ class ChatTemplate:
                 is_membership = any(operand.op in ("in", "notin") for operand in node.ops)
                 found = [node.expr, *(operand.expr for operand in node.ops)]
                 (inside if is_membership else whole).update(_texts(found))
-            else:
+            elif getattr(node, "name", "") not in ("join", "default"):
                 inside.update(_texts(node.args))
         return {text for text in inside if text.strip()}, {text for text in whole if text.strip()}
 
@@ -115,7 +115,7 @@ class ChatTemplate:
         """Say whether a length above 1 is compared with: then the layout may depend on how long a text is."""
         for node in self._tree.find_all(nodes.Compare):
             measured = [found.node for found in node.find_all(nodes.Filter) if found.name in LENGTH_FILTERS]
-            has_length = any(_last_name(found) not in LISTS for found in measured)
+            has_length = any(MAY_BE_TEXT.search(_last_name(found)) for found in measured)
             numbers = [found.value for found in node.find_all(nodes.Const) if isinstance(found.value, int)]
             if has_length and any(number > 1 for number in numbers):
                 return True
