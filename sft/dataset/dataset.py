@@ -16,7 +16,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from sft.dataset import packing
-from sft.dataset.ledger import LOST, WAYS, add_up, count_outcome, new_ledger
+from sft.dataset.ledger import KEPT_OUTCOMES, LOST_OUTCOMES, add_up, count_outcome, new_ledger
 from sft.dataset.mixture import Mixture
 from sft.files import hold_lock, remove_abandoned, stage_folder, write_text
 from sft.format.render import Renderer
@@ -29,12 +29,12 @@ BATCH_SIZE = 1000  # conversations per call of the tokenizer: enough to keep its
 PROOF_SIZE = 16  # conversations of the data on which a bulk encoder must prove itself
 CACHE_DIR = ".cache"
 MAX_LENGTH = 2048  # tokens of a row, unless a flag names another
-# Of each example: its source, a number of the ledger's "sources", and a number of WAYS, how it was kept.
+# Of each example: its source, a number of the ledger's "sources", and a number of KEPT_OUTCOMES, how it was kept.
 ORIGIN = [("source", "<i4"), ("way", "i1")]
-FACTS = [("trained", "<i8"), ("replies", "<i8"), ("prompt", "<i8"), ("stops", "?")]
-FACTS_AT_A_TIME = 10_000
-MOST_TIMES = 10_000  # that an epoch sees a file
-LET_GO_EVERY = 64  # examples read; one brings a MiB or two of the pages around it
+STATISTICS = [("trained", "<i8"), ("replies", "<i8"), ("prompt", "<i8"), ("stops", "?")]
+EXAMPLES_AT_ONCE = 10_000
+MAX_TIMES_PER_EPOCH = 10_000  # that an epoch sees a file
+EXAMPLES_BETWEEN_RELEASES = 64  # examples read; one brings a MiB or two of the pages around it
 
 
 class Examples:
@@ -56,8 +56,8 @@ class Examples:
         if not 0 <= index < len(self):
             raise IndexError(index)
         self._num_read += 1
-        if self._num_read % LET_GO_EVERY == 0:
-            self._let_go()
+        if self._num_read % EXAMPLES_BETWEEN_RELEASES == 0:
+            self._release_pages()
         span = slice(self._starts[index], self._starts[index + 1])
         ids = np.array(self._input_ids[span])
         return {"input_ids": ids, "labels": np.where(self._in_loss[span], ids, np.int32(IGNORE_INDEX))}
@@ -76,26 +76,26 @@ class Examples:
         return max((int(self._input_ids[span].max()) for span in self._spans()), default=0)
 
     def _spans(self) -> Iterable[slice]:
-        """The tokens of FACTS_AT_A_TIME examples after the other."""
-        for begin in range(0, len(self), FACTS_AT_A_TIME):
-            yield slice(self._starts[begin], self._starts[min(begin + FACTS_AT_A_TIME, len(self))])
-            self._let_go()
+        """The tokens of EXAMPLES_AT_ONCE examples after the other."""
+        for begin in range(0, len(self), EXAMPLES_AT_ONCE):
+            yield slice(self._starts[begin], self._starts[min(begin + EXAMPLES_AT_ONCE, len(self))])
+            self._release_pages()
 
-    def _let_go(self) -> None:
+    def _release_pages(self) -> None:
         for mapped in (self._input_ids, self._in_loss):
             if isinstance(mapped, np.memmap):
                 mapped._mmap.madvise(mmap.MADV_DONTNEED)
 
-    def facts(self, stop_ids: Sequence[int]) -> np.ndarray:
+    def row_statistics(self, stop_ids: Sequence[int]) -> np.ndarray:
         """Return of each example, (examples,): tokens `trained`, trained `replies`, tokens of `prompt`, `stops`.
 
         `prompt` is what stands before the first trained token; `stops`: the last trained token ends a reply.
         """
-        found = np.zeros(len(self), FACTS)
-        for begin, span in zip(range(0, len(self), FACTS_AT_A_TIME), self._spans(), strict=True):
-            rows = slice(begin, begin + FACTS_AT_A_TIME)
-            starts = self._starts[begin : begin + FACTS_AT_A_TIME + 1]
-            _read_facts(self._input_ids[span], self._in_loss[span], starts - starts[0], stop_ids, found[rows])
+        found = np.zeros(len(self), STATISTICS)
+        for begin, span in zip(range(0, len(self), EXAMPLES_AT_ONCE), self._spans(), strict=True):
+            rows = slice(begin, begin + EXAMPLES_AT_ONCE)
+            starts = self._starts[begin : begin + EXAMPLES_AT_ONCE + 1]
+            _read_statistics(self._input_ids[span], self._in_loss[span], starts - starts[0], stop_ids, found[rows])
         return found
 
 
@@ -146,7 +146,7 @@ class TrainingRows:
         return self.num_tokens / (max(1, len(self)) * self.max_length) if self.max_length else None
 
 
-def _read_facts(ids: np.ndarray, in_loss: np.ndarray, starts: np.ndarray, stop_ids: Sequence[int], found) -> None:
+def _read_statistics(ids: np.ndarray, in_loss: np.ndarray, starts: np.ndarray, stop_ids: Sequence[int], found) -> None:
     is_first, is_last = np.zeros(len(ids), bool), np.zeros(len(ids), bool)
     is_first[starts[:-1]] = is_last[starts[1:] - 1] = True
     opens = in_loss & (is_first | ~np.roll(in_loss, 1))
@@ -192,8 +192,8 @@ def _with_times(text: str) -> list[tuple[str, float]]:
     if suffix and not times:
         hint = "; for a sample use sft.opendata" if re.fullmatch(r"\d+(\.\d+)?%?", suffix) else ""
         raise ValueError(f"{text}: {suffix!r}: write the times per epoch, as in {path}@2x or {path}@0.5x{hint}")
-    if times > MOST_TIMES:
-        raise ValueError(f"{text}: at most {MOST_TIMES:,} times per epoch")
+    if times > MAX_TIMES_PER_EPOCH:
+        raise ValueError(f"{text}: at most {MAX_TIMES_PER_EPOCH:,} times per epoch")
     return [(file, times or 1.0) for file in list_files(path)]
 
 
@@ -297,8 +297,12 @@ def _write(files: Sequence[str], renderer: Renderer, folder: Path, *, max_length
             lengths.frombytes(rows.lengths.astype(np.int64).tobytes())
             for (*place, _conversation), *found in zip(batch, rows.outcomes, rows.num_rows, rows.whys, strict=True):
                 count_outcome(ledger, *place, *found)
-            kept = [(item[2], outcome) for item, outcome in zip(batch, rows.outcomes, strict=True) if outcome in WAYS]
-            of_each = np.array([(numbers[source], WAYS.index(outcome)) for source, outcome in kept], ORIGIN)
+            kept = [
+                (item[2], outcome)
+                for item, outcome in zip(batch, rows.outcomes, strict=True)
+                if outcome in KEPT_OUTCOMES
+            ]
+            of_each = np.array([(numbers[source], KEPT_OUTCOMES.index(outcome)) for source, outcome in kept], ORIGIN)
             origins.append(np.repeat(of_each, [count for count in rows.num_rows if count]))
     np.save(folder / "starts.npy", np.cumsum(np.frombuffer(lengths, dtype=np.int64)))
     np.save(folder / "origins.npy", np.concatenate([np.zeros(0, ORIGIN), *origins]))
@@ -317,7 +321,7 @@ class _Numbers(dict):
 
 def _compare_one(batch: list, rows: Rows, renderer: Renderer, max_length: int) -> None:
     """Render the batch's last kept conversation again, token by token; raise DifferentIds if it is not the same."""
-    kept = [item for item, outcome in zip(batch, rows.outcomes, strict=True) if outcome not in LOST]
+    kept = [item for item, outcome in zip(batch, rows.outcomes, strict=True) if outcome not in LOST_OUTCOMES]
     if not kept:
         return
     file, line, _source, conversation = kept[-1]

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from sft.opendata.fields import list_counts
 
-WAYS = ("whole", "turns_dropped", "cut")
-LOST = ("rejected", "not_chosen", "prompt_too_long", "no_trained_token", "boundary", "template")
+KEPT_OUTCOMES = ("whole", "turns_dropped", "cut")
+LOST_OUTCOMES = ("rejected", "not_chosen", "prompt_too_long", "no_trained_token", "boundary", "template")
 MAX_WORDS_SHOWN = 5  # of chat formats that refuse conversations
 
 
@@ -35,7 +35,7 @@ def count_outcome(
     of_source = ledger["sources"].setdefault(source, Counter())
     of_source["in"] += 1
     for counts in (ledger["files"][file], of_source):
-        if outcome not in LOST:
+        if outcome not in LOST_OUTCOMES:
             counts["kept"] += 1
         if outcome != "whole":
             counts[outcome] += 1
@@ -52,7 +52,9 @@ def add_up(ledger: dict) -> None:
     total = Counter()
     for counts in ledger["files"].values():
         total.update(counts)
-    assert total["in"] == total["kept"] + sum(total[reason] for reason in LOST), f"the ledger doesn't add up: {total}"
+    assert total["in"] == total["kept"] + sum(total[reason] for reason in LOST_OUTCOMES), (
+        f"the ledger doesn't add up: {total}"
+    )
     for part in ("files", "sources"):
         ledger[part] = {name: {"in": 0, "kept": 0, **counts} for name, counts in ledger[part].items()}
     ledger["rejected"], ledger["total"] = dict(ledger["rejected"]), {"in": 0, "kept": 0, **total}
@@ -65,7 +67,7 @@ def ledger_lines(ledger: dict) -> list[str]:
     lines = [f"{total['in']:,} conversations in {len(ledger['files'])} files, {total['kept']:,} kept"]
     if further := total["further_rows"]:
         lines.append(f"  {further:,} further rows, as the chat template writes earlier turns anew for later ones")
-    for reason in ("turns_dropped", "cut", *LOST):
+    for reason in ("turns_dropped", "cut", *LOST_OUTCOMES):
         if total[reason]:
             reasons = f"{list_counts(ledger['rejected'])}; " if reason == "rejected" else ""
             lines.append(f"  {EXPLAINED[reason]}: {total[reason]:,} ({reasons}first: {ledger['first'][reason]})")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from sft.dataset.dataset import Examples, TrainingRows
-from sft.dataset.ledger import EXPLAINED, LOST, WAYS, ledger_lines
+from sft.dataset.ledger import EXPLAINED, KEPT_OUTCOMES, LOST_OUTCOMES, ledger_lines
 from sft.dataset.mixture import mixture_table
 from sft.format.contract import check_contract
 from sft.format.render import Renderer
@@ -60,14 +60,14 @@ def _is_served(renderer: Renderer, messages: list[dict]) -> bool:
     """Whether a conversation would be kept, and each of its replies has a prompt: a user's message before it."""
     roles = [message["role"] for message in messages]
     asked = all(before == "user" for before, role in zip(["", *roles], roles, strict=False) if role == "assistant")
-    return asked and roles[-1] == "assistant" and renderer.render_or_reason(messages).outcome in WAYS
+    return asked and roles[-1] == "assistant" and renderer.render_or_reason(messages).outcome in KEPT_OUTCOMES
 
 
 def describe_all_data(report: Report, data: Data, stop_ids: Sequence[int]) -> np.ndarray:
     """Add the data to train on and the held-out data, with rows; return the statistics of the examples."""
     mixture = data.rows.mixture
     examples, held_out, ledger = data.examples, data.held_out, data.ledgers["train"]
-    facts, eval_facts = examples.facts(stop_ids), held_out.facts(stop_ids)
+    facts, eval_facts = examples.row_statistics(stop_ids), held_out.row_statistics(stop_ids)
     describe_data(report, "training data", examples, ledger, facts)
     if not mixture.is_plain:
         report.sections.append(Section("mixture", mixture_table(mixture, examples.lengths)))
@@ -97,7 +97,7 @@ def describe_data(report: Report, name: str, examples: Examples, ledger: dict, f
 
 
 def _row(counted: dict, lengths: np.ndarray, facts: np.ndarray, max_length: int) -> list[str]:
-    lost = sum(counted.get(reason, 0) for reason in LOST)
+    lost = sum(counted.get(reason, 0) for reason in LOST_OUTCOMES)
     shortened = counted.get("cut", 0) + counted.get("turns_dropped", 0)
     row = [f"{counted['in']:,}", f"{len(lengths):,}", f"{shortened:,}", f"{lost:,}"]
     if not len(lengths):
@@ -117,7 +117,7 @@ def histogram(lengths: np.ndarray, max_length: int, bins: int = 12) -> str:
 
 def check_stops(report: Report, facts: np.ndarray, origins: np.ndarray) -> None:
     """A whole conversation must end in the stop token; if most are cut, the model learns to go on without end."""
-    whole = origins["way"] != WAYS.index("cut")
+    whole = origins["way"] != KEPT_OUTCOMES.index("cut")
     if not facts["stops"][whole].all():
         number = int((~facts["stops"][whole]).sum())
         report.problems.append(f"{number:,} whole rows end without the stop token; choose another --chat_format")
@@ -156,7 +156,7 @@ def pick_samples(report: Report, examples: Examples, facts: np.ndarray, names: S
         chosen[int(index)] = ", ".join(filter(None, [chosen.get(int(index)), title]))
     for way in (1, 2):
         if (ways == way).any():
-            chosen.setdefault(int((ways == way).argmax()), EXPLAINED[WAYS[way]])
+            chosen.setdefault(int((ways == way).argmax()), EXPLAINED[KEPT_OUTCOMES[way]])
     for number in range(min(len(names), MAX_SAMPLED_SOURCES)):
         chosen.setdefault(int((sources == number).argmax()), "first of its source")
     for index, title in chosen.items():

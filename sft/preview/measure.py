@@ -38,7 +38,7 @@ EXACT, FAST = 2**16, 2**25
 def measure_steps(report: Report, run: Run, data: Data, guard: Guard, build_trainer: Callable) -> None:
     """Make the steps of --probe_steps, keep nothing of them, and add memory and time to the report."""
     guard.wait_for_all()  # preparing the data may take longer than NCCL waits in the next collective
-    trained = data.examples.facts(run.renderer.stop_ids)["trained"]
+    trained = data.examples.row_statistics(run.renderer.stop_ids)["trained"]
     heaviest, *_ = heaviest_rows(data.rows, trained)
     measured, rows = _measured_run(run, str(guard.folder)), _measured_rows(run, data.rows, heaviest)
     set_seed(run.seed)

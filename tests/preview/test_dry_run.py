@@ -236,7 +236,7 @@ def test_the_facts_of_examples_are_read_off_their_labels():
     ids = np.array([5, 6, 7, 9, 5, 9, 6, 7, 8], dtype=np.int32)
     in_loss = np.array([0, 0, 1, 1, 0, 1, 0, 1, 1], dtype=bool)
     examples = Examples(ids, in_loss, np.array([0, 4, 9]))
-    assert examples.facts([9]).tolist() == [(2, 1, 2, True), (3, 2, 1, False)]
+    assert examples.row_statistics([9]).tolist() == [(2, 1, 2, True), (3, 2, 1, False)]
     assert (examples[1]["labels"] == IGNORE_INDEX).tolist() == [True, False, True, False, False]
 
 
@@ -248,9 +248,9 @@ def test_the_facts_of_many_examples_are_those_of_each_alone(monkeypatch):
     examples = Examples(ids.astype(np.int32), in_loss, starts)
     alone = []
     for begin, end in pairwise(starts):
-        alone += Examples(ids[begin:end], in_loss[begin:end], np.array([0, end - begin])).facts([3]).tolist()
-    monkeypatch.setattr("sft.dataset.dataset.FACTS_AT_A_TIME", 7)
-    assert examples.facts([3]).tolist() == alone
+        alone += Examples(ids[begin:end], in_loss[begin:end], np.array([0, end - begin])).row_statistics([3]).tolist()
+    monkeypatch.setattr("sft.dataset.dataset.EXAMPLES_AT_ONCE", 7)
+    assert examples.row_statistics([3]).tolist() == alone
 
 
 def test_a_histogram_shows_what_there_is():
