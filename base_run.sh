@@ -23,8 +23,7 @@ cd "$(dirname "$0")"
 if [ -z "${MODEL:-}" ]; then
     # The embedded default: a base that learns the sample by heart, so that every step of the way can be seen at work.
     if [ -z "${DATA:-}" ]; then
-        # chatml has no place for the thoughts of two replies.
-        "$PYTHON" -m sft.opendata data_proj/sample --output "$OUTPUT/opendata" --reasoning drop
+        "$PYTHON" -m sft.opendata data_proj/sample --output "$OUTPUT/opendata"
         DATA="$OUTPUT/opendata"
     fi
     "$PYTHON" -m sft.tiny --family qwen2 --vocab_size 3072 --output_dir "$OUTPUT/base"
