@@ -77,11 +77,13 @@ def _reason_against(base) -> str | None:
 class _Given(nn.Module):
     """Stands in for a part of a model, and returns what it was given."""
 
-    def __init__(self, output):
+    def __init__(self, output, record: list | None = None):
         super().__init__()
-        self.output = output
+        self.output, self.record = output, record
 
     def forward(self, *args, **kwargs):
+        if self.record is not None:
+            self.record += args
         return self.output
 
 
@@ -98,17 +100,17 @@ class _Hidden:
         return getattr(self.__dict__.get("others"), name, None)
 
 
-def _own_logits(base, hidden: torch.Tensor, *, raw: torch.Tensor | None = None, others=None, **kwargs):
+def _own_logits(base, hidden: torch.Tensor, *, raw=None, others=None, record: list | None = None, **kwargs):
     """Return what the family's own forward makes of these hidden states (batch, length, size), without its layers.
 
-    `raw` are logits in place of the head's; `others`, the rest of the base model's output.
+    `raw` are logits in place of the head's, `record` gets that head's input; `others` is the rest of the base's output.
     """
     part = copy.copy(base)
     part.__dict__ = {**base.__dict__, "_modules": dict(base._modules)}
     head = next(name for name, module in base.named_children() if module is base.get_output_embeddings())
     part._modules[base.base_model_prefix] = _Given(_Hidden(hidden, others))
     if raw is not None:
-        part._modules[head] = _Given(raw)
+        part._modules[head] = _Given(raw, record)
     own_class = type(base).__mro__[2] if isinstance(base, _ChunkedLoss) else type(base)
     tokens = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
     return own_class.forward(part, input_ids=tokens, **kwargs)
@@ -119,12 +121,21 @@ def measure_logit_shape(base) -> LogitShape | None:
     """Measure how the family's forward changes the logits of its head; None where it is neither scale nor soft cap."""
     raw = torch.linspace(-50, 50, 101)[None, None]
     found = {size: _own_logits(base, raw, raw=raw * size).logits.float() for size in (1e-7, 1.0, 1e6)}
-    if found[1.0].shape != raw.shape:
+    if found[1.0].shape != raw.shape or _changes_head_input(base):
         return None
     scale = (found[1e-7][0, 0, -1] / (raw[0, 0, -1] * 1e-7)).item()
     cap = found[1e6].max().item()
     shapes = (LogitShape(), LogitShape(scale=_rounded(scale)), LogitShape(_rounded(scale), _rounded(cap)))
     return next((shape for shape in shapes if torch.allclose(shape.apply(raw), found[1.0], rtol=1e-5, atol=1e-5)), None)
+
+
+def _changes_head_input(base) -> bool:
+    """Whether the family's forward changes the hidden states on their way to the head, as minicpm3 and inkling do."""
+    head, inputs = base.get_output_embeddings(), []
+    size = head.in_features if isinstance(head, nn.Linear) else 8
+    hidden = torch.linspace(-1, 1, 2 * size).view(1, 2, size)
+    _own_logits(base, hidden, raw=hidden, record=inputs)
+    return not inputs or not torch.equal(inputs[0], hidden)
 
 
 def _rounded(number: float) -> float:

@@ -281,6 +281,19 @@ def test_logits_that_a_family_changes_after_the_head_are_changed_in_the_chunks(l
         assert float(model.eval()(**batch_of()).loss) == pytest.approx(expected[0], rel=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["minicpm3", "inkling_text"])
+def test_a_family_that_scales_the_heads_input_is_computed_by_its_own_forward(kind):
+    from benchmarks.families import build_model
+
+    model, batch = build_model(kind), {name: value % 500 for name, value in batch_of().items()}
+    batch["labels"] = batch["input_ids"]
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    expected = plain_loss(model, batch)
+    assert use_chunked_loss(model) == "loss in chunks, through the head as it is"
+    assert_same(run(model, batch), expected, tolerance=1e-4)
+    assert run_self_test(model) < 1e-5
+
+
 def test_the_router_loss_of_a_mixture_is_added_as_the_family_adds_it_and_reported():
     from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
