@@ -2,32 +2,50 @@
 
     python benchmarks/prepare_speed.py 20000                      # all sides, three times each
     python benchmarks/prepare_speed.py 200000 --sides ours trl --repeats 1
+    python benchmarks/prepare_speed.py 10000 --chat_template qwen3.jinja --sides ours ours_chatml trl
 
 All sides read the same file of canonical conversations and end with rows of at most 2048 tokens. `ours` uses fastokens;
 for `ours_tokenizers` its import is blocked in the process, as on a machine that lacks it. `floor` is the raw encoder of
 the same name on the rendered texts. `alpaca` is stanford_alpaca's method (it does not pack); `trl` is SFTTrainer with
 packing and assistant_only_loss, one process, with our saved template; `llamafactory` is its get_dataset with packing,
 in an environment of its own, as it needs older packages. CPU seconds begin after the imports.
+
+With --chat_template the base carries that template, and `ours` trains it as it is (`--chat_format base`); `ours_chatml`
+stays with chatml. TRL takes the template too, and replaces those that it knows by its training twin.
 """
 
 import argparse
+import shutil
 import sys
 import tempfile
+from pathlib import Path
 
 from records import CpuClock, alternate, build_base, median, peer_python, report, write_records
 
 MAX_LENGTH = 2048
-SIDES = ("ours", "ours_tokenizers", "floor_fastokens", "floor_tokenizers", "trl", "alpaca", "llamafactory")
+CARRIED = "own-template-"  # a base's folder whose tokenizer has the template of --chat_template
+SIDES = (
+    "ours",
+    "ours_tokenizers",
+    "ours_chatml",
+    "floor_fastokens",
+    "floor_tokenizers",
+    "trl",
+    "alpaca",
+    "llamafactory",
+)
 
 
-def ours(base: str, records: str, fast: bool) -> None:
+def ours(base: str, records: str, fast: bool, chat_format: str | None = None) -> None:
     if not fast:
         sys.modules["fastokens"] = None
     from sft.dataset.dataset import TrainingRows, prepare
     from sft.format.render import Renderer
     from sft.model.load import load_tokenizer
 
-    renderer = Renderer(load_tokenizer(base), "chatml")
+    tokenizer = load_tokenizer(base)
+    carried = Path(base).name.startswith(CARRIED)
+    renderer = Renderer(tokenizer, chat_format or ("base" if carried else "chatml"))
     with tempfile.TemporaryDirectory() as folder:
         clock = CpuClock()
         examples, _ledger = prepare([records], renderer, max_length=MAX_LENGTH, cache_dir=folder, say=lambda text: None)
@@ -133,8 +151,19 @@ def llamafactory(base: str, records: str) -> None:
 def measure(side: str, base: str, records: str) -> None:
     name, _, encoder = side.partition("_")
     options = {"fast": encoder != "tokenizers"} if name in ("ours", "floor") else {}
+    if side == "ours_chatml":
+        options["chat_format"] = "chatml"
     sides = {"ours": ours, "floor": floor, "trl": trl, "alpaca": alpaca, "llamafactory": llamafactory}
     sides[name](base, records, **options)
+
+
+def carry(base: Path, template: Path) -> Path:
+    """Copy a base beside it, with another chat template; return the copy."""
+    folder = base.with_name(f"{CARRIED}{template.stem}")
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(base, folder)
+    (folder / "chat_template.jinja").write_text(template.read_text(encoding="utf-8"), encoding="utf-8")
+    return folder
 
 
 def main() -> None:
@@ -142,17 +171,21 @@ def main() -> None:
     parser.add_argument("num_records", type=int, nargs="?", default=20_000)
     parser.add_argument("--sides", nargs="+", default=SIDES, choices=SIDES)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--chat_template", type=Path, metavar="FILE", help="the base's own template, which ours trains")
     parser.add_argument("--measure", nargs=3, metavar=("SIDE", "BASE", "RECORDS"), help="be one measured process")
     args = parser.parse_args()
     if args.measure:
         return measure(*args.measure)
     base, records = build_base(), write_records(args.num_records)
+    if args.chat_template:
+        base = carry(base, args.chat_template)
     variants = {side: {"command": ("prepare_speed.py", "--measure", side, base, records)} for side in args.sides}
     for side in {"trl", "alpaca"} & set(variants):
         variants[side]["python"] = peer_python()
     if "llamafactory" in variants:
         variants["llamafactory"]["python"] = peer_python("llamafactory")
-    runs = alternate("prepare", f"{args.num_records}", variants, args.repeats)
+    row = f"{args.num_records} {args.chat_template.stem}" if args.chat_template else f"{args.num_records}"
+    runs = alternate("prepare", row, variants, args.repeats)
     for side, found in runs.items():
         speed = median(found, "tokens") / median(found, "seconds")
         print(f"{side:17} {speed / 1e6:8.2f} M tokens per CPU second, {median(found, 'peak_mib'):7,.0f} MiB")
