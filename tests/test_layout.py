@@ -93,6 +93,16 @@ def test_nothing_that_must_not_exist_is_there():
         assert "trust_remote_code=True" not in text, path
 
 
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_a_module_has_at_most_400_lines(path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 400
+
+
+def test_the_scripts_stay_short():
+    for name, limit in (("train.py", 350), ("web_demo.py", 120), ("README.md", 200), ("README.zh.md", 200)):
+        assert len((ROOT / name).read_text(encoding="utf-8").splitlines()) <= limit, name
+
+
 def test_functions_stay_short():
     sizes = []
     for path in [*MODULES, ROOT / "train.py", ROOT / "web_demo.py"]:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from sft.format.bulk import Segments, escape_braces
-from sft.format.reply import OPENED_AT_THE_END, OPENERS
+from sft.format.reply import OPENED_AT_THE_END, OPENERS, check_prompt, check_reply, texts_of
 from sft.format.template import CallForm, ChatTemplate, Escaper, in_call_form
 from sft.format.tokens import any_of
 from sft.opendata.fields import RecordError
@@ -106,9 +106,9 @@ class OwnTemplate:
         for index in trained:
             thinking = bool(prepared[index].get("reasoning_content"))
             prompt = self._render(prepared[:index], escaped_tools, thinking, add_generation_prompt=True)
-            _check_prompt(prompt, prepared[:index], escaped_tools if self.takes_tools else None)
+            check_prompt(prompt, prepared[:index], escaped_tools if self.takes_tools else None)
             reply = self._reply(prepared[: index + 1], escaped_tools, prompt, thinking)
-            _check_reply(reply, prepared[index])
+            check_reply(reply, prepared[index])
             found.append(Turn(prompt, reply, index))
         return found
 
@@ -156,7 +156,7 @@ class OwnTemplate:
         last = rest.rfind(stop)
         if last < 0:
             raise RecordError("template", f"the chat template doesn't end a reply with {stop}")
-        begin = max((rest.rfind(text, 0, last) for text in _texts_of(message)), default=0)
+        begin = max((rest.rfind(text, 0, last) for text in texts_of(message)), default=0)
         reply = rest[: rest.find(stop, max(0, begin)) + len(stop)]
         if any(token in reply[: -len(stop)] for token in self.stops()):
             raise RecordError("template", "the chat template ends a reply before all of it is written")
@@ -390,48 +390,3 @@ def _after_opened(rest: str, opened: str, thought: str) -> str:
     if rest.startswith(opener) and thought and thought.strip() in rest:
         return rest[len(opener) :].lstrip("\n")
     return f"{thought.strip()}\n{closer}\n\n{EMPTY_THOUGHT.sub('', rest)}"
-
-
-def _texts_of(message: dict) -> list[str]:
-    """Return the texts of a reply that a template may write: content, thought, and names and strings of calls."""
-    texts = [message.get("content") or "", message.get("reasoning_content") or ""]
-    for call in message.get("tool_calls") or ():
-        arguments = call["function"]["arguments"]
-        values = [arguments] if isinstance(arguments, str) else [v for v in arguments.values() if isinstance(v, str)]
-        texts += [call["function"]["name"], *values, *(json.dumps(value, ensure_ascii=False)[1:-1] for value in values)]
-    return [text.strip() for text in texts if text.strip()]
-
-
-def _is_in(part: str, text: str) -> bool:
-    """Say whether a message's text is in a rendered one, as it is or as a string of JSON or Python."""
-    part = part.strip()
-    if part in text:
-        return True
-    written = (json.dumps(part, ensure_ascii=False), json.dumps(part), repr(part))
-    return any(string[1:-1] in text for string in written)
-
-
-def _check_prompt(prompt: str, messages: Sequence[dict], tools) -> None:
-    for message in messages:
-        if message["role"] != "assistant" and not _is_in(message.get("content") or "", prompt):
-            raise RecordError("template", f"the chat template drops or changes a message of role {message['role']!r}")
-    for tool in tools or ():
-        if tool.get("function", tool).get("name", "") not in prompt:
-            raise RecordError("template", "the chat template drops a tool's definition")
-
-
-def _check_reply(reply: str, message: dict) -> None:
-    parts = {"the text": message.get("content") or "", "the thought": message.get("reasoning_content") or ""}
-    for name, part in parts.items():
-        if not _is_in(part, reply):
-            if name == "the thought":
-                raise RecordError("template", "the chat template has no place for a thought")
-            beside = " beside a call" if message.get("tool_calls") else ""
-            raise RecordError("template", f"the chat template drops or changes {name} of a reply{beside}")
-    for call in message.get("tool_calls") or ():
-        function = call["function"]
-        arguments = function["arguments"]
-        arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
-        texts = [value for value in arguments.values() if isinstance(value, str)]
-        if function["name"] not in reply or not all(_is_in(text, reply) for text in texts):
-            raise RecordError("template", f"the chat template drops or changes a call of {function['name']!r}")

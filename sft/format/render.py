@@ -22,8 +22,6 @@ from collections.abc import Mapping, Sequence
 from datetime import date
 from functools import lru_cache
 
-import numpy as np
-
 from sft.format import bulk
 from sft.format.contract import choose_format, odd_conversations, own_chat_template, probe_conversations, saved_run
 from sft.format.own_template import OwnTemplate
@@ -31,16 +29,14 @@ from sft.format.reply import split_reply
 from sft.format.table import CHAT_FORMATS, TURNS_TO_TRAIN, Part, adds_bos, bind_format, jinja_template, table_layout
 from sft.format.template import ChatTemplate
 from sft.format.tokens import (
-    IGNORE_INDEX,
     Rendered,
     Rows,
     any_of,
     empty_row,
     encode_turns,
     join_rows,
+    label_parts,
     rows_of_turns,
-    shorten,
-    text_around_by_offsets,
     unforgeable_backend,
 )
 from sft.opendata.fields import RecordError
@@ -281,7 +277,7 @@ class Renderer:
         encodings = self._backend.encode_batch(texts, add_special_tokens=False)
         for (index, parts), encoding in zip(laid_out.items(), encodings, strict=True):
             try:
-                rendered[index] = [_label(parts, encoding, max_length)]
+                rendered[index] = [label_parts(parts, encoding, max_length)]
             except RecordError as error:
                 rendered[index] = error
         encoded = iter(
@@ -395,28 +391,3 @@ def _field_beyond_text(message: dict) -> str:
 
 def _or_reason(rendered: list[Rendered] | RecordError) -> list[Rendered]:
     return [empty_row(rendered.reason, str(rendered))] if isinstance(rendered, RecordError) else rendered
-
-
-def _label(parts: list[Part], encoding, max_length: int | None) -> Rendered:
-    """Turn one encoding into ids and labels: a token is in the loss when it starts in a part that is."""
-    ids = np.asarray(encoding.ids, dtype=np.int32)
-    offsets = np.asarray(encoding.offsets, dtype=np.int64).reshape(-1, 2)
-    ends = np.cumsum([len(part.text) for part in parts])
-    starts_in = np.searchsorted(ends, offsets[:, 0], side="right").clip(max=len(parts) - 1)
-    in_loss = np.asarray([part.in_loss for part in parts])[starts_in]
-    _check_boundaries(parts, ends, offsets)
-    labels = np.where(in_loss, ids, IGNORE_INDEX).astype(np.int32)
-    turn_ends = [end for part, end in zip(parts, ends, strict=True) if part.ends_turn]
-    turn_lengths = np.searchsorted(offsets[:, 0], turn_ends, side="left")
-    text_around = text_around_by_offsets("".join(part.text for part in parts), offsets)
-    return shorten(ids, labels, turn_lengths, max_length, text_around)
-
-
-def _check_boundaries(parts: list[Part], ends: np.ndarray, offsets: np.ndarray) -> None:
-    """Refuse a token that reaches over the point where the prompt ends: generation would never see it."""
-    for before, reply, end in zip(parts, parts[1:], ends, strict=False):
-        if before.in_loss or not reply.in_loss:
-            continue
-        index = int(np.searchsorted(offsets[:, 0], end, side="left")) - 1
-        if index >= 0 and offsets[index, 0] < end < offsets[index, 1]:
-            raise RecordError("boundary", "a token reaches over the point where the prompt ends and the reply begins")

@@ -3,8 +3,10 @@
 import ast
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
+
+from sft.opendata.fields import RecordError
 
 # The start of a thought, and how it ends.
 OPENERS = {
@@ -175,3 +177,50 @@ SYNTAXES = (
     Syntax(re.compile(r"\[TOOL_CALLS\]\s*([\w.-]+\s*\[ARGS\].*?)(?=\[TOOL_CALLS\]|$)", re.DOTALL), _read_name_and_json),
     Syntax(re.compile(r"^\s*(?:<\|python_tag\|>)?(\{\s*\"name\".*\})\s*$", re.DOTALL), _read_json),
 )
+
+
+def texts_of(message: dict) -> list[str]:
+    """Return the texts of a reply that a template may write: content, thought, and names and strings of calls."""
+    texts = [message.get("content") or "", message.get("reasoning_content") or ""]
+    for call in message.get("tool_calls") or ():
+        arguments = call["function"]["arguments"]
+        values = [arguments] if isinstance(arguments, str) else [v for v in arguments.values() if isinstance(v, str)]
+        texts += [call["function"]["name"], *values, *(json.dumps(value, ensure_ascii=False)[1:-1] for value in values)]
+    return [text.strip() for text in texts if text.strip()]
+
+
+def _is_in(part: str, text: str) -> bool:
+    """Say whether a message's text is in a rendered one, as it is or as a string of JSON or Python."""
+    part = part.strip()
+    if part in text:
+        return True
+    written = (json.dumps(part, ensure_ascii=False), json.dumps(part), repr(part))
+    return any(string[1:-1] in text for string in written)
+
+
+def check_prompt(prompt: str, messages: Sequence[dict], tools) -> None:
+    """Raise RecordError where a rendered prompt lacks the text of a message or the definition of a tool."""
+    for message in messages:
+        if message["role"] != "assistant" and not _is_in(message.get("content") or "", prompt):
+            raise RecordError("template", f"the chat template drops or changes a message of role {message['role']!r}")
+    for tool in tools or ():
+        if tool.get("function", tool).get("name", "") not in prompt:
+            raise RecordError("template", "the chat template drops a tool's definition")
+
+
+def check_reply(reply: str, message: dict) -> None:
+    """Raise RecordError where a rendered reply lacks its text, its thought or a call."""
+    parts = {"the text": message.get("content") or "", "the thought": message.get("reasoning_content") or ""}
+    for name, part in parts.items():
+        if not _is_in(part, reply):
+            if name == "the thought":
+                raise RecordError("template", "the chat template has no place for a thought")
+            beside = " beside a call" if message.get("tool_calls") else ""
+            raise RecordError("template", f"the chat template drops or changes {name} of a reply{beside}")
+    for call in message.get("tool_calls") or ():
+        function = call["function"]
+        arguments = function["arguments"]
+        arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
+        texts = [value for value in arguments.values() if isinstance(value, str)]
+        if function["name"] not in reply or not all(_is_in(text, reply) for text in texts):
+            raise RecordError("template", f"the chat template drops or changes a call of {function['name']!r}")

@@ -10,6 +10,9 @@ from typing import NamedTuple
 import numpy as np
 from tokenizers import Tokenizer
 
+from sft.format.table import Part
+from sft.opendata.fields import RecordError
+
 # The ids of a prompt and of the reply to it.
 TurnIds = tuple[list[int], list[int]]
 
@@ -225,3 +228,28 @@ def _rename_in_model(model: dict, names: dict[str, str]) -> dict:
     if "merges" in model:
         model["merges"] = [pair for pair in pairs if not names.keys() & {*pair, "".join(pair)}]
     return model
+
+
+def label_parts(parts: list[Part], encoding, max_length: int | None) -> Rendered:
+    """Turn one encoding into ids and labels: a token is in the loss when it starts in a part that is."""
+    ids = np.asarray(encoding.ids, dtype=np.int32)
+    offsets = np.asarray(encoding.offsets, dtype=np.int64).reshape(-1, 2)
+    ends = np.cumsum([len(part.text) for part in parts])
+    starts_in = np.searchsorted(ends, offsets[:, 0], side="right").clip(max=len(parts) - 1)
+    in_loss = np.asarray([part.in_loss for part in parts])[starts_in]
+    _check_boundaries(parts, ends, offsets)
+    labels = np.where(in_loss, ids, IGNORE_INDEX).astype(np.int32)
+    turn_ends = [end for part, end in zip(parts, ends, strict=True) if part.ends_turn]
+    turn_lengths = np.searchsorted(offsets[:, 0], turn_ends, side="left")
+    text_around = text_around_by_offsets("".join(part.text for part in parts), offsets)
+    return shorten(ids, labels, turn_lengths, max_length, text_around)
+
+
+def _check_boundaries(parts: list[Part], ends: np.ndarray, offsets: np.ndarray) -> None:
+    """Refuse a token that reaches over the point where the prompt ends: generation would never see it."""
+    for before, reply, end in zip(parts, parts[1:], ends, strict=False):
+        if before.in_loss or not reply.in_loss:
+            continue
+        index = int(np.searchsorted(offsets[:, 0], end, side="left")) - 1
+        if index >= 0 and offsets[index, 0] < end < offsets[index, 1]:
+            raise RecordError("boundary", "a token reaches over the point where the prompt ends and the reply begins")

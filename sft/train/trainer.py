@@ -1,7 +1,4 @@
-"""transformers' Trainer with verified checkpoints, an exact resume, and a stop at a signal that loses no step.
-
-Stops at a loss or gradient that is not finite before it reaches the weights; takes its rows from `sft.dataset.sampler`.
-"""
+"""transformers' Trainer with verified checkpoints, an exact resume, and a stop before a non-finite update."""
 
 import json
 import math
