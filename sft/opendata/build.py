@@ -11,11 +11,8 @@ import sys
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from importlib.util import find_spec
-from multiprocessing import parent_process
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -375,6 +372,8 @@ def _map_in_order(
             yield name, function(name, batch)
         return
     pending: deque = deque()
+    from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor  # 20 ms of every start
+
     pool = ProcessPoolExecutor(workers, initializer=_start_worker)
     try:
         for name, batch in batches:
@@ -393,4 +392,6 @@ def _map_in_order(
 def _start_worker() -> None:
     """Leave Ctrl-C to the parent, and end with it even if it is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    from multiprocessing import parent_process
+
     threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
