@@ -21,8 +21,8 @@ FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # The program whose --help lists the flags of the launchers and recipes.
 TRAIN = ("train.py",)
 LAUNCHERS = ("base_run.sh", "ds_all.sh")
-# Flags in the text that belong to other programs: benchmarks/memory_check.py, vLLM.
-FOREIGN_FLAGS = {"--table", "--tokenizer"}
+# Flags in the text that belong to other programs: benchmarks/memory_check.py, vLLM, accelerate launch.
+FOREIGN_FLAGS = {"--table", "--tokenizer", "--enable", "--num_processes", "--mixed_precision", "--dynamo_backend"}
 
 
 def read(page: str) -> str:
