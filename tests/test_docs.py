@@ -22,7 +22,15 @@ FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 TRAIN = ("train.py",)
 LAUNCHERS = ("base_run.sh", "ds_all.sh")
 # Flags in the text that belong to other programs: benchmarks/memory_check.py, vLLM, accelerate launch.
-FOREIGN_FLAGS = {"--table", "--tokenizer", "--enable", "--num_processes", "--mixed_precision", "--dynamo_backend"}
+FOREIGN_FLAGS = {
+    "--table",
+    "--tokenizer",
+    "--enable",
+    "--num_processes",
+    "--mixed_precision",
+    "--dynamo_backend",
+    "--cpu",
+}
 
 
 def read(page: str) -> str:
