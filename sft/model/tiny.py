@@ -123,10 +123,10 @@ FAMILIES: dict[str, TinyFamily] = {
 
 
 def sample_texts() -> list[str]:
-    """Return every message of the committed sample, in order; the tiny tokenizers are trained on them."""
+    """Return every message of the sample's conversations without tools; the tiny tokenizers are trained on them."""
     texts = []
     for conversation, _error, _file, _line in read_conversations(list_files(SAMPLE_DIR)):
-        if conversation is not None:
+        if conversation is not None and "tools" not in conversation:
             texts.extend(message["content"] for message in conversation["messages"])
     return texts
 
