@@ -106,7 +106,9 @@ def describe_skipped(skipped: Sequence[str]) -> list[str]:
     """Say in a line, if there are any, which files of the folders are not read."""
     if not skipped:
         return []
-    shown = ", ".join(skipped[:8]) + (f" and {len(skipped) - 8:,} more" if len(skipped) > 8 else "")
+    here = os.path.join(os.getcwd(), "")
+    names = [path.removeprefix(here) for path in skipped[:8]]
+    shown = ", ".join(names) + (f" and {len(skipped) - 8:,} more" if len(skipped) > 8 else "")
     return [f"not read, as their names are not those of data files: {shown}"]
 
 

@@ -35,7 +35,7 @@ def test_the_first_command_ends_as_the_readme_says(finished, name):
     (last,) = re.findall(r"^done: (.*)$", said, re.MULTILINE)
     pattern = r"(\w+) [\d.e+-]+"
     assert re.findall(pattern, summary.replace("\n", " ")) == re.findall(pattern, last)
-    for fact in ("steps 1320", "stop_rate 1", "tokens_seen 642000", "replies_as_in_data 15 of 15"):
+    for fact in ("steps 1980", "stop_rate 1", "tokens_seen 982500", "replies_as_in_data 15 of 15"):
         assert fact in last and fact in summary
 
 
