@@ -21,7 +21,7 @@ FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # The program whose --help lists the flags of the launchers and recipes.
 TRAIN = ("train.py",)
 LAUNCHERS = ("base_run.sh", "ds_all.sh")
-# Flags in the text that belong to other programs: benchmarks/memory_check.py, vLLM, accelerate launch.
+# Flags in the text that belong to other programs: benchmarks/memory_check.py, vLLM, accelerate launch, Slurm.
 FOREIGN_FLAGS = {
     "--table",
     "--tokenizer",
@@ -30,6 +30,7 @@ FOREIGN_FLAGS = {
     "--mixed_precision",
     "--dynamo_backend",
     "--cpu",
+    "--ntasks",
 }
 
 
@@ -165,7 +166,7 @@ def test_the_flags_named_in_the_text_exist():
     programs = {program for page in PAGES for program, _ in mentioned(page)} | {("-m", "sft.chat"), ("web_demo.py",)}
     flags = frozenset().union(*map(flags_of, programs))
     # The help of sft.opendata lists the rules without their --no_.
-    known = flags | FOREIGN_FLAGS | {f"--no_{flag[2:]}" for flag in flags} | {"--no_"}
+    known = flags | FOREIGN_FLAGS | {f"--no_{flag[2:]}" for flag in flags} | {"--no_", "--no_drop_"}
     for page in PAGES:
         named = re.findall(r"`(--[a-z][a-z0-9_]*)[^`]*`", FENCE.sub("", read(page)))
         assert [flag for flag in named if flag not in known] == [], page
