@@ -59,6 +59,8 @@ def find_damage(folder: Path) -> str | None:
 
 def find_incomplete(folder: Path) -> str | None:
     """Return what a checkpoint lacks or has too much, or None; reads names and sizes only."""
+    if not folder.exists():
+        return "not there"
     try:
         manifest = read_manifest(folder)
     except ValueError as error:

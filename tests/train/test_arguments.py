@@ -56,7 +56,7 @@ def test_values_of_a_wrong_type_are_said_together(capsys, tiny_base, data, tmp_p
 def test_a_checkpoint_that_is_not_there_is_said_before_anything_is_loaded(capsys, tiny_base, data, tmp_path):  # noqa: F811
     base = flags_of(tiny_base("qwen2"), data, tmp_path / "r")
     (line,) = problems_of(capsys, *base, "--resume_from_checkpoint", "/nowhere")
-    assert line.startswith("train.py: --resume_from_checkpoint /nowhere: it has no manifest.json")
+    assert line.startswith("train.py: --resume_from_checkpoint /nowhere: not there")
 
 
 def test_missing_arguments_are_named(capsys):
