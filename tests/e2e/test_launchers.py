@@ -39,9 +39,9 @@ def test_every_knob_reaches_train_py_and_flags_come_last(show):
     done = sh("base_run.sh", "--seed", "a b", **knobs)
     assert json.loads(done.stdout) == [
         *("train.py", "--model_name_or_path", "a b/c", "--data_path", "d e.json", "--output_dir", "o/model"),
-        *("--num_train_epochs", "2", "--learning_rate", "3e-4", "--max_length", "99"),
         *("--per_device_train_batch_size", "5", "--per_device_eval_batch_size", "5"),
-        *("--gradient_accumulation_steps", "6", "--seed", "a b"),
+        *("--gradient_accumulation_steps", "6", "--num_train_epochs", "2", "--learning_rate", "3e-4"),
+        *("--max_length", "99", "--seed", "a b"),
     ]
 
 
