@@ -11,6 +11,7 @@ from tests.train.test_train import data  # noqa: F401 (a fixture)
 
 
 def problems_of(capsys, *arguments: str) -> list[str]:
+    capsys.readouterr()  # a tiny base that is built in this test prints its progress
     with pytest.raises(SystemExit) as exit_:
         train.main(list(arguments))
     assert exit_.value.code == 2
