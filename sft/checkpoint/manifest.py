@@ -33,6 +33,11 @@ def find_checkpoint(output_dir: str) -> tuple[str | None, list[str]]:
     return None, skipped
 
 
+def has_optimizer(folder: Path) -> bool:
+    """Whether a checkpoint holds optimizer states, of DeepSpeed or of torch; --save_only_model leaves them out."""
+    return any(name.endswith(("optimizer.pt", "optim_states.pt")) for name in read_manifest(folder)["files"])
+
+
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
     """Return the folders named checkpoint-N, by N."""
     folders = [folder for folder in Path(output_dir).glob("checkpoint-*") if folder.is_dir()]

@@ -3,6 +3,7 @@
 import json
 import random
 from collections.abc import Iterable, Sequence
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,6 +36,8 @@ def check_contract(renderer: "Renderer", conversations: Iterable[Sequence[dict]]
     prompt is a strict prefix of the training ids; each reply ends in the stop token; typed control tokens stay plain.
     """
     problems: dict[str, None] = {}
+    if renderer.writes_date:  # transformers writes today's date; a run that resumes has the date of its start
+        renderer = renderer.on_day(date.today())
     for messages in [*probe_conversations(), *conversations]:
         try:
             problems.update(dict.fromkeys(_check_conversation(renderer, list(messages))))

@@ -154,6 +154,11 @@ class Renderer:
         """Whether the template writes the current date into prompts."""
         return bool(self._own and self._own.template.writes_date)
 
+    def on_day(self, today: date) -> "Renderer":
+        """Return a renderer that differs in the date which its template writes."""
+        options = {"template_kwargs": self.template_kwargs, "train_turns": self.train_turns}
+        return Renderer(self.tokenizer, self.name, today=today, **options)
+
     def split_reply(self, text: str, *, opened: str = "") -> dict:
         """Take a reply apart into a message; `opened` is the prompt's text, whose end may open the thought."""
         return split_reply(text, opened=opened)

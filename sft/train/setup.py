@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 
-from sft.checkpoint.manifest import find_checkpoint, find_damage
+from sft.checkpoint.manifest import find_checkpoint, find_damage, has_optimizer
 from sft.checkpoint.resume import hash_base, make_fingerprint, read_fingerprint
 from sft.checkpoint.save import remove_leftovers
 from sft.dataset.dataset import Examples, TrainingRows, file_hashes, find_files
@@ -206,7 +206,8 @@ def open_output_dir(training, guard: Guard) -> str | None:
         if training.probe_steps:
             folder = f"{training.output_dir.rstrip('/')}.probe"
             guard.lock_output_dir(folder, timeout=training.rank_timeout, resume_command="nothing was kept of the probe")
-        return None
+        checkpoint, _lines, problem = find_named_checkpoint(training.resume_from_checkpoint, training.output_dir)
+        return None if problem else checkpoint
     guard.lock_output_dir(training.output_dir, timeout=training.rank_timeout, resume_command=command_to_resume())
     found, leftovers = None, []
     if guard.rank == 0:
@@ -225,13 +226,18 @@ def find_named_checkpoint(named: str | None, output_dir: str) -> tuple[str | Non
 
     And lines to say, and what is wrong with the named one. Changes nothing.
     """
+    checkpoint, lines, problem = named, [], None
     if named in ("auto", "True", "true"):
         checkpoint, skipped = find_checkpoint(output_dir)
         found = f"resuming from {checkpoint}" if checkpoint else f"no checkpoint in {output_dir}; starting anew"
-        return checkpoint, [*skipped, found], None
-    problem = find_damage(Path(named)) if named else None
+        lines = [*skipped, found]
+    elif named:
+        problem = find_damage(Path(named))
+    if checkpoint and not problem and not has_optimizer(Path(checkpoint)):
+        problem = f"{checkpoint} has no optimizer states (--save_only_model); give it as --model_name_or_path"
+        return checkpoint, lines, f"--resume_from_checkpoint {named}: {problem}"
     wrong = f"--resume_from_checkpoint {named}: {problem}; use auto, or name another checkpoint"
-    return named, [], wrong if problem else None
+    return checkpoint, lines, wrong if problem else None
 
 
 def command_to_resume() -> str:

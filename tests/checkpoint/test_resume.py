@@ -140,6 +140,15 @@ def test_a_signal_in_an_evaluation_stops_it_and_it_is_done_when_the_run_goes_on(
     assert_same(whole, tmp_path / "stopped")
 
 
+@pytest.mark.parametrize("named", ["auto", "checkpoint-4"])
+def test_a_checkpoint_without_optimizer_states_is_not_resumed(named, tiny_base, data, tmp_path):
+    output = run(tiny_base("qwen2"), data, tmp_path / "run", save_only_model=True, max_steps=4)
+    assert not (output / "checkpoint-4" / "optimizer.pt").exists()
+    named = named if named == "auto" else output / named
+    with pytest.raises(ValueError, match=r"checkpoint-4 has no optimizer states \(--save_only_model\)"):
+        run(tiny_base("qwen2"), data, tmp_path / "run", resume_from_checkpoint=named)
+
+
 def test_a_broken_checkpoint_is_named_and_the_one_before_it_leads_to_the_same_bits(tiny_base, data, tmp_path, capsys):
     whole = run(tiny_base("qwen2"), data, tmp_path / "whole", save_steps=3)
     shutil.copytree(whole / "checkpoint-3", tmp_path / "again" / "checkpoint-3")

@@ -122,6 +122,7 @@ def test_a_template_that_writes_the_date_has_the_date_of_the_run(own):
     assert renderer.text(TURNS[:1]).startswith("<|im_start|>system\n07 Mar 2026<|im_end|>\n")
     assert renderer.fingerprint() == own(dated, today=date(2026, 3, 7)).fingerprint()
     assert renderer.fingerprint() != own(dated, today=date(2026, 3, 8)).fingerprint()
+    assert check_contract(renderer) == []  # on a later day too, as a resume is
 
 
 def test_the_saved_template_is_the_bases_byte_for_byte(own):
