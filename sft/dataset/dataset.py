@@ -40,7 +40,7 @@ EXAMPLES_BETWEEN_RELEASES = 64  # examples read; one brings a MiB or two of the 
 class Examples:
     """Tokenised examples, memory-mapped; `examples[i]` is {"input_ids", "labels"}, each (length,) int32, unshifted.
 
-    What was read is let go again, so that a process doesn't grow with the data: the pages stay in the system's cache.
+    Pages that were read are released, so that a process doesn't grow with the data; they stay in the system's cache.
     """
 
     def __init__(

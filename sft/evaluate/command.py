@@ -310,4 +310,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         sys.exit(f"sft.evaluate: {error}")
     except KeyboardInterrupt:
-        sys.exit("sft.evaluate: stopped; rerun the same command to resume, nothing is paid twice")
+        sys.exit("sft.evaluate: stopped; rerun the same command to resume, answers are not asked again")

@@ -150,7 +150,7 @@ class Endpoint:
             except Unanswered as error:
                 failures_in_a_row += 1
                 if error.is_fatal or failures_in_a_row >= MAX_FAILURES_IN_A_ROW:
-                    again = "" if error.is_fatal else "; rerun the same command to resume, nothing is paid twice"
+                    again = "" if error.is_fatal else "; rerun the same command to resume, answers are not asked again"
                     raise ValueError(f"{self.base_url}: {error}{again}") from None
                 reasons[str(error)] = reasons.get(str(error), 0) + 1
             print(f"\r{number} of {len(futures)} {what}", end="", file=sys.stderr, flush=True)

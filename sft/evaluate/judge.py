@@ -101,7 +101,7 @@ def _check_missing(what: str, found: Sequence, max_missing: int) -> None:
     missing = sum(one is None for one in found)
     if missing > max_missing:
         raise ValueError(
-            f"{missing} {what} are missing; rerun the same command to resume, nothing is paid twice; where the "
+            f"{missing} {what} are missing; rerun the same command to resume, answers are not asked again; where the "
             f"endpoint refuses them for good, --max_missing {missing} does without them"
         )
 

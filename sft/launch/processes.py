@@ -158,7 +158,7 @@ class Guard:
         try:
             touched, process = path.stat().st_mtime_ns, json.loads(path.read_text())
         except (OSError, ValueError):
-            return None  # it has not started yet, or has ended in good order
+            return None  # not started yet, or ended without an error
         if _is_dead(process):
             return f"{_name_rank(other, process)} died"
         if self._heartbeats.get(other, (None, now))[0] != touched:

@@ -21,7 +21,7 @@ from sft.export.gguf import export_gguf
 from sft.export.gguf_check import LlamaServer
 from sft.format.render import Renderer
 from sft.model.load import load_model, load_tokenizer, set_generation_config
-from tests.conftest import CONVERTERS, ROOT, needs_llama_cpp
+from tests.conftest import CONVERTERS, ROOT, needs_llama_cpp, skip_unless_ci
 from tests.e2e.vllm_server import VllmServer, free_port, needs_vllm, post
 from tests.families import build_tiny
 
@@ -228,7 +228,7 @@ REQUESTS = {
 def agent(tmp_path_factory):
     """A model that has memorised a call, its answer, a thought and a plain reply; its folder and its chat."""
     if not TEMPLATES:
-        pytest.skip("needs Qwen3's template: pip download --no-deps trl==1.16.0 -d .cache")
+        skip_unless_ci("needs Qwen3's template: pip download --no-deps trl==1.16.0 -d .cache")
     folder = tmp_path_factory.mktemp("agent")
     base = build_tiny("qwen3", folder / "base", hidden_size=128, num_layers=2)  # vLLM has no kernel for heads of 16
     with zipfile.ZipFile(TEMPLATES[-1]) as archive:

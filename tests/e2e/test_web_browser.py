@@ -15,6 +15,7 @@ from sft.web.handlers import Handlers
 from sft.web.layout import build_page, serve
 from sft.web.models import LocalModel
 from sft.web.security import Limits
+from tests.conftest import skip_unless_ci
 
 pytestmark = pytest.mark.slow
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -114,7 +115,7 @@ def url(parrots, likes):
 def browser():
     playwright = pytest.importorskip("playwright.sync_api")
     if not CHROMIUM:
-        pytest.skip("no Chromium is installed")
+        skip_unless_ci("no Chromium is installed")
     with playwright.sync_playwright() as started:
         browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield browser

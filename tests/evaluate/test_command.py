@@ -121,7 +121,7 @@ def test_an_endpoint_that_gives_out_leaves_no_score_and_the_same_command_goes_on
 
     server, out = serve(broken), tmp_path / "out"
     with pytest.raises(
-        SystemExit, match="3 verdicts are missing; rerun the same command to resume, nothing is paid twice"
+        SystemExit, match="3 verdicts are missing; rerun the same command to resume, answers are not asked again"
     ):
         judged(server, out, "--limit", "3", "--retries", "1")
     assert not (out / "results.json").exists()

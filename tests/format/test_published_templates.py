@@ -15,7 +15,7 @@ from transformers import AddedToken, AutoTokenizer
 from sft.format.render import Renderer
 from sft.format.tokens import IGNORE_INDEX
 from sft.opendata.fields import RecordError
-from tests.conftest import ROOT
+from tests.conftest import ROOT, skip_unless_ci
 
 WHEELS = sorted((ROOT / ".cache").glob("trl-1.16.0-*.whl"))
 TEMPLATES = [
@@ -116,7 +116,7 @@ CALLS = [
 def renderer_of(tiny_base):
     """Return a function that gives the Renderer of a template on a family's tokenizer with its control tokens."""
     if not WHEELS:
-        pytest.skip("trl's package is not in .cache")
+        skip_unless_ci("trl's package is not in .cache")
 
     def renderer(name: str, family: str) -> Renderer:
         template = zipfile.ZipFile(WHEELS[-1]).read(f"trl/chat_templates/{name}.jinja").decode()
