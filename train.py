@@ -40,7 +40,6 @@ from sft.report.text import say
 from sft.train.arguments import fail, flag, parse_arguments
 from sft.train.callbacks import SelfTest
 from sft.train.losses import group_sources
-from sft.train.replies import Replies
 from sft.train.setup import (
     Data,
     Run,
@@ -52,7 +51,7 @@ from sft.train.setup import (
     raise_problems,
     trainer_arguments,
 )
-from sft.train.summary import last_evaluation, make_record, run_page, say_opening, write_results
+from sft.train.summary import Replies, last_evaluation, make_record, run_page, say_opening, write_results
 from sft.train.trainer import Trainer
 
 # The flags that say how data files become tokens.

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from sft.chat.reply import Chat, load_chat
 from sft.chat.sampling import Sampling
-from sft.model.tiny import build_tiny
+from sft.tiny import build_tiny
 
 SHORT, LONG = 24, 800  # tokens
 

@@ -95,7 +95,7 @@ def _build(folder: str, vocab_size: str, hidden_size: str, num_layers: str) -> N
     sys.path.insert(0, str(ROOT))
     from sft.format.render import Renderer
     from sft.model.load import load_tokenizer
-    from sft.model.tiny import build_tiny
+    from sft.tiny import build_tiny
 
     texts = [text for pair in make_texts(8000, seed=1) for text in pair]
     sizes = {"hidden_size": int(hidden_size), "num_layers": int(num_layers)}

@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from sft.model.tiny import build_tiny  # noqa: E402
+from sft.tiny import build_tiny  # noqa: E402
 
 
 def measure(zero: str, base: Path, work: Path) -> list[float]:

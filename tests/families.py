@@ -6,9 +6,9 @@ from pathlib import Path
 
 from tokenizers import Regex, normalizers, pre_tokenizers, processors
 
+from sft import tiny
 from sft.export.converter_input import BLOOM_SPLIT
-from sft.model import tiny
-from sft.model.tiny import (
+from sft.tiny import (
     ROTARY,
     TinyFamily,
     byte_level_bpe,

@@ -14,6 +14,7 @@ ORDER = [
     "files",
     "tables",
     "opendata",
+    "tiny",
     "format",
     "dataset",
     "model",

@@ -87,7 +87,7 @@ def _paths_of_pth_files() -> list[str]:
 @pytest.mark.slow
 def test_the_wheel_holds_every_file_of_the_package(wheel):
     wanted = {name for name in tracked() if name.startswith("sft/") and not (ROOT / name).is_symlink()}
-    wanted |= {f"sft/model/sample/{path.name}" for path in (ROOT / "data_proj" / "sample").iterdir()}
+    wanted |= {f"sft/sample/{path.name}" for path in (ROOT / "data_proj" / "sample").iterdir()}
     held = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("sft/")}
     assert held == wanted
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from sft.chat.reply import Chat
 from sft.files import write_json
 from sft.format.table import adds_bos
-from sft.model.tiny import QWEN_SPLIT
+from sft.tiny import QWEN_SPLIT
 
 # The split pattern of the published bloom tokenizer.json.
 BLOOM_SPLIT = " ?[^(\\s|[.,!?…。，、।۔،])]+"

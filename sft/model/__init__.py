@@ -2,4 +2,4 @@
 
 from sft.reexport import load_on_use
 
-__getattr__ = load_on_use(__name__, {"load": ("load_model", "load_tokenizer"), "tiny": ("build_tiny",)})
+__getattr__ = load_on_use(__name__, {"load": ("load_model", "load_tokenizer")})

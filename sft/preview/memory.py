@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from sft.preview.activations import activations
 from sft.preview.shape import FULL, LORA, ONE, QLORA, ZERO2, ZERO3, Part, Plan, Shape, Step
-from sft.train.arguments import GIB
+from sft.train.checks import GIB
 
 RESERVE = 2 * GIB  # CUDA's context, cuBLAS and NCCL workspaces, gaps between blocks
 MACHINES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)

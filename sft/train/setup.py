@@ -29,7 +29,8 @@ from sft.model import load as models
 from sft.opendata.files import find_skipped
 from sft.report.provenance import package_versions, without_secrets
 from sft.report.text import say
-from sft.train.arguments import Settings, parse_gpu
+from sft.train.arguments import Settings
+from sft.train.checks import parse_gpu
 
 
 @dataclass(frozen=True)

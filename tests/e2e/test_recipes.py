@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoConfig, AutoTokenizer
 
 import train
-from sft.model.tiny import sample_texts
+from sft.tiny import sample_texts
 from tests.conftest import ROOT
 from tests.families import FAMILIES
 from tests.preview.test_memory import PUBLISHED

@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
-from sft.model.tiny import build_tiny  # noqa: E402
+from sft.tiny import build_tiny  # noqa: E402
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGKILL, signal.SIGHUP, signal.SIGUSR1)
 TARGETS = ("launcher", "rank 0", "rank 1", "all ranks")

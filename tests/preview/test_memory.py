@@ -5,7 +5,7 @@ from transformers import AutoConfig
 
 from sft.preview import activations, memory
 from sft.preview.shape import FULL, LORA, ONE, QLORA, ZERO2, ZERO3, Plan, Shape, Step, read_shape
-from sft.train.arguments import GIB
+from sft.train.checks import GIB
 
 BLOOM = {"vocab_size": 250_880, "tie_word_embeddings": True}
 FALCON = {"new_decoder_architecture": False, "max_position_embeddings": 2048, "tie_word_embeddings": True}

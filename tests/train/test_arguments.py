@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import train
-from sft.train.arguments import GIB, OF_TRANSFORMERS, Settings, flag, is_within, parse_arguments, parse_gpu
+from sft.train.arguments import OF_TRANSFORMERS, Settings, flag, is_within, parse_arguments
+from sft.train.checks import GIB, parse_gpu
 from tests.train.test_train import data  # noqa: F401 (a fixture)
 
 
@@ -32,11 +33,11 @@ def test_all_mistakes_are_said_at_once_each_in_a_line(capsys, tmp_path):
     )
     expected = [
         "train.py: unknown argument --learnig_rate",
+        "train.py: --max_length 0: must be at least 1",
         f"train.py: {tmp_path}/nowhere: no such folder; name a local model folder or a hub model (owner/name)",
         "train.py: --dtype bfloat16: full fine-tuning of bfloat16 weights rounds AdamW's updates away; leave "
         "--dtype at auto (fp32 masters, --bf16 for the computing), or add --lora",
         f"train.py: --data_path {tmp_path}/none.json: no such file or folder, and as a glob it matches no data file",
-        "train.py: --max_length 0: must be at least 1",
         "train.py: --chat_format vicuna: use one of auto, blossom, chatml, alpaca, mistral, base",
     ]
     assert [line for line in lines if line in expected] == expected

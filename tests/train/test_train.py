@@ -17,7 +17,7 @@ import train
 from sft.chat.reply import load_chat
 from sft.chat.sampling import GREEDY
 from sft.opendata.conversation import read_conversations
-from sft.train.replies import FIXED_PROMPTS, pick_questions
+from sft.train.summary import FIXED_PROMPTS, pick_questions
 from tests.conftest import ROOT
 
 QUESTIONS = {"你好": "你好！", "Hello": "Hi there.", "1+1等于几？": "2", "What is 2+2?": "**4**"}

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from sft.model import tiny
+from sft import tiny
 from tests.families import FAMILIES, build_tiny
 
 QUIRKS = {

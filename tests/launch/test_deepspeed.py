@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from sft.train.deepspeed import check_deepspeed_config, deepspeed_config
+from sft.launch.deepspeed import check_deepspeed_config, deepspeed_config
 from tests.conftest import ROOT
 
 FLAGS = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 8, "max_grad_norm": 1.0, "offload": False}
