@@ -16,7 +16,7 @@ from functools import partial
 
 from sft.model import load as models
 
-os.environ.setdefault(*models.PATIENT_THREADS)
+os.environ.setdefault(*models.PASSIVE_OPENMP_WAIT)
 if __name__ == "__main__":  # a shell starts background jobs with SIGINT ignored
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     # transformers 5.23 and accelerate 1.15 import these wherever they find them: a second at every start.
@@ -110,7 +110,7 @@ class DataArguments:
     packing: bool = flag(
         True, "Fill each row with whole conversations, kept apart; a batch counts rows.", resume="same"
     )
-    cache_dir: str = flag(CACHE_DIR, "Where tokenised data is kept, by content.")
+    cache_dir: str = flag(CACHE_DIR, "Folder for tokenised data, by content.")
     max_lost: float = flag(0.05, "Stop when a larger share of the conversations would be lost.", at_least=0, at_most=1)
     num_reply_prompts: int = flag(
         12, "Questions of the data answered at the end for the stop rate, beside four fixed prompts.", at_least=0
@@ -132,7 +132,7 @@ class TrainingArguments(transformers.TrainingArguments):
     logging_nan_inf_filter: bool = flag(False, "Hide non-finite losses from the log.")
     include_num_input_tokens_seen: str = flag("non_padding", "Count tokens, padding left out.")
     remove_unused_columns: bool = flag(False, "Not used: rows hold what the model takes.")
-    allow_changed: str | None = flag(None, "What may differ from the checkpoint that is resumed: fields, with commas.")
+    allow_changed: str | None = flag(None, "Fields that may differ from the resumed checkpoint, with commas.")
     rank_timeout: float = flag(90, "Seconds without a sign of life after which a frozen process ends the run.", above=0)
     max_shard_size: str = flag(MAX_SHARD_SIZE, "Largest file of weights that is written.")
     offload: bool = flag(False, "Under DeepSpeed, keep the optimizer (ZeRO-3: the weights too) on the CPU.")
@@ -140,7 +140,7 @@ class TrainingArguments(transformers.TrainingArguments):
     probe_steps: int = flag(
         0,
         "A dry run that then measures memory and time: so many steps (3 or more) on the real model, the "
-        "rows that take most memory first; nothing of them is kept.",
+        "rows that take most memory first; their results are not kept.",
     )
     gpu: str | None = flag(None, "The GPUs that a dry run judges, as in 80GBx8; else those of this machine.")
 

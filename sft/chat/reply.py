@@ -24,7 +24,7 @@ from sft.format.render import Renderer
 from sft.format.table import FORMAT_NAMES
 from sft.model.load import (
     DTYPES,
-    PATIENT_THREADS,
+    PASSIVE_OPENMP_WAIT,
     check_model_path,
     context_window,
     four_bit,
@@ -183,7 +183,7 @@ class Chat:
 
 
 def split_thought(text: str) -> dict:
-    """Return a reply as a message; a thought may have its end alone, where the start stood in a server's prompt.
+    """Return a reply as a message; a thought may have its end alone, if a server's prompt held the start.
 
     A `</think>` inside a sentence or in code is text.
     """
@@ -217,7 +217,7 @@ def load_chat(
     `template_kwargs` are further variables of its chat template (default: those it was trained with).
     `device_map="auto"` spreads the layers over all GPUs, and over the memory where they don't fit.
     """
-    os.environ.setdefault(*PATIENT_THREADS)
+    os.environ.setdefault(*PASSIVE_OPENMP_WAIT)
     import torch
 
     if problem := check_model_path(model_path, names=MODEL_FILES):

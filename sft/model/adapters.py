@@ -69,7 +69,7 @@ class Plan:
 def plan_adapters(model, *, variant: str = "lora", router: bool = False, dropout: float = 0.0, prove: bool = True):
     """Plan the adapters of a base model (a meta one too): every matrix of its layers, but for routers unless `router`.
 
-    With `prove` a tiny twin of the model is trained, saved and merged; what an adapter can't reach there is left out.
+    With `prove` a tiny twin of the model is trained, saved and merged; layers that can't be adapted in it are left out.
     """
     groups = tuple(find_groups(model, variant=variant, router=router))
     plan = Plan(groups, _dropout_note(groups, dropout))
@@ -155,7 +155,7 @@ def _is_other_layer(module) -> bool:
 
 
 def _is_router(model, path: str, shape: Sequence[int]) -> bool:
-    """Whether a matrix scores experts: it has a row for each of the experts that stand beside it."""
+    """Whether a matrix scores experts: it has a row for each of the experts beside it."""
     if len(shape) != 2:
         return False
     parts = path.split(".")

@@ -36,7 +36,7 @@ def isolate_documents(model) -> str:
 
     bloom and falcon get their own attention, models that go through transformers' attention interface with sdpa get
     ours, any other keeps transformers' mask. A tiny twin, made of the config, shows which modules mix documents all the
-    same: those run once per document. Where that is not enough, the whole model does.
+    same: those run once per document. If that is not enough, the whole model runs once per document.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if _register_once(model, _enter):
@@ -144,7 +144,7 @@ def _use_masks_with_positions(base) -> str:
 
 
 def _use_eager_masks(base) -> str:
-    """Let transformers make every mask: doge computes with it, and sees later tokens where sdpa needs none."""
+    """Let transformers make every mask: doge computes with it, and without one attends to later tokens."""
     base.set_attn_implementation("eager")
     return _use_masks_with_positions(base)
 
@@ -171,7 +171,7 @@ def _register_once(model, hook) -> bool:
 
 @torch.compiler.disable
 def _enter(model, args, kwargs):
-    """Before the forward of a packed batch: note its documents; keep no cache, or transformers sees one text."""
+    """Before the forward of a packed batch: note its documents; with a cache transformers would take it as one text."""
     given = [kwargs.get(name) is not None for name in ("position_ids", "attention_mask", "past_key_values")]
     if given != [True, False, False]:
         return None
@@ -204,7 +204,7 @@ def document_attention(module, query, key, value, attention_mask, dropout=0.0, s
     return output.unflatten(0, (query.shape[0], query.shape[2])), None
 
 
-# --- bloom and falcon, which know neither the interface nor position_ids in their masks (transformers 5.17 to 5.23) -
+# --- bloom and falcon, which use neither the interface nor position_ids in their masks (transformers 5.17 to 5.23) -
 
 
 def _give_documents_as_mask(modeling) -> None:

@@ -16,7 +16,7 @@ HALF_DTYPES = (torch.float16, torch.bfloat16)
 # Bytes of logits alive at a time, and rows of them: on a GPU large products pay, on a CPU large buffers don't.
 CHUNK_BYTES = {"cuda": 2**29, "cpu": 2**27}
 CHUNK_ROWS = {"cpu": 256}
-TILE_BYTES = 2**21  # what the softmax of a CPU works on at a time: about its cache
+TILE_BYTES = 2**21  # part of the scores for one softmax on a CPU: about its cache
 
 
 @dataclass(frozen=True)

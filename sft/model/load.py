@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 # OpenMP's idle threads spin: on a CPU that is busy with anything else too, generation took 100 times as long
-# (dev/LOG.md). It must stand in the environment before torch is imported.
-PATIENT_THREADS = ("OMP_WAIT_POLICY", "PASSIVE")
+# (dev/LOG.md). It must be set before torch is imported.
+PASSIVE_OPENMP_WAIT = ("OMP_WAIT_POLICY", "PASSIVE")
 
 ADAPTER = "adapter_config.json"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -74,15 +74,15 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False):
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     if not set(tokenizer.encode("Hello 你好", add_special_tokens=False)) - {tokenizer.unk_token_id}:
-        # transformers 5 makes an empty tokenizer where the files of one are missing, and all text would vanish.
-        reason = "it knows no text at all; is tokenizer.json or tokenizer.model missing?"
+        # transformers 5 makes an empty tokenizer where the files of one are missing, and all text would be lost.
+        reason = "it encodes no text at all; is tokenizer.json or tokenizer.model missing?"
         raise unloadable(path, "tokenizer", ValueError(reason))
     tokenizer.padding_side = "right"
     return tokenizer
 
 
 def from_pretrained(model_class, path: str, **options):
-    """Load a model; whatever is wrong with it comes as one ValueError that names the path."""
+    """Load a model; any fault of its files is raised as one ValueError that names the path."""
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
@@ -106,7 +106,7 @@ def choose_compute(*, bf16: bool, fp16: bool, use_cpu: bool = False) -> dict[str
 
     on_gpu = torch.cuda.is_available() and not use_cpu
     if fp16 and not on_gpu:
-        raise ValueError("--fp16 needs a GPU; a CPU ignores it without a word. Use --bf16, or neither for fp32")
+        raise ValueError("--fp16 needs a GPU; a CPU ignores it without a warning. Use --bf16, or neither for fp32")
     if bf16 or fp16 or not on_gpu:
         return {"bf16": bf16, "fp16": fp16}
     has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -221,7 +221,7 @@ def _whole_forward(forward):
 
 
 def _gathered_rows(_layer, weight, rows: Sequence[int], _size: int):
-    """Rows of a weight that ZeRO-3 has sharded. peft 0.21's own wants a CUDA device, also where there is none."""
+    """Rows of a weight sharded by ZeRO-3. peft 0.21's own asks for a CUDA device, also on a machine without one."""
     from peft.utils.integrations import gather_params_ctx
 
     with gather_params_ctx([weight], modifier_rank=None):
@@ -232,10 +232,10 @@ def _gathered_rows(_layer, weight, rows: Sequence[int], _size: int):
 
 
 def use_liger_kernels(model) -> str:
-    """Put Liger's kernels for rotary positions, norms and MLP into a model that Liger knows; return what was done.
+    """Put Liger's kernels for rotary positions, norms and MLP into a model that Liger supports; return what was done.
 
     Its fused loss is left out: it takes every position through the head, ours only those with a label. Liger 0.8 does
-    nothing, without a word, for families that it doesn't know.
+    nothing, without a warning, for families that it doesn't support.
     """
     try:
         from liger_kernel.transformers import monkey_patch

@@ -1,6 +1,6 @@
 """Cross-entropy of the labelled positions alone, in chunks: the full logits never exist, forward or backward.
 
-torch 2.13's own `linear_cross_entropy` was measured beside this: as fast in fp32 if told its chunks, many times slower
+torch 2.13's own `linear_cross_entropy` was measured beside this: as fast in fp32 if given its chunks, many times slower
 in bf16 on a CPU, absent from torch 2.11; and it takes the weight itself, which ZeRO-3 gathers only inside the head.
 """
 
@@ -42,7 +42,7 @@ def use_chunked_loss(model) -> str:
     """Let `model` (with its adapters, if any) compute its loss in chunks when it gets labels; return what was done.
 
     It and its head change their class, nothing else, so that every wrapper (DDP, DeepSpeed, DataParallel, autocast,
-    PEFT) goes on calling forward as before. Without labels, logits come as before. A scale or soft cap of the logits is
+    PEFT) still calls forward as before. Without labels, logits come as before. A scale or soft cap of the logits is
     measured on the model's own forward; any other change of them is made by that forward, chunk by chunk.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -66,7 +66,7 @@ def _reason_against(base) -> str | None:
         return f"{type(base).__name__} has no plain head and loss"
     try:
         _own_logits(base, torch.zeros(1, 2, 8), raw=torch.zeros(1, 2, 8))
-    except Exception as error:  # the forward of a family that wants more than hidden states
+    except Exception as error:  # the forward of a family that needs more than hidden states
         return f"{type(base).__name__} makes its logits of more than its last states ({type(error).__name__})"
     return None
 

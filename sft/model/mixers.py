@@ -1,6 +1,6 @@
 """Runs modules that mix tokens without attention once per document of a packed row.
 
-Linear attention, Mamba and gated convolutions carry a state from token to token, and know no mask. They are causal, so
+Linear attention, Mamba and gated convolutions carry a state from token to token, and take no mask. They are causal, so
 documents padded at their end to one length are a batch whose padding changes nothing. The same wrapper around a whole
 model packs any causal family, more slowly.
 """
@@ -26,7 +26,7 @@ KERNEL_PACKAGES = ("causal_conv1d", "fla", "mamba_ssm")
 class RunByDocument:
     """Marks the classes that `by_document` makes.
 
-    `with_kernels`: where CUDA kernels that know documents are installed, they run on the packed row itself.
+    `with_kernels`: if CUDA kernels that take documents are installed, they run on the packed row itself.
     """
 
     with_kernels = False

@@ -1,7 +1,7 @@
 """Bytes of the activations of a step: one and two layers run on tensors without memory, and all others follow.
 
 The layers run as they are trained (packed rows, autocast, checkpointing, adapters), and the bytes that are alive are
-added up: any family that transformers knows is counted the same way.
+added up: any family of transformers is counted the same way.
 """
 
 import copy
@@ -108,7 +108,7 @@ def _make_fake(model, dtype) -> None:
 
 @contextmanager
 def _as_on(step: Step) -> Iterator[None]:
-    """Let packed attention see the step's documents; for a GPU, as the fused kernels that keep no scores."""
+    """Give packed attention the step's documents; for a GPU, as the fused kernels that keep no scores."""
     import torch
     from torch.nn.functional import scaled_dot_product_attention
 

@@ -116,7 +116,7 @@ def histogram(lengths: np.ndarray, max_length: int, bins: int = 12) -> str:
 
 
 def check_stops(report: Report, facts: np.ndarray, origins: np.ndarray) -> None:
-    """A whole conversation must end in the stop token; if most are cut, the model learns to go on without end."""
+    """A whole conversation must end in the stop token; if most are cut, the model learns never to stop."""
     whole = origins["way"] != KEPT_OUTCOMES.index("cut")
     if not facts["stops"][whole].all():
         number = int((~facts["stops"][whole]).sum())

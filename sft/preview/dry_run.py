@@ -1,7 +1,7 @@
-"""What a run would do, from config, tokenizer and data alone: `train.py --dry_run`.
+"""Report on a run from config, tokenizer and data alone: `train.py --dry_run`.
 
-The weights are never read. The report is printed and written as a page; its problems are what would fail, or go wrong
-without a word.
+The weights are never read. The report is printed and written as a page; its problems are faults that would stop the
+run, or spoil it without an error.
 """
 
 import json

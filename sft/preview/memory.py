@@ -1,6 +1,6 @@
 """Bytes that a training step keeps on each GPU, the ways to train that fit, and bytes on the disk: arithmetic alone.
 
-Nothing is downloaded, read or allocated: the parameters are counted on the meta device, the activations by
+No file is downloaded or read and no memory allocated: the parameters are counted on the meta device, the activations by
 `sft.preview.activations`.
 """
 
@@ -113,7 +113,7 @@ def loss_part(shape: Shape, step: Step, plan: Plan) -> Part:
 
 
 def full_logits(shape: Shape, step: Step) -> Part:
-    """What a loss over all logits would take: logits, their log-softmax and its gradient in fp32."""
+    """Bytes of a loss over all logits: logits, their log-softmax and its gradient in fp32."""
     each = 14 if step.half else 12
     tokens = step.rows * step.length
     return Part(

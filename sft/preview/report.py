@@ -29,7 +29,7 @@ class Section:
 
 @dataclass
 class Report:
-    """What a dry run found. `problems`: the run would fail, or go wrong without a word. `notes`: worth a look."""
+    """Results of a dry run. `problems`: the run would fail, or train badly without an error. `notes`: to be checked."""
 
     command: str = field(default_factory=lambda: shlex.join(without_secrets(sys.argv)))
     sections: list[Section] = field(default_factory=list)

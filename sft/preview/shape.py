@@ -9,7 +9,7 @@ WRONG_CONFIG = (ValueError, RuntimeError, ImportError, KeyError, TypeError, Attr
 
 @dataclass(frozen=True)
 class Shape:
-    """What is counted in a model; `linear` are the parameters of linear layers without the head."""
+    """Counts of a model's parameters; `linear` are the parameters of linear layers without the head."""
 
     config: object = field(compare=False)
     described: str  # the config as JSON, which tells shapes apart

@@ -175,7 +175,7 @@ def test_a_compiled_model_gives_the_same_gradients_and_is_compiled_once_for_all_
     torch._dynamo.reset()
 
 
-def test_the_saved_config_does_not_know(load, family, tmp_path):
+def test_a_saved_config_has_no_trace_of_packing(load, family, tmp_path):
     model = load(family)
     isolate_documents(model)
     model.save_pretrained(tmp_path)

@@ -22,7 +22,7 @@ def states_of(tokens: int, heads: int, key_heads: int, size: int = 16) -> list[t
 
 
 def by_hand(query, key, value, documents, *, scale, alibi=None):
-    """Attention with the whole square, masked: what every way must give."""
+    """Attention with the full masked matrix: the expected result of every kernel."""
     tokens, groups = len(query), query.shape[1] // key.shape[1]
     document = torch.repeat_interleave(torch.arange(len(documents.lengths)), torch.tensor(documents.lengths))
     position = torch.arange(tokens) - documents.edges.long()[document]

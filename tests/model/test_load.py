@@ -1,4 +1,4 @@
-"""What is loaded, and what is saved with it."""
+"""Loading of models and tokenizers, and the files saved with them."""
 
 import json
 import sys
@@ -52,7 +52,7 @@ def test_sound_sampling_settings_are_kept_and_length_caps_are_not(tiny_base, tmp
     assert saved.get("max_length") is None
 
 
-def test_full_fine_tuning_loads_fp32_masters_whatever_the_computing_type_is(tiny_base):
+def test_full_fine_tuning_loads_fp32_masters_for_every_computing_type(tiny_base):
     import torch
 
     model = load_model(str(tiny_base("bloom")), compute="bfloat16")
@@ -133,7 +133,7 @@ def test_parameters_are_counted_once_where_they_are_tied(tiny_base):
     )
 
 
-def test_liger_kernels_go_where_liger_knows_the_family_and_it_is_said_where_not(tiny_base, monkeypatch):
+def test_liger_kernels_are_used_for_supported_families_and_others_are_named(tiny_base, monkeypatch):
     calls = []
     patch = types.SimpleNamespace(
         MODEL_TYPE_TO_APPLY_LIGER_FN={"qwen2": None},

@@ -204,7 +204,7 @@ def test_without_labels_the_model_is_as_before(load, family):
     assert torch.equal(model.generate(tokens, **options), plain.generate(tokens, **options))
 
 
-def test_the_saved_model_does_not_know_and_a_copy_works(load, family, tmp_path):
+def test_a_saved_model_has_no_wrapper_and_a_copy_works(load, family, tmp_path):
     from transformers import AutoModelForCausalLM
 
     plain, model = load(family), load(family)

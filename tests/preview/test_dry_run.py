@@ -1,4 +1,4 @@
-"""What a dry run shows and what it stops for, on good and bad set-ups."""
+"""The report of a dry run and the problems that it finds, on good and bad set-ups."""
 
 import json
 import re
@@ -100,7 +100,7 @@ def test_the_page_needs_nothing_else_and_its_text_is_escaped(set_up, capsys, tmp
         ({"--warmup_steps": "300"}, "--warmup_steps 300: the run has 300 updates, so its learning rate would not be"),
     ],
 )
-def test_what_would_fail_or_go_wrong_without_a_word_is_a_problem(set_up, capsys, changes, problem):
+def test_a_fault_that_would_fail_or_spoil_a_run_is_a_problem(set_up, capsys, changes, problem):
     if "--gpu" in changes:
         changes = {**changes, "--per_device_train_batch_size": "512", "--max_length": "512"}
     code, _text, problems = dry_run(capsys, set_up | changes)
@@ -173,7 +173,7 @@ def copied(set_up, tmp_path_factory):
 @pytest.mark.parametrize(
     ("files", "problem"),
     [
-        ({"tokenizer.json": None}, "the tokenizer can't be loaded: it knows no text at all"),
+        ({"tokenizer.json": None}, "the tokenizer can't be loaded: it encodes no text at all"),
         ({"config.json": {"hidden_size": "32"}}, "for field 'hidden_size': TypeError: Field 'hidden_size' expected"),
         ({"config.json": {"num_hidden_layers": 0}}, "the model can't be loaded: Class validation error"),
         ({"config.json": {"num_attention_heads": 5}}, "qwen2: a step of a model of this config fails: "),

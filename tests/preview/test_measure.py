@@ -1,4 +1,4 @@
-"""What a probe takes, measures and says; and that nothing is left of it."""
+"""The steps of a probe, its measurements and lines; and that no file of it remains."""
 
 import re
 from types import SimpleNamespace
@@ -37,7 +37,7 @@ def test_padded_rows_are_heavy_by_length_and_packed_ones_by_trained_tokens():
     assert [part.tolist() for part in heaviest_rows(packed, trained)] == [[1, 0], [5, 4], [4, 1]]
 
 
-def test_the_first_steps_are_not_timed_and_the_median_of_the_others_is_told():
+def test_the_first_steps_are_not_timed_and_the_median_of_the_others_is_printed():
     watch = probe.Stopwatch()
     watch.ends = [(10.0, 100), (15.0, 200), (16.0, 300), (18.0, 500), (19.0, 620)]
     assert watch.timed() == [(1.0, 100), (2.0, 200), (1.0, 120)]

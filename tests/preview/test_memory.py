@@ -1,4 +1,4 @@
-"""What a step takes, from published configs and on models small enough to be looked at."""
+"""Memory of a step, from published configs and on small models that are measured."""
 
 import pytest
 from transformers import AutoConfig
@@ -125,7 +125,7 @@ def test_adapters_are_counted_as_peft_makes_them(tiny_base):
 
 
 @pytest.mark.slow
-def test_what_is_traced_of_two_layers_tells_about_many(family, tiny_base):
+def test_a_trace_of_two_layers_predicts_many(family, tiny_base):
     shape = read_shape(AutoConfig.from_pretrained(tiny_base(family)))
     for checkpointing, lora in ((True, False), (False, True)):
         step = Step(rows=2, length=64, trained=0, checkpointing=checkpointing)

@@ -83,7 +83,7 @@ def test_fp16_on_a_cpu_and_flags_that_transformers_refuses_are_one_line(capsys, 
     base = flags_of(tiny_base("qwen2"), data, tmp_path / "r")
     if not torch.cuda.is_available():
         assert problems_of(capsys, *base, "--fp16", "true") == [
-            "train.py: --fp16 needs a GPU; a CPU ignores it without a word. Use --bf16, or neither for fp32"
+            "train.py: --fp16 needs a GPU; a CPU ignores it without a warning. Use --bf16, or neither for fp32"
         ]
         assert problems_of(capsys, *base, "--use_liger_kernel", "true") == [
             "train.py: --use_liger_kernel: its kernels are Triton's and need a GPU; leave the flag out"
@@ -166,7 +166,7 @@ def test_a_gpu_is_read_as_people_write_it(text, found):
 
 
 @pytest.mark.parametrize("text", ["", "A100", "80", "0GB", "80GBx0", "80GB8"])
-def test_what_is_no_gpu_is_refused_in_a_line(text):
+def test_a_device_that_is_no_gpu_is_refused_in_a_line(text):
     with pytest.raises(ValueError, match="write the memory of a GPU and their number, as in 80GBx8"):
         parse_gpu(text)
 
