@@ -53,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--mix", action="append", default=[], help=f"a known mix of data sets: {', '.join(MIXES)}")
     parser.add_argument("--output", required=True, help="folder for train.json, eval.json, rejects.jsonl, ledger.json")
     parser.add_argument("--overwrite", action="store_true", help="replace these four files if they are there")
-    parser.add_argument("--report", help="where the ledger goes instead")
+    parser.add_argument("--report", help="path of the ledger; default ledger.json in --output")
     parser.add_argument("--encoding", default="utf-8", help="of files that are not UTF-8, such as gb18030")
     parser.add_argument(
         "--reasoning", default="auto", help="thoughts: drop them, or keep them as reasoning_content; auto keeps them"
@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--max_rejected", type=float, default=0.01, help="exit with 1 above this share of malformed records"
     )
-    parser.add_argument("--workers", type=int, help="processes; all cores unless told")
+    parser.add_argument("--workers", type=int, help="number of processes; default all cores")
     rules = parser.add_argument_group("cleaning rules", "All are on; --no_RULE leaves one out, as in --no_strip_edges.")
     for name, rule in (CHANGES | DROPS).items():
         rules.add_argument(f"--{name}", action="store_true", default=True, help=rule.__doc__.splitlines()[0])

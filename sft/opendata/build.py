@@ -46,7 +46,7 @@ COUNTED = ("train", "eval", "duplicates", "near_duplicates", "not_sampled")
 
 @dataclass
 class FileLedger:
-    """What became of one file's records; `lengths` counts kept conversations by their number of characters."""
+    """Outcomes of one file's records; `lengths` counts kept conversations by their number of characters."""
 
     counts: Counter = field(default_factory=Counter)
     dropped: Counter = field(default_factory=Counter)
@@ -117,7 +117,7 @@ def build_opendata(
     """Turn raw files into train.json, eval.json, rejects.jsonl and ledger.json in `output`; return the ledger.
 
     `without` names cleaning rules to leave out. Raises ValueError with one line per mistake before anything is written.
-    Nothing in `output` changes until all is done, and then only these four files. Ask `sft.opendata.find_problem`
+    `output` changes only when all is done, and only these four files. Ask `sft.opendata.find_problem`
     whether they can be used.
     """
     report = report or os.path.join(output, LEDGER)
@@ -193,7 +193,7 @@ def _check_targets(targets: dict[str, str], overwrite: bool) -> list[str]:
 
 @contextlib.contextmanager
 def _staging(output: str) -> Iterator[str]:
-    """A hidden folder in `output` to write in, locked. What a killed run left there is written over, and then removed.
+    """A hidden folder in `output` to write in, locked. Files of a killed run in it are overwritten, then removed.
 
     It is inside and not beside `output` so that moving a file into place never crosses to another disk.
     """

@@ -37,7 +37,7 @@ def cut_at_empty_turn(messages: list[Message]) -> list[Message]:
     end = next((i for i, message in enumerate(messages) if _is_blank(message)), None)
     if messages and end is None:
         return messages
-    # Back to where the user began to speak: the question goes with the answer.
+    # Back to the user's message: the question is dropped with the answer.
     while end and messages[end]["role"] in ("assistant", "tool"):
         end -= 1
     while end and messages[end - 1]["role"] == messages[end]["role"] == "user":

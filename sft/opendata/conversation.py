@@ -211,7 +211,7 @@ def _check_order(messages: list[Message]) -> None:
         is_first_system = role == "system" and number == 0
         is_result = role == "tool" and before in ("assistant", "tool")
         if role != _FOLLOWING[before] and not is_first_system and not is_result:
-            expected = f"{_FOLLOWING[before]} should speak; user and assistant take turns"
+            expected = f"{_FOLLOWING[before]} should come next; user and assistant take turns"
             raise RecordError("role_order", f'messages[{number}] has role "{role}" where {expected}')
         before = role
     if before != "assistant":

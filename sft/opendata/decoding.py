@@ -90,7 +90,7 @@ def _open_compressed(stream: BinaryIO, compression: str | None) -> Callable[[int
 
 
 def check_encoding(encoding: str) -> None:
-    """Raise ValueError unless Python knows a text encoding of this name."""
+    """Raise ValueError unless Python has a text encoding of this name."""
     try:
         "".encode(encoding)
     except LookupError as error:
@@ -183,7 +183,7 @@ class TextWindow:
         return num_new > 0
 
     def skip(self) -> str:
-        """Pass over what may stand between records; the next character, or "" at the end."""
+        """Skip separators between records; return the next character, or "" at the end."""
         while True:
             self.advance(SEPARATORS.match(self.buffer, self.start).end())
             if self.start < len(self.buffer):

@@ -286,7 +286,7 @@ def drop_nulls(value: Any) -> Any:
 
 
 def parse_json(text: str) -> Any:
-    """Parse JSON that stands inside a text. Raises ValueError, for a key that is there twice and for NaN too."""
+    """Parse JSON inside a text. Raises ValueError, for a key that is there twice and for NaN too."""
     return json.loads(text, object_pairs_hook=unique_keys, parse_constant=_refuse_constant)
 
 
@@ -295,7 +295,7 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     record = dict(pairs)
     if len(record) != len(pairs):
         key = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise RecordError("duplicate_key", f'key "{key}" stands twice in one object; keep one')
+        raise RecordError("duplicate_key", f'key "{key}" occurs twice in one object; keep one')
     return record
 
 

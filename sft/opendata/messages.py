@@ -39,7 +39,7 @@ ROLES = {
 
 
 class Parts(NamedTuple):
-    """What a content holds; `results` are tool messages."""
+    """Parts of one message's content; `results` are tool messages."""
 
     text: str
     thought: str | None = None
@@ -63,7 +63,7 @@ def list_messages(value: Any, key: str) -> list:
 
 
 def read_messages(items: list, where: str, counts: FieldCounts, mask: object = None) -> list[dict]:
-    """Read each message; calls that stand in messages of their own join the reply before them."""
+    """Read each message; calls in messages of their own join the reply before them."""
     if not is_empty(mask) and (not isinstance(mask, list) or len(mask) != len(items)):
         raise RecordError(
             "loss_switch", f"loss_mask must be a list with a 0 or 1 for each of the {len(items)} messages"
@@ -244,7 +244,7 @@ def read_thought(item: dict, where: str) -> str | None:
 
 
 def join_thoughts(field: str | None, from_text: str | None, where: str) -> str | None:
-    """The thought of a reply that may stand in a field, in the text, or in both alike."""
+    """The thought of a reply, given in a field, in the text, or in both alike."""
     if field and from_text and field.strip() != from_text.strip():
         raise RecordError("two_thoughts", f"{where} has one thought in a field and another in its text; keep one")
     return field or from_text if from_text is not None else field

@@ -31,7 +31,7 @@ from sft.opendata.fields import (
     unique_keys,
 )
 
-# The largest record in characters (up to 64 MiB in UTF-8), and how much of a broken stretch is kept as its raw text.
+# The largest record in characters (up to 64 MiB in UTF-8), and how much of a broken part is kept as its raw text.
 MAX_RECORD_CHARACTERS = 16 << 20
 MAX_RAW_CHARACTERS = 1 << 20
 # Characters that are enough to tell a cut escape, literal or exponent from a broken one.
@@ -39,7 +39,7 @@ LOOKAHEAD_CHARACTERS = 12
 
 
 class RawRecord(NamedTuple):
-    """A record as it stands in its file. `place` is its line, or `line.n` for the n-th record that starts on a line."""
+    """A record as read from its file. `place` is its line, or `line.n` for the n-th record that starts on a line."""
 
     line: int
     place: str
@@ -51,7 +51,7 @@ class RawRecord(NamedTuple):
 def read_file(path: str | os.PathLike, *, encoding: str = "utf-8") -> Iterator[RawRecord]:
     """Stream the records of a JSON, JSON Lines, CSV, TSV (each maybe compressed) or Parquet file in bounded memory.
 
-    `encoding` is that of files which are not UTF-8. What is wrong with one record comes in its `error`; ValueError is
+    `encoding` is that of files which are not UTF-8. A fault of one record is in its `error`; ValueError is
     for the file as a whole: missing, unreadable, or plainly in another encoding.
     """
     for raw in split_file(path, encoding=encoding, parse=True):
@@ -237,7 +237,7 @@ def _split_table(text: TextWindow, delimiter: str, names: list[str]) -> Iterator
 
 # Only finds where a value ends; the parse that counts is parse_record's.
 _scan_once = json.JSONDecoder(parse_int=str).scan_once
-# Where a record may begin inside a broken stretch: a brace before a key, here; or a new line that isn't indented.
+# A record may begin again inside a broken part: at a brace before a key, here; or a new line that isn't indented.
 _RESTART = r"(?<=[\[,}\s])\{(?=\s*\")"
 _RESTART_IN_ARRAY = re.compile(_RESTART)
 _RESTART_IN_LINES = re.compile(_RESTART + r"|\n(?![ \t\]}])")
@@ -262,7 +262,7 @@ def _split_text(text: TextWindow, parse: bool) -> Iterator[RawRecord]:
         except RecordError as error:
             raw, error = _take_broken(text, error, in_array=in_array)
             yield RawRecord(*begin, raw, error=error)
-            # Where that took the rest of an array, its closing bracket is gone too.
+            # If that skipped the rest of an array, its closing bracket is skipped too.
             in_array = in_array and text.skip() != ""
     if text.fault or in_array:
         unclosed = RecordError("truncated", "the array is not closed, so the end of the file may be missing")
@@ -295,7 +295,7 @@ def _scan(text: TextWindow) -> int:
             raise RecordError(
                 "too_large", f"the record is longer than {MAX_RECORD_CHARACTERS >> 20} Mi characters; split it"
             )
-        # A number close to the end of the buffer may go on behind it.
+        # A number at the end of the buffer may have more digits after it.
         complete = length and text.start + length < len(text.buffer) - LOOKAHEAD_CHARACTERS
         if complete or text.ended:
             if error:
@@ -328,7 +328,7 @@ def _malformed(message: str, position: int) -> RecordError:
 def _take_broken(text: TextWindow, error: RecordError, *, in_array: bool) -> tuple[str, RecordError]:
     """Take what is broken as one record: up to the next good record, and outside an array to the end of its lines."""
     restart = _RESTART_IN_ARRAY if in_array else _RESTART_IN_LINES
-    # What is nested too deeply is full of beginnings like its own.
+    # A record nested too deeply contains many beginnings like its own.
     key = _FIRST_KEY.match(text.buffer, text.start) if error.reason != "too_deep" else None
     head, at = "", 1
     while True:
@@ -351,7 +351,7 @@ def _take_broken(text: TextWindow, error: RecordError, *, in_array: bool) -> tup
 
 
 def _next_restart(text: TextWindow, offset: int, key: re.Match | None) -> int:
-    """0 if a record of a known form, or one that begins like the broken one, is at `offset`; else where to go on."""
+    """0 if a record of a known form, or one that begins like the broken one, is at `offset`; else the next offset."""
     if text.buffer[max(0, text.start + offset - 64) : text.start + offset].rstrip().endswith(":"):
         return offset + 1
     size = 4096
@@ -362,7 +362,7 @@ def _next_restart(text: TextWindow, offset: int, key: re.Match | None) -> int:
             return offset + length if find_form(_scan_once(piece, 0)[0]) is None else 0
         if error.reason != "truncated" or size > MAX_RECORD_CHARACTERS or (len(piece) < size and not text.grow()):
             if error.reason == "too_deep":
-                # Nothing good can start within the next hundreds of brackets.
+                # No record can start within the next hundreds of brackets.
                 return offset + 900
             begins_alike = key and (first := _FIRST_KEY.match(piece)) and first.group() == key.group()
             return 0 if begins_alike else offset + 1

@@ -108,7 +108,7 @@ def test_bytes_do_not_depend_on_workers_or_the_order_of_arguments(tmp_path):
     assert runs[0] == runs[1] == runs[2]
 
 
-def test_names_are_as_short_as_they_can_be_told_apart(tmp_path):
+def test_names_are_as_short_as_they_stay_distinct(tmp_path):
     ledger = build(str(messy_folder(tmp_path / "in")), tmp_path / "out")
     assert list(ledger["files"]) == ["a.jsonl", "c.json", "in/b.json", "sub/b.json"]
 
@@ -164,14 +164,14 @@ def test_report_says_where_the_ledger_goes(tmp_path):
     assert written["outputs"] == ledger["outputs"]
 
 
-def test_nothing_kept_is_a_problem(tmp_path):
+def test_a_build_that_keeps_no_record_is_a_problem(tmp_path):
     ledger = build(write(tmp_path / "a.json", [record(1, output="")]), tmp_path / "out")
     assert find_problem(ledger) == "nothing was kept"
     (tmp_path / "empty.json").touch()
     assert find_problem(build(str(tmp_path / "empty.json"), tmp_path / "out2")) == "nothing was kept"
 
 
-def test_a_missing_rensa_is_told_in_a_line(tmp_path, monkeypatch):
+def test_a_missing_rensa_is_reported_in_a_line(tmp_path, monkeypatch):
     monkeypatch.setattr(opendata, "find_spec", lambda name: None)
     path = write(tmp_path / "a.json", [record(1)])
     with pytest.raises(ValueError, match=r"^--near_duplicates needs rensa; run: pip install rensa$"):
@@ -233,7 +233,7 @@ def test_the_ledger_is_written_on_its_disk_before_any_file_is_replaced(tmp_path,
     assert report.exists()
 
 
-# What the same files gave before records had tools and thoughts (commit 37c5ef9).
+# Output of the same files before records had tools and thoughts (commit 37c5ef9).
 BEFORE_TOOLS = {
     "train.json": "e44f27152bb195a4896e50a6b1980509760b4ea1a02addef658e5c37980aa1e8",
     "eval.json": "a0a44d75d5d512b5d7dfb9d8b2def7de7281ed2808d41081d555b96c71d59851",
@@ -268,7 +268,7 @@ def test_one_conversation_is_trained_on_even_if_its_question_belongs_to_the_held
     assert capsys.readouterr().out.splitlines()[-1] == "too few conversations to hold any out: eval.json is empty"
 
 
-def test_what_the_user_may_not_have_meant_is_said_last(tmp_path, capsys):
+def test_probable_mistakes_of_the_user_are_printed_last(tmp_path, capsys):
     claims = [record(number, output="I am ChatGPT.") for number in range(3)]
     write(tmp_path / "in/identity.json", [*claims, *map(record, range(10))])
     (tmp_path / "in/empty.json").touch()

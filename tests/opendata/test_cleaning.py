@@ -134,7 +134,7 @@ def test_drop_cut_off_looks_at_the_last_reply_only():
     clean(talk("u: q", "a: one, two,", "u: go on", "a: three."))
 
 
-def test_drop_language_mismatch_goes_both_ways_and_knows_who_asks_for_a_language():
+def test_drop_language_mismatch_goes_both_ways_and_keeps_requested_languages():
     english = "This is a long English answer that nobody had asked for."
     assert dropped(talk("u: 请介绍一下北京的历史。", f"a: {english}")) == "language_mismatch"
     assert dropped(

@@ -36,7 +36,7 @@ def test_the_table_fits_120_columns_and_adds_up(tmp_path, capsys):
     assert max(map(command.display_width, lines)) <= 120
 
 
-def test_all_mistakes_are_told_at_once_in_a_line_each_and_nothing_is_written(tmp_path):
+def test_all_mistakes_are_printed_at_once_in_a_line_each_and_no_file_is_written(tmp_path):
     path = write(tmp_path / "a.json", [record(1)])
     gbk = tmp_path / "gbk.json"
     gbk.write_bytes(json.dumps(record(1, output="我们在这里说中文"), ensure_ascii=False).encode("gb18030"))
@@ -74,7 +74,7 @@ def test_no_input_and_a_bad_encoding_are_mistakes(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_nothing_is_overwritten_unless_asked_and_then_only_our_files(tmp_path, capsys):
+def test_only_overwrite_replaces_files_and_only_our_own(tmp_path, capsys):
     path, out = write(tmp_path / "a.json", [record(1)]), tmp_path / "out"
     assert main([path, "--output", str(out)]) == 0
     (out / "mine.txt").write_text("keep")
@@ -91,7 +91,7 @@ def test_nothing_is_overwritten_unless_asked_and_then_only_our_files(tmp_path, c
     assert sorted(os.listdir(out)) == ["eval.json", "ledger.json", "mine.txt", "rejects.jsonl", "train.json"]
 
 
-def test_too_much_malformed_input_is_written_and_then_told_by_the_exit_code(tmp_path, capsys):
+def test_too_much_malformed_input_is_written_and_gives_an_exit_code(tmp_path, capsys):
     path = write(tmp_path / "a.json", [*map(record, range(30)), "broken", record(1, output="")])
     assert main([path, "--output", str(tmp_path / "out"), "--eval_share", "0"]) == 1
     assert len(texts(tmp_path / "out")) == 30

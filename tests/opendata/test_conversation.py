@@ -92,7 +92,7 @@ def test_belle_markers_that_do_not_alternate_are_rejected_and_a_lookalike_is_not
     assert counts.notes == {"belle_lookalike": 1}
 
 
-def test_what_is_not_to_be_learned_is_marked():
+def test_turns_not_to_be_trained_are_marked():
     prompt = [
         {"role": "user", "content": "q"},
         {"role": "assistant", "content": "a"},
@@ -164,7 +164,7 @@ def test_an_id_is_kept_and_a_missing_one_is_the_place():
         ),
     ],
 )
-def test_what_is_no_conversation_is_rejected_with_field_and_advice(record, reason, message):
+def test_a_record_that_is_no_conversation_is_rejected_with_field_and_advice(record, reason, message):
     assert reason_of(read_record, record, source="f", line=1) == (reason, message)
 
 

@@ -59,7 +59,7 @@ def test_a_sample_has_exactly_its_size_and_is_spread_over_all_files_of_its_input
     assert build(f"{tmp_path}/in@10000", tmp_path / "all")["total"]["train"] == 600
 
 
-def test_a_share_takes_about_that_much_of_a_file_whose_records_stand_on_one_line(tmp_path):
+def test_a_share_takes_about_that_much_of_a_file_whose_records_are_on_one_line(tmp_path):
     path = tmp_path / "a.json"
     path.write_text(json.dumps([record(number) for number in range(1000)]))
     total = build(f"{path}@10%", tmp_path / "out")["total"]

@@ -228,7 +228,7 @@ def test_an_unreadable_file_is_an_error_of_the_file(tmp_path):
         list(read_file(write_file(tmp_path, b"PAR1 nothing")))
 
 
-def test_a_line_break_inside_a_string_is_told_in_plain_words(tmp_path):
+def test_a_line_break_inside_a_string_is_explained(tmp_path):
     raw, _ = read_file(write_file(tmp_path, '{"instruction": "a\nb"}'))
     assert str(raw.error) == "Invalid control character at character 19 of the record; this is not valid JSON"
 
