@@ -1,4 +1,4 @@
-"""The contract with whoever serves the model: the prompt ids of a server are those of training."""
+"""The train = serve contract: the prompt ids of a server are those of training."""
 
 import json
 import random

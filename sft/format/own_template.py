@@ -67,7 +67,7 @@ class OwnTemplate:
     def prompt(
         self, messages: Sequence[dict], tools: Sequence[dict] | None = None, thinking: bool | None = None
     ) -> str:
-        """Render up to where the model speaks, as an escaped text."""
+        """Render up to the start of the reply, as an escaped text."""
         return self._render(self.prepare(messages), self.escaper.escape(tools), thinking, add_generation_prompt=True)
 
     def text(self, messages: Sequence[dict], tools: Sequence[dict] | None, thinking: bool | None) -> str:

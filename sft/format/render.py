@@ -49,7 +49,7 @@ class Renderer:
 
     `stop_ids` are the ids that end a reply, the format's own first; `control_ids` all control tokens that the format
     writes. `chat_template` is the Jinja template to save. `template_kwargs` are further variables of the template,
-    `today` the date that a template sees which writes it; both are read from a checkpoint's run.json where not given.
+    `today` the date for a template that writes it; both are read from a checkpoint's run.json where not given.
     `train_turns` is "all" or "last". A batch holds lists of messages, or conversations with `messages` and `tools`.
     Raises ValueError when the tokenizer can't carry the format; the text says which format to use instead.
     """
@@ -211,7 +211,7 @@ class Renderer:
     def prompt(
         self, messages: Sequence[dict], *, tools: Sequence[dict] | None = None, thinking: bool | None = None
     ) -> list[int]:
-        """Render messages that end with the user's turn or a call's result, up to where the model speaks.
+        """Render messages that end with the user's turn or a call's result, up to the start of the reply.
 
         `thinking` sets the template's switch; None leaves it to the template.
         """

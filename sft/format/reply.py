@@ -26,7 +26,7 @@ OPENED_AT_THE_END = re.compile(rf"({'|'.join(map(re.escape, OPENERS))})\s*$")
 HARMONY_HEADER = re.compile(r"(?:<\|start\|>assistant)?<\|channel\|>final<\|message\|>")
 
 
-# What DeepSeek and Kimi write around a list of calls.
+# Markers of DeepSeek and Kimi around a list of calls.
 AROUND_CALLS = re.compile(r"<｜tool▁calls▁(?:begin|end)｜>|<\|tool_calls_section_(?:begin|end)\|>")
 
 
@@ -131,7 +131,7 @@ def _read_argument_tags(text: str) -> list[Call]:
 
 
 def _value(text: str):
-    """Read an argument that stands without quotes: a number, a list or an object as JSON, else a string."""
+    """Read an argument without quotes: a number, a list or an object as JSON, else a string."""
     try:
         found = json.loads(text)
     except ValueError:

@@ -79,7 +79,7 @@ TURNS_TO_TRAIN = ("all", "last")  # of a conversation
 
 
 class Part(NamedTuple):
-    """A stretch of a rendered conversation: the format's own text, or (text None) the content of `messages[message]`.
+    """A part of a rendered conversation: the format's own text, or (text None) the content of `messages[message]`.
 
     Control tokens are real in the format's text and plain characters in a message's.
     """

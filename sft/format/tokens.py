@@ -79,7 +79,7 @@ def encode_turns(
 ) -> list[tuple[list[int], list[int]]]:
     """Encode (prompt, reply) texts: the prompt as a server does, and the reply as what follows it.
 
-    Where a token would reach over the seam, the reply is encoded without the prompt, behind the control token `anchor`:
+    If a token would cross the seam, the reply is encoded without the prompt, behind the control token `anchor`:
     a model that is asked with the prompt's tokens can't write that token.
     """
     texts = [text for prompt, reply in turns for text in (prompt, prompt + reply, anchor + reply)]
@@ -246,7 +246,7 @@ def label_parts(parts: list[Part], encoding, max_length: int | None) -> Rendered
 
 
 def _check_boundaries(parts: list[Part], ends: np.ndarray, offsets: np.ndarray) -> None:
-    """Refuse a token that reaches over the point where the prompt ends: generation would never see it."""
+    """Refuse a token that crosses the end of the prompt: generation never gets it."""
     for before, reply, end in zip(parts, parts[1:], ends, strict=False):
         if before.in_loss or not reply.in_loss:
             continue

@@ -1,4 +1,4 @@
-"""A model's own chat template: each trained turn at the prompt that a server builds, whatever the template does."""
+"""A model's own chat template: each trained turn at the prompt that a server builds, for any template."""
 
 import itertools
 import json

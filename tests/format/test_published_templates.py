@@ -26,7 +26,7 @@ TEMPLATES = [
     *("phi3", "phi3_5", "qwen2_5", "qwen3", "qwen3_5_nothink", "qwen3_5_think", "qwen3_6", "qwen3_8"),
     "qwen3_instruct_2507",
 ]
-# What looks like a control token in a template; the tiny tokenizers learn them as such.
+# Control tokens in a template; the tiny tokenizers have them as special tokens.
 CONTROL = re.compile(
     r"<\|[^<>|\s]{1,40}\|>|<\|[a-z_]{1,20}>|<[a-z_]{1,20}\|>|<\|\"\|>|<｜[^｜]+｜>|\[gMASK\]"
     r"|</?(?:think|tool_call|tool_response|start_of_turn|end_of_turn|sop|s)>"
@@ -131,7 +131,7 @@ def renderer_of(tiny_base):
     return renderer
 
 
-def as_the_template_wants(renderer: Renderer, messages: list[dict]) -> list[dict]:
+def as_the_template_expects(renderer: Renderer, messages: list[dict]) -> list[dict]:
     """Write arguments as JSON text where the template adds them to a string, as DeepSeek's does."""
     messages = copy.deepcopy(messages)
     if "+ tool['function']['arguments'] +" in renderer.chat_template:
@@ -144,7 +144,7 @@ def as_the_template_wants(renderer: Renderer, messages: list[dict]) -> list[dict
 def check(renderer: Renderer, messages: list[dict], tools: list[dict] | None) -> None:
     """Assert of each assistant turn that a row begins with a server's prompt ids, and that its reply follows."""
     rows = renderer.render_conversation(messages, tools=tools)
-    served, tokenizer = as_the_template_wants(renderer, messages), renderer.tokenizer
+    served, tokenizer = as_the_template_expects(renderer, messages), renderer.tokenizer
     for index, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
@@ -210,7 +210,7 @@ def test_rows_in_bulk_are_those_of_one_by_one(name, renderer_of):
 # The four ways in which a framework's own Qwen format differed from the native template (hiyouga/LLaMA-Factory 10530).
 
 
-def test_text_beside_a_call_stands_in_the_turn_of_the_call(renderer_of):
+def test_text_beside_a_call_is_in_the_turn_of_the_call(renderer_of):
     text = renderer_of("qwen3_5_think", "qwen2").text(CALLS[2][:3], tools=TOOLS)
     assert text.count("<|im_start|>assistant") == 1
     assert "Let me look.\n\n<tool_call>\n<function=get_weather>" in text

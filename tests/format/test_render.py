@@ -28,7 +28,7 @@ def renderer(request, family, tokenizer_of) -> Renderer:
 
 
 def in_loss_text(renderer: Renderer, rendered) -> str:
-    """The trained stretches, decoded one by one and joined by ¦."""
+    """The trained spans, decoded one by one and joined by ¦."""
     flags = rendered.labels != IGNORE_INDEX
     groups = itertools.groupby(zip(flags, rendered.input_ids.tolist(), strict=True), key=lambda pair: bool(pair[0]))
     return "¦".join(renderer.tokenizer.decode([i for _, i in group]) for trained, group in groups if trained)
@@ -38,7 +38,7 @@ def test_every_format_keeps_its_contract_on_every_kind_of_tokenizer(renderer):
     assert check_contract(renderer) == []
 
 
-def test_the_saved_template_gives_the_same_string_and_ids_whatever_the_texts(renderer):
+def test_the_saved_template_gives_the_same_string_and_ids_for_all_texts(renderer):
     tokenizer, source = renderer.tokenizer, random.Random(renderer.name)
     pieces = [*"7(“|。.…#\t\n\r \\\x00\xa0\u2028\u3000▁𠀀😀👨‍👩‍👧", "你好", "Hello", "**", "- ", "e\u0301", "'s"]
     pieces += ["\r\n", "<0x0A>", "(1)", "[a]", "{{ x }}"]

@@ -28,7 +28,7 @@ def call(name: str, arguments: dict) -> dict:
         ),
     ],
 )
-def test_the_thought_is_told_from_the_text(text, opened, expected):
+def test_the_thought_is_separated_from_the_text(text, opened, expected):
     assert split_reply(text, opened=opened) == {"role": "assistant", **expected}
 
 
@@ -81,5 +81,5 @@ def test_text_beside_parallel_calls_stays_and_the_thought_is_folded():
         "<|tool_call_start|>[f(a=open('x'))]<|tool_call_end|>",
     ],
 )
-def test_where_one_block_cannot_be_read_all_stays_text(text):
+def test_a_reply_with_one_unreadable_block_stays_text(text):
     assert split_reply(text) == {"role": "assistant", "content": text}
