@@ -89,7 +89,7 @@ class Examples:
     def row_statistics(self, stop_ids: Sequence[int]) -> np.ndarray:
         """Return of each example, (examples,): tokens `trained`, trained `replies`, tokens of `prompt`, `stops`.
 
-        `prompt` is what stands before the first trained token; `stops`: the last trained token ends a reply.
+        `prompt` is the text before the first trained token; `stops`: the last trained token ends a reply.
         """
         found = np.zeros(len(self), STATISTICS)
         for begin, span in zip(range(0, len(self), EXAMPLES_AT_ONCE), self._spans(), strict=True):
@@ -211,7 +211,7 @@ def prepare(
     """Read, render and label every conversation of `files`, once for the same content; return examples and ledger.
 
     The key covers the bytes of the files, the tokenizer, the chat format, `max_length` and this code, so nothing stale
-    can be read. One process builds, others that see the folder, on any machine, wait for it. The ledger counts for each
+    can be read. One process builds, others with the same folder, on any machine, wait. The ledger counts for each
     file `in` = `kept` + each way to be lost, and among the kept those that lost turns or were cut; `first` names the
     first place of each; `not_read` and `notes` count fields by file. `sources` counts the same by the conversations'
     source; `source_names` are those that the examples' origins number.

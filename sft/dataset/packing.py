@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-# What a group of rows alike holds: (length, how many of it) pairs, longest first.
+# The examples of each row in a group of equal rows: (length, number) pairs, longest first.
 Pattern = tuple[tuple[int, int], ...]
 
 
@@ -51,7 +51,7 @@ def pack(lengths: Sequence[int] | np.ndarray, max_length: int, *, seed: int, epo
 
 
 def count_rows(lengths: np.ndarray, max_length: int) -> int:
-    """Return how many rows `pack` makes of examples of `lengths` tokens, whatever the seed."""
+    """Return how many rows `pack` makes of examples of `lengths` tokens; it is the same for every seed."""
     groups = _best_fit_decreasing(np.bincount(lengths, minlength=1), max_length)
     return sum(num_rows for _pattern, num_rows in groups)
 

@@ -1,6 +1,6 @@
 """Which rows each process takes at each update: a function of seed, epoch and the rows already taken, of nothing else.
 
-So a run goes on with another number of processes, or another batch, without repeating or losing a row.
+So a run resumes with another number of processes, or another batch, without repeating or losing a row.
 """
 
 import math
@@ -55,7 +55,7 @@ class Updates:
         return max_steps if max_steps > 0 else math.ceil(self.per_epoch * epochs)
 
     def left(self, epochs: float, max_steps: int, *, epoch: int, taken: int, made: int) -> int:
-        """How many a run has left that made `made` updates, and stands in `epoch` after `taken` of its rows."""
+        """How many a run has left that made `made` updates, and is in `epoch` after `taken` of its rows."""
         behind = made if max_steps > 0 else epoch * self.per_epoch + self.start_at(epoch, taken)
         return max(0, self.in_all(epochs, max_steps) - behind)
 

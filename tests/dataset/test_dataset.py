@@ -1,4 +1,4 @@
-"""Nothing vanishes: every conversation is kept or counted, with its file and line."""
+"""Every conversation is kept or counted, with its file and line."""
 
 import copy
 import json
@@ -101,7 +101,7 @@ def test_a_run_stops_when_more_than_the_stated_share_is_lost(tmp_path, renderer)
         check_losses(ledger, max_lost=0.09)
 
 
-def test_an_empty_data_set_is_refused_whatever_may_be_lost(tmp_path, renderer):
+def test_an_empty_data_set_is_refused_at_any_allowed_loss(tmp_path, renderer):
     file = write_lines(tmp_path / "a.json", ["{"])
     _, ledger = prepare([file], renderer, max_length=64)
     with pytest.raises(ValueError, match="no conversation to train on"):
@@ -196,7 +196,7 @@ def preparer(cache):
     return start
 
 
-def test_what_another_process_prepares_is_waited_for_and_not_made_again(tmp_path, renderer, cache, preparer):
+def test_data_that_another_process_prepares_is_awaited_and_not_made_again(tmp_path, renderer, cache, preparer):
     file = write_lines(tmp_path / "a.json", [record("q", "a")])
     prepare([file], renderer, max_length=64)
     (folder,) = (path for path in cache.iterdir() if path.is_dir())
@@ -373,7 +373,7 @@ def test_packed_rows_hold_every_example_once_and_none_predicts_its_neighbour():
     assert [rows[row]["input_ids"].tolist() for row in range(2)] == first
 
 
-def test_what_was_read_of_the_mapped_rows_does_not_stay_in_memory(tmp_path):
+def test_pages_of_mapped_rows_are_released_after_reading(tmp_path):
     """30,000 examples of 500 tokens, 75 MB of files; each smaps entry names its file, then says what is resident."""
     number, size = 30_000, 500
     for name, kind in (("input_ids", "<i4"), ("in_loss", "?")):

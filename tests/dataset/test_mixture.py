@@ -36,7 +36,7 @@ def test_a_part_of_a_file_goes_round_until_every_example_was_there_as_often(time
     assert taken[0] != taken[1]
 
 
-def test_what_an_epoch_takes_follows_from_seed_and_epoch_alone():
+def test_the_examples_of_an_epoch_follow_from_seed_and_epoch_alone():
     parts = [Part("a", 0, 40, 0.3), Part("b", 40, 50, 2.5)]
     again = Mixture(parts, seed=7)
     again.take(9)
@@ -90,7 +90,7 @@ def write(path, number=1):
     return str(path)
 
 
-def test_times_stand_behind_the_path_of_a_file_a_folder_or_a_glob(tmp_path):
+def test_times_are_written_after_the_path_of_a_file_a_folder_or_a_glob(tmp_path):
     one, two, old = write(tmp_path / "a/1.json"), write(tmp_path / "b/2.json"), write(tmp_path / "old/train.json")
     held_out, odd = write(tmp_path / "old/eval.json"), write(tmp_path / "a@2x/3.json")
     found, beside = find_files([f"{tmp_path}/a@3x", f"{tmp_path}/b/*.json@0.5x", odd], (), [str(tmp_path / "old")])

@@ -1,4 +1,4 @@
-"""Packing: nothing lost, nothing split, full rows, and the same rows again for the same seed and epoch."""
+"""Packing: every example once and whole, full rows, and the same rows again for the same seed and epoch."""
 
 import numpy as np
 import pytest
@@ -75,7 +75,7 @@ def test_the_same_seed_and_epoch_give_the_same_rows_and_others_give_others():
         assert [len(row) for row in other] != [len(row) for row in first]
 
 
-def test_rows_know_their_number_and_end():
+def test_rows_have_their_number_and_end():
     rows = pack([4, 4, 4], 8, seed=0, epoch=0)
     assert (len(rows), len(list(rows))) == (2, 2)
     with pytest.raises(IndexError):

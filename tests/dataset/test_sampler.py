@@ -1,4 +1,4 @@
-"""Which rows each process takes: all of them once, whatever the number of processes, and wherever a run was resumed."""
+"""Which rows each process takes: all of them once, for any number of processes and any point of resuming."""
 
 import numpy as np
 import pytest
@@ -42,7 +42,7 @@ def test_the_rows_of_an_update_are_those_of_one_process_with_the_same_batch():
 @pytest.mark.parametrize("before", [(1, 1, 2), (2, 3, 1), (4, 1, 4)])
 @pytest.mark.parametrize("after", [(1, 1, 2), (3, 2, 1), (1, 4, 4)])
 @pytest.mark.parametrize("num_updates", [0, 1, 3])
-def test_another_batch_or_world_size_goes_on_without_repeating_or_losing_a_row(before, after, num_updates):
+def test_another_batch_or_world_size_resumes_without_repeating_or_losing_a_row(before, after, num_updates):
     def make(sizes, rank=0):
         batch_size, accumulation, world_size = sizes
         return updates(rank, rows=53, batch_size=batch_size, accumulation=accumulation, world_size=world_size)
@@ -85,7 +85,7 @@ def test_an_empty_row_has_a_token_and_no_label():
     assert WithEmpty(rows)[0] is rows[0]
 
 
-def test_an_epoch_is_told_once():
+def test_an_epoch_is_set_once():
     told = []
     rows = updates(on_epoch=told.append)
     for epoch in (0, 0, 1, 1, 2):
