@@ -131,7 +131,7 @@ def new_client(
     check: Callable[[httpx2.Response], None] | None = None,
     num_connections: int | None = None,
 ) -> PatientClient:
-    """Return a client; `before` sees each try, and `check` each whole response, which LimitError sends again."""
+    """Return a client; it calls `before` at each try, and `check` on each whole response (LimitError: send again)."""
 
     def on_request(request: httpx2.Request) -> None:
         _clean_headers(request, key)

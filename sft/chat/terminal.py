@@ -224,7 +224,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--tools", help="a JSON file of tool definitions; a call is shown, and its result is typed")
     add("--show_probabilities", action="store_true", help="colour each token by how sure the model was of it")
     add("--input", help="a JSON file of questions or conversations, answered in batches")
-    add("--output", help="where the answers to --input go (JSON Lines); rerun the command to resume")
+    add("--output", help="file for the answers to --input (JSON Lines); rerun the command to resume")
     add("--overwrite", action="store_true", help="replace --output if it exists")
     add("--batch_size", type=int, default=8, help="questions of --input that are answered together")
     add("--seed", type=int, default=42)

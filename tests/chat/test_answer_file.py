@@ -45,13 +45,13 @@ def source(tmp_path):
     return str(path)
 
 
-def test_a_system_message_stands_before_questions_that_have_none(tmp_path):
+def test_a_system_message_is_added_before_questions_that_have_none(tmp_path):
     (tmp_path / "in.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b", "system": "own"}\n')
     systems = [messages[0]["content"] for _line, messages in read_questions(str(tmp_path / "in.jsonl"), "given")]
     assert systems == ["given", "own"]
 
 
-def test_the_check_names_file_and_line_and_knows_a_changed_question(source, tmp_path):
+def test_the_check_names_file_and_line_and_finds_a_changed_question(source, tmp_path):
     def at_most_ten(messages):
         if "2" in messages[-1]["content"]:
             raise ValueError("too long")
@@ -90,7 +90,7 @@ def test_the_answers_are_in_the_order_of_the_questions(source, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out"]
 
 
-def test_a_file_cut_off_at_any_byte_goes_on_with_every_answer_that_is_whole(source, tmp_path):
+def test_a_file_cut_off_at_any_byte_resumes_with_every_answer_that_is_whole(source, tmp_path):
     path = tmp_path / "out.partial"
     partial = Partial(path, RUN)
     list(answer_missing(partial, read_questions(source), reply_backwards))

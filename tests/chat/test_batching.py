@@ -215,7 +215,7 @@ def test_long_rows_are_not_laid_beside_so_many_that_memory_ends(model, monkeypat
     assert [len(request.ids) for request in requests] == [10] * 4
 
 
-def test_a_long_prompt_is_read_in_pieces_while_the_others_go_on(model):
+def test_a_long_prompt_is_read_in_pieces_while_the_others_generate(model):
     decoder = Decoder(model, stop_ids=[])
     short = decoder.add([5, 6], greedy(50))
     decoder.step()

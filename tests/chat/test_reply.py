@@ -131,7 +131,7 @@ def test_replies_of_a_file_are_the_same_alone_and_drawn_by_seed_and_place(tiny_c
 
 
 class Loaded:
-    """Stands for a model class; tells what it was asked for."""
+    """A stand-in for a model class that records its arguments."""
 
     asked: ClassVar[dict] = {}
 
@@ -155,7 +155,7 @@ class Loaded:
         ({"device_map": "auto"}, {"dtype": torch.float32, "device_map": "auto"}),
     ],
 )
-def test_where_and_how_a_model_is_loaded_reaches_transformers(options, expected, tiny_base, monkeypatch):
+def test_device_and_precision_are_passed_to_transformers(options, expected, tiny_base, monkeypatch):
     monkeypatch.setattr("transformers.AutoModelForCausalLM", Loaded)
     load_chat(str(tiny_base("qwen2")), **options)
     assert Loaded.asked == {"trust_remote_code": False, **expected}
