@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-DEFAULT_PORT = 29500  # where NNODES machines meet: they can't agree on a free one
+DEFAULT_PORT = 29500  # port at which NNODES machines meet: they can't agree on a free one
 GRACE_SECONDS = 60  # to save a checkpoint in, after a signal
 NODE_TIMEOUT_SECONDS = 300  # to wait for another machine, at the start or for its next heartbeat
 SLURM_PORTS = (20000, 10000)  # first port, and how many: jobs that share a machine seldom choose the same

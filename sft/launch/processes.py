@@ -267,7 +267,7 @@ class Guard:
         return box
 
     def wait_for_all(self) -> None:
-        """Return when every rank has called this; a rank may take GROUP_TIMEOUT, whatever --ddp_timeout says."""
+        """Return when every rank has called this; a rank may take GROUP_TIMEOUT; --ddp_timeout has no effect."""
         self.all_gather(None)
 
     def stop_requested(self) -> int | None:

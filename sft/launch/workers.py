@@ -112,7 +112,7 @@ def listen(port: int, address: str = "") -> socket.socket:
 
 
 def remove_dead_build_locks(*, shared: bool) -> None:
-    """Remove the locks of compilations that were killed: torch 2.13 waits for them without end and without a word.
+    """Remove the locks of compilations that were killed: torch 2.13 waits for them forever, without a message.
 
     DeepSpeed compiles its kernels at the first start, with the lock open. A process of another machine can't be seen,
     so in a folder that may be `shared` a lock has to be ten minutes old.

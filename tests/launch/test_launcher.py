@@ -89,7 +89,7 @@ def test_a_signal_reaches_every_worker_and_their_exit_code_comes_back(tmp_path, 
 
 
 @pytest.mark.slow
-def test_one_rank_that_stops_in_good_order_leaves_the_others_the_time_to_do_so(tmp_path):
+def test_one_rank_that_exits_cleanly_leaves_the_others_time_to_do_so(tmp_path):
     run = Run(tmp_path, "stop")
     os.kill(run.workers[0], signal.SIGTERM)
     time.sleep(1)
@@ -167,7 +167,7 @@ def test_a_hostfile_starts_every_machine_and_a_signal_reaches_all_of_them(tmp_pa
 
 
 @pytest.mark.slow
-def test_no_machine_goes_on_when_the_one_that_started_it_is_killed(tmp_path, two_machines):
+def test_no_machine_keeps_running_when_the_one_that_started_it_is_killed(tmp_path, two_machines):
     run = Run(tmp_path, "deaf", 3, **two_machines)
     run.process.kill()
     assert run.living() == []

@@ -1,4 +1,4 @@
-"""What is put in order before the workers start."""
+"""Preparations before the workers start."""
 
 import os
 import time
