@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     commands = parser.add_subparsers(required=True, dest="command")
     rebuild = commands.add_parser("consolidate", help="rebuild a model from the newest ZeRO checkpoint")
     rebuild.add_argument("folder", help="the output_dir of a run, or one checkpoint")
-    rebuild.add_argument("--output", help="where to write the model; FOLDER/consolidated")
+    rebuild.add_argument("--output", help="folder for the model; default FOLDER/consolidated")
     rebuild.add_argument("--max_shard_size", default=MAX_SHARD_SIZE, help="largest file of weights, as in 5GB")
     options = parser.parse_args(arguments)
     try:

@@ -1,4 +1,4 @@
-"""Compare the settings of a run with those of the checkpoint that it resumes: what must be equal, what is reported."""
+"""Compare the settings of a run with those of its checkpoint: some must be equal, others are reported."""
 
 import hashlib
 import json
@@ -23,7 +23,7 @@ def make_fingerprint(flags: dict, *, versions: dict, **exact) -> dict:
 def compare_fingerprints(old: dict, new: dict, allowed: Sequence[str]) -> tuple[list[str], list[str]]:
     """Compare two fingerprints; return a line for each change that refuses a resume, and for each that doesn't.
 
-    A fingerprint is {"exact": {field: value}, "told": {field: value}}: a change in the first needs to be `allowed`.
+    A fingerprint has two dictionaries by field; a changed field of `exact` must be `allowed`, the others are reported.
     """
     fields = old["exact"].keys() | new["exact"].keys()
     if set(allowed) - fields:

@@ -1,4 +1,4 @@
-"""A run that was stopped, killed or moved goes on as if nothing had happened, or says what is different."""
+"""A run that was stopped, killed or moved resumes with equal results, or names the difference."""
 
 import json
 import os
@@ -87,7 +87,7 @@ def assert_same(first: Path, second: Path) -> None:
 
 
 @pytest.mark.parametrize("flags", [{}, {"packing": False}, {"lora": True}], ids=["packed", "padded", "lora"])
-def test_a_run_stopped_by_a_signal_saves_that_step_and_goes_on_to_the_same_bits(
+def test_a_run_stopped_by_a_signal_saves_that_step_and_resumes_to_the_same_bits(
     flags, tiny_base, data, tmp_path, monkeypatch, capsys
 ):
     """Step 5 is no step that is logged or saved; the signal comes in the first half of its accumulation."""
@@ -104,10 +104,10 @@ def test_a_run_stopped_by_a_signal_saves_that_step_and_goes_on_to_the_same_bits(
 
 
 @pytest.mark.parametrize("packing", [True, False])
-def test_a_mixture_goes_on_to_the_same_bits_and_another_one_is_refused(
+def test_a_mixture_resumes_to_the_same_bits_and_another_one_is_refused(
     packing, tiny_base, data, tmp_path, monkeypatch, capsys
 ):
-    """Updates of one row, so that the run is stopped in its second epoch and goes on into a third."""
+    """Updates of one row, so that the run is stopped in its second epoch and resumed into a third."""
     old, base = tmp_path / "old.json", tiny_base("qwen2")
     old.write_text("".join(json.dumps({"prompt": f"old {i}", "completion": "reply " * i}) + "\n" for i in range(1, 9)))
     flags = {"replay_path": old, "replay_share": 0.2, "packing": packing, "max_steps": -1, "num_train_epochs": 3}
@@ -129,7 +129,7 @@ def test_a_mixture_goes_on_to_the_same_bits_and_another_one_is_refused(
     assert_same(whole, tmp_path / "stopped")
 
 
-def test_a_signal_in_an_evaluation_stops_it_and_it_is_done_when_the_run_goes_on(tiny_base, data, tmp_path, monkeypatch):
+def test_a_signal_in_an_evaluation_stops_it_and_it_is_done_when_the_run_resumes(tiny_base, data, tmp_path, monkeypatch):
     flags = {"per_device_eval_batch_size": 1}
     whole = run(tiny_base("qwen2"), data, tmp_path / "whole", **flags)
     with monkeypatch.context() as patched, pytest.raises(SystemExit):
@@ -165,7 +165,7 @@ def test_a_broken_checkpoint_is_named_and_the_one_before_it_leads_to_the_same_bi
     assert_same(whole, tmp_path / "again")
 
 
-def test_what_changed_is_refused_with_both_values_until_it_is_allowed(tiny_base, data, tmp_path, capsys):
+def test_a_changed_field_is_refused_with_both_values_until_it_is_allowed(tiny_base, data, tmp_path, capsys):
     whole = run(tiny_base("qwen2"), data, tmp_path / "whole")
     shutil.copytree(whole / "checkpoint-4", tmp_path / "again" / "checkpoint-4")
     (tmp_path / "other").mkdir()
@@ -183,8 +183,8 @@ def test_what_changed_is_refused_with_both_values_until_it_is_allowed(tiny_base,
     assert rates == [pytest.approx(2 * whole_rates[0])]
 
 
-def test_another_batch_goes_on_without_repeating_or_losing_a_row(tiny_base, data, tmp_path):
-    """One epoch of 30 rows by 4, stopped after 12 of them, goes on by 6: the tokens seen are those of the epoch."""
+def test_another_batch_resumes_without_repeating_or_losing_a_row(tiny_base, data, tmp_path):
+    """One epoch of 30 rows by 4, stopped after 12 of them, resumes by 6: the tokens seen are those of the epoch."""
     flags = {"max_steps": -1, "num_train_epochs": 2, "packing": False, "logging_steps": 1, "save_steps": 3}
     flags |= {"save_total_limit": 9}
     whole = run(tiny_base("qwen2"), data, tmp_path / "whole", **flags)
@@ -321,7 +321,7 @@ def test_two_processes_stopped_by_a_signal_to_one_and_killed_in_a_save_end_in_th
 
 
 @pytest.mark.slow
-def test_a_zero_2_run_goes_on_under_zero_3_or_in_one_plain_process_with_the_same_losses(
+def test_a_zero_2_run_resumes_under_zero_3_or_in_one_plain_process_with_the_same_losses(
     whole_runs, tiny_base, data, tmp_path
 ):
     expected = [line["loss"] for line in logs_of(whole_runs("2")) if "loss" in line]

@@ -1,4 +1,4 @@
-"""Saving: what replaces what, which folders are deleted, and a full disk."""
+"""Saving: the order of renames, the folders that are deleted, and a full disk."""
 
 import json
 import os
