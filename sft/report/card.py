@@ -18,7 +18,7 @@ CARD, OUR_CARD = "README.md", "<!-- written by train.py -->"
 # As the publishers say; the README's paragraph on licences.
 LICENCES = {
     "blossom": "Apache-2.0",
-    "belle": "its repository says research use only, its hub pages GPL-3.0; settle that before you ship the model",
+    "belle": "its repository says research use only, its hub pages GPL-3.0; clear that before you ship the model",
 }
 
 
@@ -62,7 +62,7 @@ def languages(texts: Iterable[str]) -> list[str] | None:
 
 
 def licences(files: Iterable[str]) -> dict[str, str]:
-    """Return what is known of the licence of each source, told by its name alone, as `sft.opendata` noted it."""
+    """Return what is known of the licence of each source, found by its name alone, as `sft.opendata` noted it."""
     names = {}
     for file in files:
         ledger = Path(file).with_name("ledger.json")

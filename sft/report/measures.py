@@ -30,7 +30,7 @@ PEAK_FLOPS = {
 
 
 def repetition(text: str) -> float:
-    """Share of a reply's 4-grams that stood in it before (seq-rep-4, Welleck et al. 2020); Chinese by character."""
+    """Share of a reply's 4-grams that repeat an earlier one (seq-rep-4, Welleck et al. 2020); Chinese by character."""
     words = re.findall(rf"[{HAN}]|[^\W{HAN}]+|[^\w\s]", text)
     grams = list(zip(*(words[start:] for start in range(4)), strict=False))
     return 1 - len(set(grams)) / len(grams) if grams else 0.0

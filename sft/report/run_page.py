@@ -1,4 +1,4 @@
-"""The run page, report.html: curves, replies and settings of a run while it goes on and after its end."""
+"""The run page, report.html: curves, replies and settings, during a run and after its end."""
 
 import time
 from collections.abc import Callable, Sequence

@@ -47,7 +47,7 @@ def test_a_card_that_somebody_else_wrote_is_left_alone_and_our_own_is_renewed(tm
     assert "second" in (tmp_path / "README.md").read_text()
 
 
-def test_licences_are_told_of_the_sources_that_the_data_was_made_from(tmp_path):
+def test_licences_are_listed_of_the_sources_that_the_data_was_made_from(tmp_path):
     names = ["BelleGroup/train_0.5M_CN", "blossom-math-v4.json", "thesis.json", "belle_alpaca.json"]
     (tmp_path / "ledger.json").write_text(json.dumps({"files": {name: {} for name in names}}))
     belle, sample = card.LICENCES["belle"], "the sample of the training toolkit, its own"

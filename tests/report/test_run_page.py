@@ -75,7 +75,7 @@ def test_markup_in_replies_data_and_names_stays_text(tmp_path):
     assert evil not in page
 
 
-def test_replies_before_at_evaluations_and_at_the_end_stand_side_by_side_each_step_once(tmp_path):
+def test_replies_before_at_evaluations_and_at_the_end_are_side_by_side_each_step_once(tmp_path):
     history = [said(0, "old 1", "old 2"), said(10, "mid 1", "mid 2"), said(20, "x", "y"), said(20, "new 1", "new 2")]
     page = shown(RUN | {"log_history": history}, tmp_path)
     order = re.findall(r"(old|mid|new|x|y) ?\d?</div>", page)
