@@ -86,13 +86,13 @@ def _parser() -> argparse.ArgumentParser:
     data.add_argument("--judge_prompts", help="AlignBench: its repository's folder; BELLE: eval_prompt.json")
     data.add_argument("--references", help="MT-Bench: reference answers for other --questions")
     data.add_argument("--limit", type=int, help="only this many questions, the first ones")
-    data.add_argument("--train_data_path", nargs="+", help="what was trained on: questions that stand in it are named")
+    data.add_argument("--train_data_path", nargs="+", help="the training data: questions that occur in it are listed")
     data.add_argument("--encoding", default="utf-8", help="of the training data")
     data.add_argument("--eval_data_path", nargs="+", help="quick: held-out conversations whose loss is taken")
     data.add_argument(
         "--max_length", type=int, default=MAX_LENGTH, help="quick: longest held-out conversation, in tokens"
     )
-    data.add_argument("--cache_dir", default=CACHE_DIR, help="where tokenised data is kept, by content")
+    data.add_argument("--cache_dir", default=CACHE_DIR, help="folder for tokenised data, by content")
     data.add_argument("--tasks", help="lm-eval: names of tasks, or .json files of your own, with commas")
     data.add_argument("--num_fewshot", type=int, help="lm-eval: examples before each question")
     data.add_argument("--seed", type=int, default=0, help="of the sums, of sampling and of the intervals")

@@ -36,7 +36,7 @@ def run_exam(options, settings: dict) -> None:
 
 
 def read_task(name: str) -> str | dict:
-    """Return a task for lm-eval: a name that it knows, or the settings in a .json file, whose data lies beside it."""
+    """Return a task for lm-eval: one of its names, or the settings in a .json file, whose data lies beside it."""
     if not name.endswith(".json"):
         return name
     path = Path(name)

@@ -1,4 +1,4 @@
-"""Contamination: which questions of a suite stand, in whole or in a long part, in the training data.
+"""Contamination: which questions of a suite occur, in whole or in a long part, in the training data.
 
 A text is compared by its words, and Chinese by its characters, without case, width and punctuation. A question is in
 the data when a message of it holds 13 words of the question in a row (as for GPT-3, Brown et al. 2020), or 20 Chinese

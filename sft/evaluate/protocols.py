@@ -119,7 +119,7 @@ _RATINGS = (r"\[\[(\d+\.?\d*)\]\]", r"\[(\d+\.?\d*)\]")
 
 
 def read_rating(text: str) -> Verdict:
-    """Read [[5]], or for want of it [5]. FastChat takes the first; several that differ are no verdict."""
+    """Read [[5]], or [5] if there is none. FastChat takes the first; several that differ are no verdict."""
     found = re.findall(_RATINGS[0], text) or re.findall(_RATINGS[1], text)
     ratings = [float(rating) for rating in found]
     first, several = ratings[0] if ratings else None, len(set(ratings)) > 1
@@ -224,7 +224,7 @@ def align_columns() -> dict[str, Callable]:
 
 
 def read_align(text: str) -> Verdict:
-    """Read '综合得分' of the last dictionary, or for want of one the first '综合得分' anywhere; from 1 to 10."""
+    """Read '综合得分' of the last dictionary; without one, the first '综合得分' anywhere; from 1 to 10."""
     found = re.search(r"{(.*?)}(?![^{]*{)", text)
     ratings = dict(re.findall(r"'(.*?)': (\d+)", found.group(1))) if found else {}
     anywhere = re.findall(r"'综合得分': (\d+(?:\.\d{1,2})?)", text)

@@ -62,7 +62,7 @@ def test_a_fault_is_tried_again_and_the_answer_that_comes_then_is_taken(name, se
     assert len(calls.path.read_text().splitlines()) == 1
 
 
-def test_an_endpoint_that_stays_broken_is_left_after_the_tries_and_the_rest_goes_on(serve, calls, capsys):
+def test_an_endpoint_that_stays_broken_is_left_after_the_tries_and_the_rest_is_asked(serve, calls, capsys):
     server = serve(lambda body, times: FAULTS["500"] if body["messages"][0]["content"] == "bad" else "fine")
     assert ask(server, calls, "a", "bad", "b", retries=2)[0] == ["fine", None, "fine"]
     assert len(server.requests) == 5
@@ -178,7 +178,7 @@ def test_a_file_of_calls_with_foreign_lines_is_read_around_them_and_has_one_writ
         Calls(path)
 
 
-def test_what_an_answer_holds():
+def test_fields_of_an_answer():
     parts = b'{"choices": [{"message": {"content": [{"type": "text", "text": "a"}, {"text": "b"}, {"type": "x"}]}}]}'
     assert read_answer(parts) == {"text": "ab", "finish": None, "tokens": None}
     assert read_answer(completion(None)) == {"text": "", "finish": "stop", "tokens": [10, 5]}

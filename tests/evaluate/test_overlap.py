@@ -1,4 +1,4 @@
-"""Questions that stand in the training data, and those that only look like it."""
+"""Questions that occur in the training data, and those that only look like it."""
 
 import gzip
 import json

@@ -1,4 +1,4 @@
-"""The published protocols: what the judge is asked, how its verdicts are read, and the columns of the tables."""
+"""The published protocols: the judge's prompts, the parsing of its verdicts, and the columns of the tables."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""The quick check: what code judges, its numbers with their intervals, and the command."""
+"""The quick check: its rules, its numbers with their intervals, and the command."""
 
 import json
 import math
@@ -106,7 +106,7 @@ def test_the_bootstrap_is_seeded_and_draws_within_groups():
     )  # the lone item of the second group is always drawn
 
 
-def test_base_and_tuned_stand_side_by_side_with_their_difference():
+def test_base_and_tuned_are_shown_side_by_side_with_their_difference():
     asked = [{"id": str(n), "language": "zh", "prompt": "?", "answer": n} for n in range(4)]
     asked += [{"id": "e", "language": "en", "prompt": "?"}]
     tuned = [Reply(str(n), True, 1) for n in range(4)] + [Reply("yes it is", True, 3)]
@@ -118,7 +118,7 @@ def test_base_and_tuned_stand_side_by_side_with_their_difference():
     assert rows["stop_rate", "zh"]["questions"] == 4 and rows["language", "en"]["difference"][0] == 1.0
     assert rows["held_out_loss", ""]["tuned"] == [0.5, 0.5, 0.5]
     assert rows["held_out_loss", ""]["difference"] == [-0.5, -0.5, -0.5]
-    assert ("format", "en") not in rows  # nothing was asked
+    assert ("format", "en") not in rows  # no question was asked
     assert found["answers"][0]["base"] == "0" and found["answers"][0]["scores"]["arithmetic"] == 1
     assert "| arithmetic zh | 4 | 25.0% [4.6, 69.9] | 100.0% [51.0, 100.0] |" in quick.quick_table(found["rows"])
 
