@@ -115,7 +115,7 @@ def _piece_type(text: str, unknown: str, added_token) -> int:
 def name_pre_tokenizer(tokenizer) -> str | None:
     """Return llama.cpp's name of the pre-tokenizer that splits as this tokenizer does; None if it has none.
 
-    The converter knows published tokenizers by a hash of ids, which a tokenizer with another vocabulary never has. The
+    The converter finds published tokenizers by a hash of ids, which a tokenizer with another vocabulary never has. The
     names and patterns are in llama.cpp's src/llama-vocab.cpp.
     """
     spec = json.dumps(_backend_spec(tokenizer)["pre_tokenizer"])

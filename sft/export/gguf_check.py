@@ -211,7 +211,7 @@ def count_equal_tokens(
     """Count the tokens of transformers' greedy replies: equal in llama.cpp, tied, all.
 
     llama.cpp computes one token after each prefix of a reply. If all are equal, its own greedy reply is the same; after
-    a different one, the tokens behind it still count.
+    a different one, the tokens after it still count.
     """
     import torch
     from transformers import GenerationConfig

@@ -8,7 +8,7 @@ import pytest
 from sft.export.command import _check_shard_size, main
 
 
-def test_nothing_is_overwritten(trained, tmp_path):
+def test_an_existing_file_is_not_overwritten(trained, tmp_path):
     for target in ("merged", "gguf", "modelfile", "tokenizer-v4"):
         with pytest.raises(SystemExit, match="exists; name a new folder"):
             main(["--model_path", trained("qwen2"), "--to", target, "--output_dir", str(tmp_path)])
