@@ -184,7 +184,7 @@ class RemoteModel:
         return len(self.waiting) >= self.max_waiting
 
     def fit(self, messages: list[dict], _sampling: Sampling) -> list[dict]:
-        """Return the messages as they are: the server knows its own context window."""
+        """Return the messages as they are: the server cuts to its own context window."""
         return messages
 
     def _first_model(self) -> str:
@@ -243,7 +243,7 @@ class RemoteModel:
             except (openai.BadRequestError, openai.UnprocessableEntityError):
                 if not self._takes_extras:
                     raise
-                self._takes_extras = False  # a server that knows OpenAI's own fields alone
+                self._takes_extras = False  # a server that takes only OpenAI's own fields
                 stream = await self._post(client, messages, sampling)
             async with stream:
                 async for event in stream:

@@ -1,4 +1,4 @@
-"""Request filter of the web page: routes, hosts, origins, sizes, logins and rate limits, before gradio sees a request.
+"""Request filter of the web page: routes, hosts, origins, sizes, logins and rate limits, before gradio gets a request.
 
 It also counts the open streams of each session.
 """

@@ -48,7 +48,7 @@ LABELS = {
     "too_long": ("longer than {limit:,} characters; shorten it", "超过 {limit:,} 个字符，请缩短"),
     "too_many_turns": ("more than {limit} turns; clear it and start anew", "超过 {limit} 轮，请清空后重新开始"),
     "out_of_range": ("{name} must be between {low} and {high}", "{name} 应在 {low} 到 {high} 之间"),
-    "no_message": ("there is no such message", "没有这条消息"),
+    "no_message": ("no such message", "没有这条消息"),
     "busy": ("too many are waiting; try again later", "现在人太多，请稍后再试"),
     "too_often": ("too many requests; wait a minute", "请求太频繁，请稍后再试"),
     "no_room": (

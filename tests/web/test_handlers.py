@@ -1,4 +1,4 @@
-"""The event handlers: what a question, an edit, an undo and a like do to the conversation."""
+"""The event handlers: the effect of a question, an edit, an undo and a like on the conversation."""
 
 import asyncio
 import json
