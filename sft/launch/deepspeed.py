@@ -1,10 +1,10 @@
-"""DeepSpeed's settings file: what is wrong in it, what --offload adds to it, and how it starts without a GPU."""
+"""DeepSpeed's settings file: its faults, the additions of --offload, and a start without a GPU."""
 
 import json
 import os
 from pathlib import Path
 
-# What a DeepSpeed file and a flag of train.py both say.
+# Settings that are both in a DeepSpeed file and a flag of train.py.
 SHARED_FLAGS = {
     "train_micro_batch_size_per_gpu": "per_device_train_batch_size",
     "gradient_accumulation_steps": "gradient_accumulation_steps",
@@ -13,7 +13,7 @@ SHARED_FLAGS = {
 
 
 def check_deepspeed_config(arguments: dict) -> list[str]:
-    """Return what is wrong in a DeepSpeed file: settings that would fail late or change the training without a word."""
+    """Return the faults of a DeepSpeed file: settings that would fail late or change the training without a warning."""
     path = arguments["deepspeed"]
     if not path:
         return ["--offload: works with --deepspeed ds_zero2.json or ds_zero3.json only"] if arguments["offload"] else []
@@ -80,7 +80,7 @@ def deepspeed_config(path: str, *, offload: bool, pin_memory: bool) -> dict:
 def start_deepspeed_on_cpu() -> dict:
     """Let accelerate run DeepSpeed without a GPU, over gloo; return the accelerator_config that goes with it.
 
-    For accelerate 1.15 and deepspeed 0.19: accelerate knows no DeepSpeed backend for a CPU, so the state is made here.
+    For accelerate 1.15 and deepspeed 0.19: accelerate has no DeepSpeed backend for a CPU, so the state is made here.
     """
     for name, value in (
         ("ACCELERATE_USE_DEEPSPEED", "true"),

@@ -41,7 +41,7 @@ OF_TRANSFORMERS = {
 
 
 def flag(default: Any, help: str, **metadata: Any) -> Any:
-    """Return the field of a dataclass that is a flag: a limit of LIMITS, or `resume`, may stand in its metadata."""
+    """Return the field of a dataclass that is a flag: a limit of LIMITS, or `resume`, may be in its metadata."""
     return field(default=default, metadata={"help": help, **metadata})
 
 
@@ -137,7 +137,7 @@ class Parser(HfArgumentParser):
 
     @staticmethod
     def _parse_dataclass_field(parser, entry):
-        """Leave out of the metadata what argparse doesn't know (transformers 5.23 passes on all of it)."""
+        """Leave out of the metadata what argparse doesn't take (transformers 5.23 passes on all of it)."""
         entry = copy.copy(entry)
         ours = (*LIMITS, RESUME)
         entry.metadata = MappingProxyType({key: value for key, value in entry.metadata.items() if key not in ours})

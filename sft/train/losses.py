@@ -25,7 +25,7 @@ MAX_NUMBERED_EXAMPLES = 40
 
 @dataclass(frozen=True)
 class Sources:
-    """What losses are shown by: up to MAX_SOURCES names, and the number of its name for each example."""
+    """Sources by which losses are shown: up to MAX_SOURCES names, and each example's index into them."""
 
     names: tuple[str, ...]
     train: np.ndarray
@@ -65,7 +65,7 @@ class SourceLosses:
         self._pending: list[tuple[np.ndarray, torch.Tensor]] = []
 
     def add(self, batches: Sequence[Sequence[int]], losses: Sequence[torch.Tensor], dataset: TrainingRows) -> None:
-        """Remember the losses by token, (rows, length), of each batch of row numbers of an update."""
+        """Store the losses by token, (rows, length), of each batch of row numbers of an update."""
         for batch, batch_losses in zip(batches, losses, strict=True):
             of_token = np.full(batch_losses.shape, -1)
             for place, row in enumerate(batch):
@@ -139,7 +139,7 @@ class FiniteCheck:
     """Stops all ranks before an update whose loss or gradient is not finite, and names the rows.
 
     `losses` and `gradients` are those of the update's batches so far on this rank: the loss, and whether the gradient
-    that reaches the embeddings is finite (after the all-reduce the rank can't be told). `broken_weight` was not finite
+    that reaches the embeddings is finite (after the all-reduce no rank can be named). `broken_weight` was not finite
     before the first step.
     """
 

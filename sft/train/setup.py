@@ -1,4 +1,4 @@
-"""Flags -> Run: what a training needs before its model is loaded; made once, for training and dry run alike."""
+"""Flags -> Run: all inputs of a training before its model is loaded; made once, for training and dry run."""
 
 import copy
 import json
@@ -206,7 +206,7 @@ def open_output_dir(training, guard: Guard) -> str | None:
     if training.dry_run:
         if training.probe_steps:
             folder = f"{training.output_dir.rstrip('/')}.probe"
-            guard.lock_output_dir(folder, timeout=training.rank_timeout, resume_command="nothing was kept of the probe")
+            guard.lock_output_dir(folder, timeout=training.rank_timeout, resume_command="the probe's files are deleted")
         checkpoint, _lines, problem = find_named_checkpoint(training.resume_from_checkpoint, training.output_dir)
         return None if problem else checkpoint
     guard.lock_output_dir(training.output_dir, timeout=training.rank_timeout, resume_command=command_to_resume())

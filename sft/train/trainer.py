@@ -41,7 +41,7 @@ from sft.train.losses import FiniteCheck, SourceLosses, Sources, statistics_of_r
 
 @dataclass
 class Progress:
-    """Where a run stands between two updates: `taken` rows of `epoch` are behind it, after `updates` in all."""
+    """Position of a run between two updates: it has taken `taken` rows of `epoch`, and made `updates` in all."""
 
     epoch: int = 0
     taken: int = 0
@@ -78,7 +78,7 @@ class Trainer(transformers.Trainer):
         self.guard, self.fingerprint = guard, fingerprint
         self.run, self.progress, self.shift = guard.broadcast(uuid.uuid4().hex), Progress(), 0
         self.changed: set[str] = set()
-        # transformers' own rotation deletes whatever is named checkpoint-N.
+        # transformers' own rotation deletes every path named checkpoint-N.
         self.keep, self.args.save_total_limit = self.args.save_total_limit, None
         self._is_evaluating = False
         self._staging: str | None = None
@@ -98,12 +98,12 @@ class Trainer(transformers.Trainer):
         if self.pop_callback(ProgressCallback):
             self.add_callback(ProgressWithSpeed)
 
-    # --- rows: where to begin, and how many updates are left ---
+    # --- rows: the first one, and the number of updates left ---
 
     def continue_from(self, folder: str, changed: Sequence[str] = ()) -> None:
         """Resume the run of a checkpoint: its identity, its position in the data, the losses since its last log line.
 
-        Flags in `changed` take effect; without that, optimizer and schedule go on with their old ones.
+        Flags in `changed` take effect; without that, optimizer and schedule keep their old ones.
         """
         self.changed = set(changed)
         self.run = read_manifest(Path(folder))["run"]
@@ -127,7 +127,7 @@ class Trainer(transformers.Trainer):
         return prepare_data_loader(loader, self.args.device, num_processes=1, process_index=0, put_on_device=True)
 
     def set_initial_training_values(self, args, dataloader):
-        """Count epochs and updates from where the run stands; another batch or world size changes what is left."""
+        """Count epochs and updates from the run's position; another batch or world size changes the number left."""
         epochs, per_epoch, *counts, max_steps = super().set_initial_training_values(args, dataloader)
         progress = self.progress
         self._skipped = self.updates.start_at(progress.epoch, progress.taken)

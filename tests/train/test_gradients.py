@@ -46,7 +46,7 @@ def in_one_process(tiny_base, examples, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(in_one_process):
-    """What one batch of all 24 examples gives."""
+    """Gradient of one batch of all 24 examples."""
     return measured(in_one_process(24, 1))
 
 

@@ -1,4 +1,4 @@
-"""What the training loop adds up beside the loss of a step."""
+"""Sums of the training loop beside the loss of a step."""
 
 import json
 from types import SimpleNamespace

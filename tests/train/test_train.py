@@ -204,7 +204,7 @@ def test_lora_trains_the_rows_of_untrained_control_tokens_and_merges_to_equal_lo
         assert settings["eos_token_id"] == load_chat(str(output)).renderer.stop_ids
 
 
-def test_the_trainer_starts_from_fp32_masters_whatever_the_file_holds(tiny_base):
+def test_the_trainer_starts_from_fp32_masters_for_files_of_any_type(tiny_base):
     from sft.model.load import load_model
 
     assert {p.dtype for p in load_model(str(tiny_base("bloom"))).parameters()} == {torch.float32}
@@ -248,7 +248,7 @@ def test_a_finished_run_that_is_started_again_keeps_its_model(tiny_base, data, t
 
 @pytest.mark.slow
 @pytest.mark.parametrize("packing", ["true", "false"])
-def test_the_held_out_loss_is_the_mean_over_tokens_whatever_the_batch_size(packing, tiny_base, tmp_path):
+def test_the_held_out_loss_is_the_mean_over_tokens_at_any_batch_size(packing, tiny_base, tmp_path):
     lines = [json.dumps({"prompt": f"q{i}", "completion": "word " * (40 if i > 5 else 1)}) for i in range(8)]
     (tmp_path / "data.jsonl").write_text("\n".join(lines))
     found = []
@@ -270,7 +270,7 @@ def test_a_hub_token_reaches_no_file(tiny_base, data, tmp_path, monkeypatch):
     assert leaks == []
 
 
-def test_what_is_pushed_is_the_finished_folder_and_no_token_stays(tiny_base, data, tmp_path, monkeypatch):
+def test_the_finished_folder_is_pushed_and_no_token_stays(tiny_base, data, tmp_path, monkeypatch):
     pushed = []
 
     def create_repo(self, repo_id, **options):
