@@ -156,7 +156,7 @@ def _sync(path: Path, flags: int) -> None:
 def lock_stream(stream: IO, busy: str) -> None:
     """Lock an open file until it is closed; ValueError(`busy`) when another process has it.
 
-    Some network file systems have no locks: there it does nothing.
+    On a network file system without locks this has no effect.
     """
     try:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -219,7 +219,7 @@ class LineLog:
         self._stream.close()
 
 
-# --- one process of all machines that see a folder ----------------------------------------------------------------
+# --- one process of all machines that share a folder --------------------------------------------------------------
 
 
 def this_process() -> dict:

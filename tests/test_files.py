@@ -54,7 +54,7 @@ def test_a_staged_folder_appears_at_the_end_and_leaves_nothing_after_an_error(tm
     assert (tmp_path / "new" / "a").read_text() == "1"
 
 
-def test_what_is_renamed_was_brought_to_the_disk_before(tmp_path, monkeypatch):
+def test_a_file_is_fsynced_before_it_is_renamed(tmp_path, monkeypatch):
     steps = []
     fsync, rename, replace = os.fsync, os.rename, os.replace
 
@@ -99,7 +99,7 @@ def test_an_exit_without_finally_can_delete_what_is_unfinished(tmp_path):
         open(stream.name, "w").close()
 
 
-def test_what_a_killed_process_left_of_a_folder_is_removed(tmp_path):
+def test_the_unfinished_folder_of_a_killed_process_is_removed(tmp_path):
     (tmp_path / ".key.0000.partial").mkdir()
     (tmp_path / ".other.0000.partial").mkdir()
     files.remove_abandoned(tmp_path / "key")
@@ -199,11 +199,11 @@ def test_a_holder_is_waited_for_and_named_once(tmp_path):
     assert other.stdout.readline() == "held\n"
     waited_for = []
 
-    def let_go(holder):
+    def release(holder):
         waited_for.append(holder["pid"])
         other.stdin.close()
 
-    with files.hold_lock(path, on_wait=let_go):
+    with files.hold_lock(path, on_wait=release):
         assert json.loads(path.read_text())["pid"] == os.getpid()
     assert waited_for == [other.pid]
     assert other.wait(timeout=20) == 0
