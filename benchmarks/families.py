@@ -138,7 +138,7 @@ def measure(kind: str) -> dict:
         if model.supports_gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
             found["checkpointed"] = attention.compare_gradients(model, LENGTHS, seed=3)
-    except Exception as error:  # a type fails in its own ways, and the others go on
+    except Exception as error:  # any error of one type must not end the others
         found["refused"] = f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"
     return found | {"seconds": time.monotonic() - started}
 

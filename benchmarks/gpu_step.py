@@ -86,7 +86,7 @@ def measure(name: str, side: str, on_gpu: bool) -> dict:
 
 
 def counted(settings: dict, device: str) -> int:
-    """What sft.preview.memory says that such a step takes."""
+    """Return the bytes that sft.preview.memory computes for such a step."""
     sys.path.insert(0, str(ROOT))
     from transformers import AutoConfig
 

@@ -143,7 +143,7 @@ def measure(name: str, rows: int, length: int, how: str, accumulation: int) -> N
     if not padded:
         attention.isolate_documents(model)
     loss.use_chunked_loss(model)
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew: a tied head stands twice while it is built
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew: a tied head is in memory twice while it is built
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, fused=True)
     ids = torch.randint(3, config.vocab_size, (rows, length))

@@ -11,7 +11,7 @@ packing and assistant_only_loss, one process, with our saved template; `llamafac
 in an environment of its own, as it needs older packages. CPU seconds begin after the imports.
 
 With --chat_template the base carries that template, and `ours` trains it as it is (`--chat_format base`); `ours_chatml`
-stays with chatml. TRL takes the template too, and replaces those that it knows by its training twin.
+stays with chatml. TRL takes the template too, and replaces those that it has a training template for.
 """
 
 import argparse
@@ -120,7 +120,7 @@ def llamafactory(base: str, records: str) -> None:
     import os
     import types
 
-    # For sound and pictures only; its wheel on PyPI wants CUDA's libraries.
+    # For sound and pictures only; its wheel on PyPI needs CUDA's libraries.
     sys.modules["torchaudio"] = types.ModuleType("torchaudio")
     sys.modules["torchaudio"].__spec__ = importlib.machinery.ModuleSpec("torchaudio", None)
     from llamafactory.data import get_dataset, get_template_and_fix_tokenizer

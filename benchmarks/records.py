@@ -1,4 +1,4 @@
-"""What the benchmarks share: data, a base, fresh processes that report a line of JSON, tables.
+"""Shared by the benchmarks: data, a base, fresh processes that report a line of JSON, tables.
 
 Every measured run is a process of its own with one OpenMP thread. Ours runs on this interpreter; a peer on
 $PEER_PYTHON, which run_cpu.sh makes. Results are kept in .cache/benchmarks/results.json; results.py writes RESULTS.md

@@ -2,7 +2,7 @@
 
     python benchmarks/results.py            # run_cpu.sh calls it last
 
-What stands under NOTES is kept from the file as it is: a person writes there why a bar is missed.
+The text under NOTES is kept as it is: a person writes there why a bar is missed.
 """
 
 import json

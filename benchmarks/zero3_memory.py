@@ -30,7 +30,7 @@ def measure(zero: str, base: Path, work: Path) -> list[float]:
         "MAX_LENGTH": "256",
     }
     settings |= {"OUTPUT": str(work / f"zero{zero}"), "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
-    settings["MALLOC_MMAP_THRESHOLD_"] = str(2**20)  # what is freed goes back at once, else it would count as well
+    settings["MALLOC_MMAP_THRESHOLD_"] = str(2**20)  # freed memory is returned at once, else it is counted
     command = ["sh", "ds_all.sh", "--max_steps", "1", "--save_strategy", "no", "--num_reply_prompts", "0"]
     command += ["--cache_dir", str(work / "cache"), "--max_new_tokens", "1"]
     log = work / f"zero{zero}.log"

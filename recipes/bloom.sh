@@ -1,5 +1,5 @@
 #!/bin/sh
-# BLOOM 560m, 1b7, 3b, 7b1 on Belle's data; 8 x 80 GB as it stands, for the smaller ones one GPU (the README's table).
+# BLOOM 560m, 1b7, 3b, 7b1 on Belle's data; 8 x 80 GB by default, for the smaller ones one GPU (the README's table).
 #
 #   python -m sft.opendata --mix belle --output data_proj/belle
 #   sh recipes/bloom.sh

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Falcon-7B; 8 x 80 GB as it stands. falcon-rw-1b takes one GPU.
+# Falcon-7B; 8 x 80 GB by default. falcon-rw-1b takes one GPU.
 #
 #   sh recipes/falcon.sh
 #   NUM_GPUS=1 MODEL=tiiuae/falcon-rw-1b LEARNING_RATE=2e-5 sh recipes/falcon.sh

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Mistral-7B v0.1 and v0.3; 8 x 80 GB as it stands.
+# Mistral-7B v0.1 and v0.3; 8 x 80 GB by default.
 #
 #   sh recipes/mistral.sh                                     v0.3
 #   MODEL=mistralai/Mistral-7B-v0.1 sh recipes/mistral.sh

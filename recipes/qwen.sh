@@ -1,5 +1,5 @@
 #!/bin/sh
-# Qwen1.5, Qwen2.5, Qwen3; 8 x 80 GB as it stands.
+# Qwen1.5, Qwen2.5, Qwen3; 8 x 80 GB by default.
 #
 #   sh recipes/qwen.sh                                        Qwen2.5-7B
 #   MODEL=Qwen/Qwen1.5-14B sh recipes/qwen.sh                 or Qwen/Qwen1.5-4B, Qwen/Qwen3-8B-Base

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Yi 6B, 9B, 34B and 1.5; 8 x 80 GB as it stands, 34B with ZeRO-3 and offload to 580 GiB of the machine's memory.
+# Yi 6B, 9B, 34B and 1.5; 8 x 80 GB by default, 34B with ZeRO-3 and offload to 580 GiB of the machine's memory.
 #
 #   sh recipes/yi.sh                                          Yi-9B
 #   ZERO=3 OFFLOAD=1 MODEL=01-ai/Yi-34B sh recipes/yi.sh      or 01-ai/Yi-6B, 01-ai/Yi-1.5-9B
