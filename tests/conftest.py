@@ -1,4 +1,4 @@
-"""Tiny bases, built once per session; nothing here touches a network."""
+"""Tiny bases, built once per session; no network is used."""
 
 import os
 import sys
@@ -77,7 +77,7 @@ def serve(monkeypatch):
 
 
 def skip_unless_ci(reason: str) -> None:
-    """Skip a test for want of a download or program; in CI, which installs them all, let it fail."""
+    """Skip a test that lacks a download or program; in CI, which installs them all, let it fail."""
     (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
 
 

@@ -48,7 +48,7 @@ def without_code(page: str) -> str:
 
 
 def outline(page: str) -> list[str]:
-    """A line for each heading, bullet and table row: what two languages must share."""
+    """A mark for each heading, bullet and table row, equal in both languages."""
     marks = (re.match(r"#+ |\* |\|", line) for line in FENCE.sub("", read(page)).splitlines())
     return [mark.group() for mark in marks if mark]
 

@@ -1,4 +1,4 @@
-"""What a user types keeps working: flags, exit codes, knobs, names in notebooks, run.json's keys, old checkpoints.
+"""Every input of a user keeps working: flags, exit codes, knobs, names in notebooks, run.json's keys, old checkpoints.
 
 The files in tests/frozen/ were recorded at commit 37c5ef9. No test here imports a module of the project, so modules may
 move. A change that is meant is recorded by editing those files, in the commit that makes it.

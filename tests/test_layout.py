@@ -83,7 +83,7 @@ def test_a_folder_has_at_most_eight_modules_and_an_init_that_only_re_exports(fol
         assert isinstance(node, ast.ImportFrom | ast.Expr | ast.Assign), ast.dump(node)
 
 
-def test_nothing_that_must_not_exist_is_there():
+def test_forbidden_names_are_absent():
     names = [path.rsplit("/")[-1] for path in tracked()]
     assert not [name for name in names if name in ("utils.py", "common.py", "helpers.py")]
     assert not [name for name in names if re.search(r"_(old|v2)\.", name)]

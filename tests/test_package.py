@@ -1,4 +1,4 @@
-"""What `pip install .` gives: its files, its commands from any folder, and version ranges that hold the tested lock."""
+"""`pip install .`: its files, its commands from any folder, and version ranges that hold the tested lock."""
 
 import os
 import re

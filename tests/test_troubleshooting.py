@@ -13,7 +13,7 @@ PAGES = ["docs/troubleshooting.md", "docs/zh/troubleshooting.md"]
 SOURCES = sorted([*(ROOT / "sft").glob("**/*.py"), ROOT / "train.py", ROOT / "web_demo.py"])
 ERRORS = ("ValueError", "FileNotFoundError", "UserError", "RemoteError")
 OF_RECORDS = ("RecordError", "NotChosen")
-# Errors that another function of ours catches, and words with its own message; nobody sees them as they are.
+# Errors that another function of ours catches, and replaces by its own message; a user never gets them as they are.
 INNER_FILES = {"sft/format/reply.py", "sft/chat/openai_client.py"}
 INNER_MESSAGES = {"no definitions", "a block is not closed", "… is not JSON"}
 

@@ -95,7 +95,7 @@ def test_the_notebook_runs_top_to_bottom(run_notebook, checkpoint, family, lora)
 
 
 def batch_replies(batch: str) -> list[str]:
-    """The replies in the printed batch: what stands behind each question."""
+    """The replies in the printed batch: the text after each question."""
     replies = []
     for question, following in zip(QUESTIONS, [*QUESTIONS[1:], None], strict=True):
         start = batch.index(f"> {question}\n") + len(question) + 3

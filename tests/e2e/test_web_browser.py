@@ -164,7 +164,7 @@ def wait_until(holds) -> None:
         time.sleep(0.05)
 
 
-def test_the_page_speaks_the_browsers_language(browser, url):
+def test_the_page_is_in_the_browsers_language(browser, url):
     for locale, title, box in (
         ("zh-CN", "和你的模型对话", "输入消息"),
         ("en-US", "Chat with your model", "Type a message"),
