@@ -1,4 +1,4 @@
-"""What a run prints and writes: its opening lines, replies before and after, run.json, run page, card and curve."""
+"""Output of a run: its opening lines, replies before and after, run.json, run page, card and curve."""
 
 import math
 from collections.abc import Sequence
@@ -57,7 +57,7 @@ class Replies:
         return self._ask(self.fixed)
 
     def ask_all(self) -> None:
-        """Reply to all questions; the replies stand in `after`."""
+        """Reply to all questions and keep the replies in `after`."""
         self.after = self._ask(self.questions)
 
     def compare_quick(self) -> dict:
