@@ -28,9 +28,9 @@ from transformers import set_seed
 
 from sft.checkpoint.resume import check_unchanged
 from sft.dataset.collate import Collator
-from sft.dataset.dataset import CACHE_DIR, MAX_LENGTH, prepare
+from sft.dataset.dataset import MAX_LENGTH, prepare
 from sft.dataset.ledger import check_losses
-from sft.files import MAX_SHARD_SIZE
+from sft.files import CACHE_DIR, MAX_SHARD_SIZE
 from sft.launch.processes import LOST, STOPPED, Guard, Stopped
 from sft.model import adapters, attention, loss
 from sft.preview.dry_run import show_run
@@ -43,6 +43,7 @@ from sft.train.losses import group_sources
 from sft.train.setup import (
     Data,
     Run,
+    check_base_of_adapter,
     check_token_ids,
     fingerprint_of,
     lay_out_rows,
@@ -51,7 +52,15 @@ from sft.train.setup import (
     raise_problems,
     trainer_arguments,
 )
-from sft.train.summary import Replies, last_evaluation, make_record, run_page, say_opening, write_results
+from sft.train.summary import (
+    Replies,
+    last_evaluation,
+    make_record,
+    run_page,
+    say_opening,
+    store_base,
+    write_results,
+)
 from sft.train.trainer import Trainer
 
 # The flags that say how data files become tokens.
@@ -203,12 +212,14 @@ def train(run: Run, data: Data, checkpoint: str | None, guard: Guard, *, started
     set_seed(run.seed)
     guard.wait_for_all()  # on the CPU: preparing may take longer than NCCL waits in the next collective
     fingerprint = fingerprint_of(run)
+    check_base_of_adapter(run, checkpoint, guard)
     changed = check_unchanged(checkpoint, fingerprint, run.settings.training.allow_changed, say)
     trainer = build_trainer(
         run, data, guard=guard, fingerprint=fingerprint, sources=group_sources(data.with_source_names())
     )
     if checkpoint:
         trainer.continue_from(checkpoint, changed)
+    base = store_base(trainer, run)
     say_opening(trainer, run, data)
     record = make_record(run, data, trainer.model, fingerprint)
     replies = Replies(trainer, run)
@@ -220,7 +231,7 @@ def train(run: Run, data: Data, checkpoint: str | None, guard: Guard, *, started
     replies.ask_all()
     trainer.save_final()
     if trainer.is_world_process_zero():
-        record |= replies.compare_quick()
+        record |= {"base": base.wait(), **replies.compare_quick()}
         write_results(trainer, run, record, metrics, replies, seconds=time.time() - started)
         trainer.publish()
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO
 
 PARTIAL = ".partial"  # the end of every temporary name
+CACHE_DIR = ".cache"  # of tokenised data and hashes, unless a flag names another
 MAX_SHARD_SIZE = "5GB"  # of a file of weights, unless a flag names another
 HEARTBEAT_SECONDS = 1.0  # between two touches of a lock
 STALE_SECONDS = 20.0  # after which an untouched lock of another machine counts as abandoned

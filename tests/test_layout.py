@@ -12,6 +12,7 @@ from tests.conftest import ROOT
 # In the order of the flow; a folder imports only from itself and from those before it.
 ORDER = [
     "files",
+    "base",
     "tables",
     "opendata",
     "tiny",

@@ -17,6 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
+from sft.base import ADAPTER, RUN_RECORD, base_of_adapter, check_base
 from sft.chat.batching import Decoder
 from sft.chat.sampling import BLOSSOM, Sampling
 from sft.chat.token_probabilities import Piece, score
@@ -35,7 +36,7 @@ from sft.model.load import (
 
 PROMPT_END_TOKENS = 16  # that may hold the start of a thought
 LONE_END = re.compile(r"</think>[ \t]*(\n|\Z)")
-MODEL_FILES = ("config.json", "adapter_config.json")  # one of them makes a folder a model
+MODEL_FILES = ("config.json", ADAPTER)  # one of them makes a folder a model
 
 
 class Reply(NamedTuple):
@@ -232,7 +233,9 @@ def load_chat(
     if device_map:
         options["device_map"] = device_map
     tokenizer = load_tokenizer(model_path, trust_remote_code=trust_remote_code)
-    if (Path(model_path) / "adapter_config.json").is_file():
+    if (Path(model_path) / ADAPTER).is_file():
+        if base := base_of_adapter(model_path):
+            check_base(model_path, base)
         from peft import AutoPeftModelForCausalLM as Model
 
         repair_peft()
@@ -321,14 +324,20 @@ def find_model(root: str | Path = "runs") -> str:
 
 def base_of(model_path: str) -> str:
     """Return the base that a checkpoint was trained from, by the run.json beside it or its adapter's config."""
-    for name, key in (("run.json", "model"), ("adapter_config.json", "base_model_name_or_path")):
-        with suppress(OSError, ValueError, KeyError, TypeError):
-            if base := json.loads((Path(model_path) / name).read_text(encoding="utf-8"))[key]:
-                return base
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        if base := json.loads((Path(model_path) / RUN_RECORD).read_text(encoding="utf-8"))["model"]:
+            return base
+    if base := base_of_adapter(model_path):
+        return base
     raise ValueError(f"{model_path}: no run.json or adapter_config.json in it names the base; give its path")
 
 
 def load_base(chat: Chat, model_path: str, base_path: str = "auto", **options) -> Chat:
-    """Load the base of a checkpoint with the chat format of the checkpoint; ValueError if it isn't there."""
+    """Load the base of a checkpoint with the chat format of the checkpoint; ValueError if it isn't there.
+
+    With "auto" also where it is no longer the base that the checkpoint was trained from.
+    """
     base = base_of(model_path) if base_path == "auto" else base_path
+    if base_path == "auto" and check_model_path(base) is None:
+        check_base(model_path, base, remedy="name it with --base_path")
     return load_chat(base, **{**options, "chat_format": chat.renderer.name})

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from sft.base import ADAPTER
 from sft.checkpoint import zero
 from sft.checkpoint.manifest import FINGERPRINT, MANIFEST, PROGRESS, find_checkpoint, find_damage
 from sft.checkpoint.save import check_disk_space
@@ -42,7 +43,7 @@ def _write_model(checkpoint: Path, shards: zero.Shards, folder: Path, max_shard_
         is_kept = path.suffix in (".jinja", ".json", ".model", ".txt") and not path.name.endswith(".index.json")
         if is_kept and path.name not in (MANIFEST, FINGERPRINT, PROGRESS, "trainer_state.json"):
             shutil.copyfile(path, folder / path.name)
-    has_adapter = (checkpoint / "adapter_config.json").is_file()
+    has_adapter = (checkpoint / ADAPTER).is_file()
     if has_adapter:  # without the frozen base; peft's own file is what was gathered from the same shards
         shutil.copyfile(checkpoint / "adapter_model.safetensors", folder / "adapter_model.safetensors")
     else:

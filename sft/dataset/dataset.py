@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from sft.dataset import packing
 from sft.dataset.ledger import KEPT_OUTCOMES, LOST_OUTCOMES, add_up, count_outcome, new_ledger
 from sft.dataset.mixture import Mixture
-from sft.files import hold_lock, remove_abandoned, stage_folder, write_text
+from sft.files import CACHE_DIR, hold_lock, remove_abandoned, stage_folder, write_text
 from sft.format.render import Renderer
 from sft.format.tokens import IGNORE_INDEX, Rows, join_rows
 from sft.opendata.conversation import Conversation, read_conversations
@@ -27,7 +27,6 @@ from sft.opendata.files import EVAL, TRAIN, list_files, split_suffix
 
 BATCH_SIZE = 1000  # conversations per call of the tokenizer: enough to keep its threads busy, little memory
 PROOF_SIZE = 16  # conversations of the data on which a bulk encoder must prove itself
-CACHE_DIR = ".cache"
 MAX_LENGTH = 2048  # tokens of a row, unless a flag names another
 # Of each example: its source, a number of the ledger's "sources", and a number of KEPT_OUTCOMES, how it was kept.
 ORIGIN = [("source", "<i4"), ("way", "i1")]

@@ -19,13 +19,14 @@ from pathlib import Path
 from sft.chat.reply import Chat, Reply, add_model_flags, load_chat, model_options
 from sft.chat.sampling import GREEDY
 from sft.checkpoint.resume import hash_base
-from sft.dataset.dataset import CACHE_DIR, MAX_LENGTH, batches, find_files
+from sft.dataset.dataset import MAX_LENGTH, batches, find_files
 from sft.evaluate import judge, quick
 from sft.evaluate.endpoint import Calls, Endpoint, api_key, find_url_problem, read_calls
 from sft.evaluate.exam import run_exam
 from sft.evaluate.overlap import find_overlap, overlap_lines
 from sft.evaluate.protocols import Suite, align_bench, belle, mt_bench, read_winner
 from sft.evaluate.results import ANSWERS, CALLS, open_output, write_results
+from sft.files import CACHE_DIR
 
 JUDGED = ("mt-bench", "align-bench", "belle")
 QUICK_NEW_TOKENS = 256

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from sft.base import base_of_adapter, check_base
 from sft.evaluate.results import open_output, write_results
 from sft.model.load import load_tokenizer
 from sft.report.markdown import cell, table
@@ -53,9 +54,8 @@ def _model_of(options) -> tuple[str, dict]:
         tokenizer = options.model_path or options.model
         return "local-completions", {"model": options.model, "base_url": url, "tokenizer": tokenizer}
     arguments = {"pretrained": options.model_path, "trust_remote_code": options.trust_remote_code}
-    adapter = Path(options.model_path) / "adapter_config.json"
-    if adapter.is_file():
-        base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    if base := base_of_adapter(options.model_path):
+        check_base(options.model_path, base)
         arguments |= {"pretrained": base, "peft": options.model_path, "tokenizer": options.model_path}
     return "hf", arguments
 

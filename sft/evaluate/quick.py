@@ -15,7 +15,8 @@ from statistics import fmean
 
 from sft.chat.reply import Chat, Reply
 from sft.dataset.collate import Collator
-from sft.dataset.dataset import CACHE_DIR, find_files, prepare
+from sft.dataset.dataset import find_files, prepare
+from sft.files import CACHE_DIR
 from sft.format.tokens import IGNORE_INDEX
 from sft.model.loss import use_chunked_loss
 from sft.opendata.cleaning import HAN, count_han

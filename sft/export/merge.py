@@ -5,6 +5,7 @@ The written folder is loaded again, and its logits are compared with those of th
 
 from pathlib import Path
 
+from sft.base import ADAPTER, RUN_RECORD
 from sft.chat.reply import Chat, load_chat
 from sft.checkpoint.weights import saved_shapes, verify_saved
 from sft.export.output import stage_output
@@ -12,7 +13,6 @@ from sft.files import MAX_SHARD_SIZE, write_json
 from sft.format.contract import saved_run
 from sft.model.load import set_generation_config
 
-RUN_RECORD = "run.json"
 PRECISIONS = ("float32", "bfloat16", "float16")
 # Adding fp32 weights in another order moves logits by rounding, by less than this.
 MAX_LOGIT_DIFFERENCE = 1e-3
@@ -20,7 +20,7 @@ QUESTION = [{"role": "user", "content": "你好, hello: 1+1=?"}]
 
 
 def is_adapter(model_path: str) -> bool:
-    return (Path(model_path) / "adapter_config.json").is_file()
+    return (Path(model_path) / ADAPTER).is_file()
 
 
 def export_merged(

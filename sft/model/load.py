@@ -5,16 +5,16 @@ where they are used, so that a mistake in the arguments is reported before secon
 """
 
 import functools
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+
+from sft.base import ADAPTER, base_of_adapter
 
 # OpenMP's idle threads spin: on a CPU that is busy with anything else too, generation took 100 times as long
 # (dev/LOG.md). It must be set before torch is imported.
 PASSIVE_OPENMP_WAIT = ("OMP_WAIT_POLICY", "PASSIVE")
 
-ADAPTER = "adapter_config.json"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -22,6 +22,13 @@ def check_model_path(path: str, names: Sequence[str] = ("config.json",)) -> str 
     """Return what is wrong with a model folder (it must hold one of `names`), or None; a hub name is not looked up."""
     folder = Path(path).expanduser()
     if folder.is_dir():
+        if (folder / ADAPTER).is_file() and ADAPTER not in names:
+            base = base_of_adapter(folder) or "its base"
+            return (
+                f"{path}: is a LoRA adapter of {base}, not a base; merge it (python -m sft.export --model_path {path} "
+                f"--output_dir NEW) and name NEW, or continue its run with --model_name_or_path {base}, the run's "
+                "--output_dir and --resume_from_checkpoint auto"
+            )
         if not any((folder / name).is_file() for name in names):
             return f"{path}: no {' or '.join(names)} in this folder; name a model folder"
         return _check_base_of_adapter(path) if ADAPTER in names else None
@@ -35,12 +42,11 @@ def check_model_path(path: str, names: Sequence[str] = ("config.json",)) -> str 
 def _check_base_of_adapter(path: str) -> str | None:
     """Return what is wrong with the base that an adapter's folder names, or None; other folders have none."""
     config = Path(path).expanduser() / ADAPTER
-    try:
-        base = json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError, TypeError):  # a full model, or peft's own error
+    base = base_of_adapter(config.parent)  # None for a full model
+    if not base or not (problem := check_model_path(base)):
         return None
-    if not base or check_model_path(base) is None:
-        return None
+    if Path(base).expanduser().is_dir():
+        return f"{path}: its base {problem}"
     return f"{path}: its base {base} is not there; put it back, or write its new path into {config}"
 
 

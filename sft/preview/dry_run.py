@@ -33,7 +33,16 @@ from sft.preview.memory import (
 )
 from sft.preview.report import Report, Section, show_report
 from sft.preview.shape import FULL, LORA, ONE, QLORA, ZERO2, ZERO3, Plan, Shape, Step, read_shape
-from sft.train.setup import Data, Gpus, Run, count_processes, find_gpus, find_named_checkpoint, fingerprint_of
+from sft.train.setup import (
+    Data,
+    Gpus,
+    Run,
+    count_processes,
+    find_gpus,
+    find_named_checkpoint,
+    find_other_base,
+    fingerprint_of,
+)
 
 MAX_RATE_RATIO = 4.0  # of a learning rate to what is published, after scaling
 # Published runs: name, learning rate, conversations per update, epochs, source.
@@ -185,6 +194,8 @@ def describe_resume(report: Report, run: Run, *, num_rows: int) -> None:
         report.problems.append(wrong)
     if wrong or not checkpoint:
         return
+    if problem := find_other_base(run, checkpoint):
+        report.problems.append(problem)
     try:
         check_unchanged(checkpoint, new, training.allow_changed, lines.append)
     except ValueError as error:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 
+from sft.base import check_base
 from sft.checkpoint.manifest import find_checkpoint, find_damage, has_optimizer
 from sft.checkpoint.resume import hash_base, make_fingerprint, read_fingerprint
 from sft.checkpoint.save import remove_leftovers
@@ -239,6 +240,25 @@ def find_named_checkpoint(named: str | None, output_dir: str) -> tuple[str | Non
         return checkpoint, lines, f"--resume_from_checkpoint {named}: {problem}"
     wrong = f"--resume_from_checkpoint {named}: {problem}; use auto, or name another checkpoint"
     return checkpoint, lines, wrong if problem else None
+
+
+def find_other_base(run: Run, checkpoint: str | None) -> str | None:
+    """Return how the run's base differs from the one that a checkpoint's adapter was trained from, or None."""
+    allowed = (run.settings.training.allow_changed or "").replace(" ", "").split(",")
+    if checkpoint is None or not run.settings.model.lora or "base" in allowed:
+        return None
+    remedy, cache_dir = "name it with --model_name_or_path", run.settings.data.cache_dir
+    try:
+        check_base(checkpoint, run.model_path, remedy=remedy, cache_dir=cache_dir, say=say)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def check_base_of_adapter(run: Run, checkpoint: str | None, guard: Guard) -> None:
+    """Raise UserError on all ranks where the run would continue an adapter on another base; rank 0 reads the files."""
+    if problem := guard.broadcast(find_other_base(run, checkpoint) if guard.rank == 0 else None):
+        raise UserError(problem)
 
 
 def command_to_resume() -> str:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from sft.base import RUN_RECORD, BaseIdentity
 from sft.chat.reply import Chat, Reply
 from sft.chat.rows import NotFinite
 from sft.chat.sampling import GREEDY
@@ -141,6 +142,16 @@ def make_record(run: Run, data: Data, model, fingerprint: dict) -> dict:
     }
 
 
+def store_base(trainer: Trainer, run: Run) -> BaseIdentity:
+    """Hash the base in the background, on the rank that saves, and store the hash with each adapter."""
+    base = BaseIdentity(run.model_path, cache_dir=run.settings.data.cache_dir, say=say)
+    if trainer.args.should_save:
+        base.start()
+    if run.settings.model.lora:
+        base.store_with_adapters(trainer.model)
+    return base
+
+
 def say_opening(trainer: Trainer, run: Run, data: Data) -> None:
     """Print what goes in: ledger, one row with its trained tokens, mixture, tokens, steps, parameters."""
     examples, rows, renderer = data.examples, data.rows, run.renderer
@@ -217,7 +228,7 @@ def write_results(trainer: Trainer, run: Run, record: dict, metrics: dict, repli
         history.append(replies_entry(steps, fixed, replies.after[: len(fixed)]))
     asked = _entries(replies)
     record = {**record, "metrics": summary, "replies": asked, "log_history": history}
-    write_json(folder / "run.json", record)
+    write_json(folder / RUN_RECORD, record)
     write_text(folder / PAGE, render_page(record, folder, step=steps, steps=steps, finished=True))
     write_card(folder, record)
     for entry in asked[: len(replies.before)]:

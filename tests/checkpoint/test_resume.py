@@ -103,6 +103,25 @@ def test_a_run_stopped_by_a_signal_saves_that_step_and_resumes_to_the_same_bits(
     assert_same(whole, tmp_path / "stopped")
 
 
+def test_an_adapter_goes_on_with_its_moved_base_and_not_with_another_one(tiny_base, data, tmp_path, capsys):
+    base, flags = (
+        shutil.copytree(tiny_base("qwen2"), tmp_path / "base"),
+        {"lora": True, "max_steps": 2, "save_steps": 1},
+    )
+    run(base, data, tmp_path / "run", **flags)
+    base = base.rename(tmp_path / "moved")
+    again = {**flags, "max_steps": 3, "resume_from_checkpoint": "auto", "allow_changed": "max_steps"}
+    assert run(base, data, tmp_path / "run", **again)
+    weights = base / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"!")
+    for more in ({}, {"dry_run": True}):
+        with pytest.raises((SystemExit, ValueError)) as refused:
+            run(base, data, tmp_path / "run", **{**again, "max_steps": 4}, **more)
+        said = f"{refused.value} {capsys.readouterr().err}"
+        assert f"{tmp_path}/run/checkpoint-3: was trained from {tmp_path}/moved" in said
+        assert "the weights in model.safetensors differ; put that base back, or name it with --model_name" in said
+
+
 @pytest.mark.parametrize("packing", [True, False])
 def test_a_mixture_resumes_to_the_same_bits_and_another_one_is_refused(
     packing, tiny_base, data, tmp_path, monkeypatch, capsys

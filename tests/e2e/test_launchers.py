@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from sft.base import identify_base
 from sft.launch.workers import listen
 from tests.conftest import ROOT
 
@@ -156,6 +157,7 @@ def test_lora_with_rows_of_control_tokens_trains_in_bf16_under_zero_3(tmp_path, 
     done = sh("ds_all.sh", *flags, **knobs)
     assert done.returncode == 0, done.stderr[-3000:]
     adapter = load_file(tmp_path / "model" / "adapter_model.safetensors")
+    assert json.loads((tmp_path / "model" / "base.json").read_text()) == identify_base(knobs["MODEL"])
     (name,) = [name for name in adapter if "trainable_tokens" in name]
     rows = load_file(tiny_base("qwen2") / "model.safetensors")["model.embed_tokens.weight"]
     assert adapter[name].shape == (2, rows.shape[1])

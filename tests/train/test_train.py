@@ -14,6 +14,7 @@ from huggingface_hub import HfApi
 from safetensors.torch import load_file
 
 import train
+from sft.base import identify_base
 from sft.chat.reply import load_chat
 from sft.chat.sampling import GREEDY
 from sft.opendata.conversation import read_conversations
@@ -200,6 +201,8 @@ def test_lora_trains_the_rows_of_untrained_control_tokens_and_merges_to_equal_lo
             changed = (merged[name] != original[name].float()).any(dim=1)
             assert changed[stop]
             assert not changed[: stop - 2].any()
+        stored = json.loads((output / "base.json").read_text())
+        assert json.loads((output / "run.json").read_text())["base"] == stored == identify_base(str(base))
         settings = json.loads((output / "generation_config.json").read_text())
         assert settings["eos_token_id"] == load_chat(str(output)).renderer.stop_ids
 
