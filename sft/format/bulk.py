@@ -10,14 +10,19 @@ import contextlib
 import itertools
 import json
 import re
+import secrets
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer
 
 from sft.format.table import Part
 from sft.format.tokens import HALF_CHARACTER, IGNORE_INDEX, Rendered, Rows, shorten, text_around_by_decoding
+from sft.opendata.fields import RecordError
+
+if TYPE_CHECKING:
+    from sft.format.own_template import Turn
 
 MIN_FAST_BYTES = 2 << 20  # of data: for less, making the fastest encoder takes longer than it saves
 PROOF_EXTRA_TOKENS = (8, 21)  # behind a short prompt: lengths at which a bulk encoder must cut as `render` does
@@ -51,6 +56,45 @@ def cut_into_segments(parts: Sequence[Part], seam: str) -> Segments:
             pieces += [seam, piece] if reply_of else [piece]
             reply_of.append(reply)
     return Segments("".join(pieces), reply_of, [reply >= 0 for reply in reply_of], [len(reply_of)])
+
+
+def segments_of_shape(
+    shape: Sequence[tuple[str, bool, bool]],
+    turns_of: Callable[[list[dict], list[int]], Sequence["Turn"]],
+    literal: Callable[[str], str],
+    seam: str,
+) -> Segments | None:
+    """Lay out conversations of a shape by rendering placeholders; None where the template changes a text.
+
+    A shape has (role, whether it has a thought, whether it is trained) of each message; `turns_of` renders the trained
+    turns of messages, `literal` renames the control tokens of a rendered text.
+    """
+    mark = f"q{secrets.token_hex(6)}y"
+    contents = [f"{mark}{number}a \"\\'<&>\n汉 {number}b" for number in range(2 * len(shape))]
+    messages = [
+        {"role": role, "content": content, "train": train} | ({"reasoning_content": thought} if has_thought else {})
+        for (role, has_thought, train), content, thought in zip(shape, contents, contents[len(shape) :], strict=False)
+    ]
+    trained = [index for index, (role, _, train) in enumerate(shape) if role == "assistant" and train]
+    try:
+        turns = turns_of(messages, trained)
+    except RecordError:
+        return None
+    pieces, reply_of, row_sizes, row = [], [], [], ""
+    for turn in turns:
+        if not row or not turn.prompt.startswith(row):
+            row = ""
+            row_sizes.append(0)
+        pieces += [turn.prompt[len(row) :], turn.reply]
+        reply_of += [-1, turn.message]
+        row_sizes[-1] += 2
+        row = turn.prompt + turn.reply
+    template = escape_braces(literal(seam.join(pieces)))
+    for number, content in enumerate(contents):
+        template = template.replace(content, f"{{{number}}}")
+    if not turns or mark in template:
+        return None
+    return Segments(template, reply_of, [reply >= 0 for reply in reply_of], row_sizes)
 
 
 def escape_braces(text: str) -> str:

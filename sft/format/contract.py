@@ -1,14 +1,19 @@
 """The train = serve contract: the prompt ids of a server are those of training."""
 
+import itertools
 import json
 import random
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from sft.format.table import CHAT_FORMATS, FORMAT_NAMES, saved_format
 from sft.format.tokens import IGNORE_INDEX
+from sft.opendata.conversation import read_conversations
 from sft.opendata.fields import RecordError
 
 if TYPE_CHECKING:
@@ -27,28 +32,76 @@ REPLY_STARTS = (
     "- item",
     "```\ncode\n```",
 )
+NUM_PLAIN_PROBES = 2 * len(REPLY_STARTS) + 1
+MAX_READ_OF_A_FILE = 300  # records among which the conversations to check are picked
 
 
-def check_contract(renderer: "Renderer", conversations: Iterable[Sequence[dict]] = ()) -> list[str]:
+def check_contract(renderer: "Renderer", conversations: Iterable[dict | Sequence[dict]] = ()) -> list[str]:
     """Return what is wrong between training and serving for this tokenizer and format; an empty list when all is well.
 
-    Checked on built-in probes and on `conversations`: the saved template renders the same string and ids; each turn's
-    prompt is a strict prefix of the training ids; each reply ends in the stop token; typed control tokens stay plain.
+    Checked on built-in probes and on `conversations`, lists of messages or objects with `messages` and `tools`: the
+    saved template renders the same string and ids; each turn's prompt is a strict prefix of the training ids; each
+    reply ends in the stop token; typed control tokens stay plain. Conversations that the format can't hold are left
+    out: the ledger counts them.
     """
     problems: dict[str, None] = {}
     if renderer.writes_date:  # transformers writes today's date; a run that resumes has the date of its start
         renderer = renderer.on_day(date.today())
-    for messages in [*probe_conversations(), *conversations]:
+    for number, item in enumerate([*probe_conversations(), *probe_tool_conversations(), *conversations]):
+        messages, tools = (item["messages"], item.get("tools")) if isinstance(item, dict) else (item, None)
         try:
-            problems.update(dict.fromkeys(_check_conversation(renderer, list(messages))))
+            problems.update(dict.fromkeys(_check_conversation(renderer, list(messages), tools)))
         except RecordError as error:
-            if renderer.name != "base" or error.reason != "template":  # a template may refuse some conversations
+            if number < NUM_PLAIN_PROBES and (renderer.name != "base" or error.reason != "template"):
                 problems[str(error)] = None
         except ValueError as error:
             problems[str(error)] = None
     if renderer.can_text_write_control_tokens():
         problems["control tokens typed in a message become control ids"] = None
     return list(problems)
+
+
+def check_saved(tokenizer, renderer: "Renderer", conversations: Sequence[dict | Sequence[dict]] = ()) -> list[str]:
+    """Return how a saved tokenizer, with the run.json beside it, differs from the `renderer` of the training.
+
+    Template, variables, date and stop tokens must be the same, and so must the rows of `conversations`; and the saved
+    template must give a server the prompts of training.
+    """
+    from sft.format.render import Renderer  # which asks this module for the format
+
+    saved = Renderer(tokenizer, train_turns=renderer.train_turns)
+    names = ("name", "chat_template", "template_kwargs", "thinking", "stop_ids")
+    problems = [f"{name} differs" for name in names if getattr(saved, name) != getattr(renderer, name)]
+    if renderer.writes_date and saved.today != renderer.today:
+        problems.append("the date of its chat template differs")
+    if not set(renderer.stop_ids) <= trained_stop_ids(tokenizer):
+        problems.append("generation_config.json lacks a stop token")
+    if problems:
+        return problems
+    batch = [*probe_tool_conversations(), *odd_conversations(), *conversations]
+    ours, theirs = (each.render_rows(batch) for each in (renderer, saved))
+    if any(not np.array_equal(one, other) for one, other in zip(ours, theirs, strict=True)):
+        problems.append("it gives other ids or labels than training did")
+    return problems + check_contract(saved, conversations)
+
+
+def pick_conversations(files: Sequence[str], num_of_a_kind: int, **reading) -> list[dict]:
+    """Return conversations of each kind in the files' beginnings: with tools, calls, thoughts, a system text, turns.
+
+    `reading` are options of `read_conversations`.
+    """
+    picked = []
+    for file in files:
+        found = Counter()
+        readable = itertools.islice(read_conversations([file], **reading), MAX_READ_OF_A_FILE)
+        for conversation in (item[0] for item in readable if item[1] is None):
+            messages = conversation["messages"]
+            fields = {key for message in messages for key in message} & {"tool_calls", "reasoning_content"}
+            kind = (bool(conversation.get("tools")), frozenset(fields), messages[0]["role"], len(messages) > 3)
+            found[kind] += 1
+            if found[kind] <= num_of_a_kind:
+                picked.append(conversation)
+    return picked
 
 
 def odd_conversations() -> Iterable[list[dict]]:
@@ -80,34 +133,71 @@ def probe_conversations() -> Iterable[list[dict]]:
     yield [{"role": "system", "content": "Be brief."}, question, reply, question, reply]
 
 
-def _check_conversation(renderer: "Renderer", messages: list[dict]) -> Iterable[str]:
-    rows = [row for row in renderer.render_conversation(messages) if len(row.input_ids)]
+def probe_tool_conversations() -> Iterable[dict]:
+    """Conversations with a thought, a call, parallel calls and their results; a format may have no place for them."""
+    question = {"role": "user", "content": "天气 in Zürich?"}
+    thought = {"role": "assistant", "content": "4.", "reasoning_content": "Two and two.\n\nFour."}
+    yield {"messages": [question, thought, question, thought]}
+    calls = [
+        {"type": "function", "function": {"name": "probe_weather", "arguments": {"city": city}}}
+        for city in ("Zürich", 'B "q"\n<b>')
+    ]
+    results = [{"role": "tool", "content": text} for text in ('{"t": 18}', "晴")]
+    tools = [
+        {
+            "type": "function",
+            "function": {
+                "name": "probe_weather",
+                "description": "Look the weather up.",
+                "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+            },
+        }
+    ]
+    for number in (1, 2):
+        call = {"role": "assistant", "content": "", "tool_calls": calls[:number]}
+        end = [*results[:number], {"role": "assistant", "content": "18."}]
+        yield {"messages": [question, call, *end], "tools": tools}
+    yield {"messages": [question, {**call, "reasoning_content": "I call."}, *end], "tools": tools}
+
+
+def _check_conversation(renderer: "Renderer", messages: list[dict], tools: list[dict] | None) -> Iterable[str]:
+    rows = [row for row in renderer.render_conversation(messages, tools=tools) if len(row.input_ids)]
     example = repr(messages[-1]["content"][:20])
-    if _serve(renderer, messages, add_generation_prompt=False) != renderer.text(messages):
+    is_named = renderer.names_control(messages, tools)  # which a server takes for the token
+    whole = renderer.text(messages, tools=tools)
+    if not is_named and _serve(renderer, messages, tools, add_generation_prompt=False) != whole:
         yield f"the chat template renders other text than training does (reply {example})"
     for index, message in enumerate(messages):
-        if message["role"] == "assistant":
-            prompt = renderer.prompt(messages[:index], thinking=bool(message.get("reasoning_content")))
-            if prompt != _served_ids(renderer, messages[:index], thinking=bool(message.get("reasoning_content"))):
-                yield f"the chat template gives other ids than training does (reply {example})"
-            holding = [row for row in rows if row.input_ids[: len(prompt)].tolist() == prompt]
-            if not any(len(row.input_ids) > len(prompt) for row in holding):
-                yield f"the prompt is not a prefix of the training ids (reply {example})"
-            elif all(row.labels[len(prompt) :][:1].tolist() == [IGNORE_INDEX] for row in holding):
-                yield f"the first token of a reply is not trained (reply {example})"
+        history = messages[:index]
+        trains = message["role"] == "assistant" and message.get("train", True)
+        if not trains or not history or history[-1]["role"] not in ("user", "tool"):
+            continue
+        thinking = bool(message.get("reasoning_content"))
+        prompt = renderer.prompt(history, tools=tools, thinking=thinking)
+        if not is_named and prompt != _served_ids(renderer, history, tools, thinking=thinking):
+            yield f"the chat template gives other ids than training does (reply {example})"
+        holding = [row for row in rows if row.input_ids[: len(prompt)].tolist() == prompt]
+        if renderer.train_turns == "all" and not any(len(row.input_ids) > len(prompt) for row in holding):
+            yield f"the prompt is not a prefix of the training ids (reply {example})"
+        elif holding and all(row.labels[len(prompt) :][:1].tolist() == [IGNORE_INDEX] for row in holding):
+            yield f"the first token of a reply is not trained (reply {example})"
     for row in rows:
         trained = row.labels[row.labels != IGNORE_INDEX]
         if not len(trained) or trained[-1] not in renderer.stop_ids:
             yield f"a reply does not end in the stop token (reply {example})"
 
 
-def _serve(renderer: "Renderer", messages: list[dict], *, add_generation_prompt: bool, thinking: bool | None = None):
+def _serve(
+    renderer: "Renderer", messages: list[dict], tools, *, add_generation_prompt: bool, thinking: bool | None = None
+) -> str:
     """Render as a server does, by transformers' own code."""
     variables = dict(renderer.template_kwargs)
+    thinking = renderer.thinking if thinking is None else thinking
     if thinking is not None and renderer.thinking_switch:
         variables = {renderer.thinking_switch: thinking, **variables}
     return renderer.tokenizer.apply_chat_template(
-        messages,
+        renderer.as_served(messages),
+        tools=tools,
         chat_template=renderer.chat_template,
         add_generation_prompt=add_generation_prompt,
         tokenize=False,
@@ -115,8 +205,8 @@ def _serve(renderer: "Renderer", messages: list[dict], *, add_generation_prompt:
     )
 
 
-def _served_ids(renderer: "Renderer", messages: list[dict], *, thinking: bool | None) -> list[int]:
-    text = _serve(renderer, messages, add_generation_prompt=True, thinking=thinking)
+def _served_ids(renderer: "Renderer", messages: list[dict], tools, *, thinking: bool | None) -> list[int]:
+    text = _serve(renderer, messages, tools, add_generation_prompt=True, thinking=thinking)
     return renderer.tokenizer.encode(text, add_special_tokens=False)
 
 

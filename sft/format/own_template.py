@@ -9,11 +9,9 @@ and a thinking switch, and how it ends a turn, is found once by rendering probes
 
 import json
 import re
-import secrets
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from sft.format.bulk import Segments, escape_braces
 from sft.format.reply import OPENED_AT_THE_END, OPENERS, check_prompt, check_reply, texts_of
 from sft.format.template import CallForm, ChatTemplate, Escaper, in_call_form
 from sft.format.tokens import any_of
@@ -53,7 +51,7 @@ class OwnTemplate:
         self.escaper = Escaper(controls | {tag for text in inside for tag in TAG.findall(text)})
         looked_for = {text for text in inside if not re.fullmatch(r"[a-z_]+", text)}
         self._looked_for, self._equal_texts = any_of({*looked_for, *controls}), whole
-        self._depends_on_length, self._mark = template.measures_texts(), f"q{secrets.token_hex(6)}y"
+        self._depends_on_length = template.measures_texts()
         self._probe_tools = self._find_probe_tools()
         self.switch = self._find_switch()
         self.stop, self.stop_is_written = self._find_stop()
@@ -193,39 +191,6 @@ class OwnTemplate:
         if not self._equal_texts.isdisjoint(texts) or self._looked_for.search("\n".join(texts)):
             return None
         return tuple(shape)
-
-    def segments(self, shape: tuple, literal: Callable[[str], str], seam: str) -> Segments | None:
-        """Lay out conversations of a shape by rendering placeholders; None where the template changes a text."""
-        contents = [self._placeholder(number) for number in range(2 * len(shape))]
-        messages = [
-            {"role": role, "content": content, "train": train} | ({"reasoning_content": thought} if has_thought else {})
-            for (role, has_thought, train), content, thought in zip(
-                shape, contents, contents[len(shape) :], strict=False
-            )
-        ]
-        trained = [index for index, (role, _, train) in enumerate(shape) if role == "assistant" and train]
-        try:
-            turns = self.turns(messages, trained=trained)
-        except RecordError:
-            return None
-        pieces, reply_of, row_sizes, row = [], [], [], ""
-        for turn in turns:
-            if not row or not turn.prompt.startswith(row):
-                row = ""
-                row_sizes.append(0)
-            pieces += [turn.prompt[len(row) :], turn.reply]
-            reply_of += [-1, turn.message]
-            row_sizes[-1] += 2
-            row = turn.prompt + turn.reply
-        template = escape_braces(literal(seam.join(pieces)))
-        for number, content in enumerate(contents):
-            template = template.replace(content, f"{{{number}}}")
-        if not turns or self._mark in template:
-            return None
-        return Segments(template, reply_of, [reply >= 0 for reply in reply_of], row_sizes)
-
-    def _placeholder(self, number: int) -> str:
-        return f"{self._mark}{number}a \"\\'<&>\n汉 {number}b"
 
     # --- probes ---------------------------------------------------------------------------------------------------
 

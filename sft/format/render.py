@@ -25,9 +25,9 @@ from functools import lru_cache
 from sft.format import bulk
 from sft.format.contract import choose_format, odd_conversations, own_chat_template, probe_conversations, saved_run
 from sft.format.own_template import OwnTemplate
-from sft.format.reply import split_reply
+from sft.format.reply import field_beyond_text, split_reply
 from sft.format.table import CHAT_FORMATS, TURNS_TO_TRAIN, Part, adds_bos, bind_format, jinja_template, table_layout
-from sft.format.template import ChatTemplate
+from sft.format.template import ChatTemplate, in_call_form, texts_in
 from sft.format.tokens import (
     Rendered,
     Rows,
@@ -37,6 +37,7 @@ from sft.format.tokens import (
     join_rows,
     label_parts,
     rows_of_turns,
+    rows_or_reason,
     unforgeable_backend,
 )
 from sft.opendata.fields import RecordError
@@ -50,6 +51,7 @@ class Renderer:
     `stop_ids` are the ids that end a reply, the format's own first; `control_ids` all control tokens that the format
     writes. `chat_template` is the Jinja template to save. `template_kwargs` are further variables of the template,
     `today` the date for a template that writes it; both are read from a checkpoint's run.json where not given.
+    `thinking` sets the template's thinking switch of prompts that don't name it; None leaves it to the template.
     `train_turns` is "all" or "last". A batch holds lists of messages, or conversations with `messages` and `tools`.
     Raises ValueError when the tokenizer can't carry the format; the text says which format to use instead.
     """
@@ -71,6 +73,7 @@ class Renderer:
             raise ValueError(f"train_turns is {train_turns!r}; use one of {', '.join(TURNS_TO_TRAIN)}")
         run = saved_run(tokenizer)
         self.template_kwargs = dict(run.get("template_kwargs") or {} if template_kwargs is None else template_kwargs)
+        self.thinking: bool | None = run.get("thinking")
         self.today = today or date.fromisoformat(run.get("template_date") or date.today().isoformat())
         self.name, self.reason = choose_format(chat_format, tokenizer)
         self.tokenizer, self.train_turns = tokenizer, train_turns
@@ -106,7 +109,11 @@ class Renderer:
             self._own = OwnTemplate(template, self._sentinels, self.tokenizer.eos_token or "", self.template_kwargs)
         except RecordError as error:
             raise ValueError(f"chat format {self.name!r}: {error}; use chatml") from None
-        self._own_segments = lru_cache(4096)(lambda shape: self._own.segments(shape, self._literal, self._seam))
+        self._own_segments = lru_cache(4096)(self._lay_out)
+
+    def _lay_out(self, shape: tuple) -> bulk.Segments | None:
+        turns_of = lambda messages, trained: self._own.turns(messages, trained=trained)  # noqa: E731
+        return bulk.segments_of_shape(shape, turns_of, self._literal, self._seam)
 
     def _find_control_ids(self) -> None:
         if self.name == "base":
@@ -157,7 +164,14 @@ class Renderer:
     def on_day(self, today: date) -> "Renderer":
         """Return a renderer that differs in the date which its template writes."""
         options = {"template_kwargs": self.template_kwargs, "train_turns": self.train_turns}
-        return Renderer(self.tokenizer, self.name, today=today, **options)
+        renderer = Renderer(self.tokenizer, self.name, today=today, **options)
+        renderer.thinking = self.thinking
+        return renderer
+
+    def as_served(self, messages: Sequence[dict]) -> list[dict]:
+        """Return messages as a server gives them to the template: calls in its form, no loss switches."""
+        served = [{key: value for key, value in message.items() if key != "train"} for message in messages]
+        return in_call_form(served, self._own.call_form) if self._own and self._own.call_form else served
 
     def split_reply(self, text: str, *, opened: str = "") -> dict:
         """Take a reply apart into a message; `opened` is the prompt's text, whose end may open the thought."""
@@ -167,9 +181,10 @@ class Renderer:
         """Take generated ids apart into a message: content, reasoning_content and tool_calls."""
         return split_reply(self.decode(reply_ids, keep_control=True), opened=opened)
 
-    def names_control(self, messages: Sequence[dict]) -> bool:
-        """Say whether a control token is written out in a message."""
-        return any(self._controls.search(message["content"]) for message in messages)
+    def names_control(self, messages: Sequence[dict], tools: Sequence[dict] | None = None) -> bool:
+        """Say whether a control token, or a text that the template looks for, is written out in a message or a tool."""
+        pattern = self._own.escaper.pattern if self._own else self._controls
+        return any(pattern.search(text) for text in texts_in([messages, tools]))
 
     def can_text_write_control_tokens(self) -> bool:
         """Say whether text that names every control token is encoded as one of them: it must not."""
@@ -183,7 +198,7 @@ class Renderer:
         """Say whether the Jinja template renders it; a table's layout has a place for texts alone."""
         if self.name == "base":
             return True
-        field = "tools" if tools else next(filter(None, map(_field_beyond_text, messages)), "")
+        field = "tools" if tools else next(filter(None, map(field_beyond_text, messages)), "")
         if field and self._own is None:
             raise RecordError("template", f"chat format {self.name!r} has no place for {field}; use chatml")
         return bool(field)
@@ -203,7 +218,7 @@ class Renderer:
     ) -> str:
         """Render as a string, as the saved chat template does (with the header unless the last turn is a reply)."""
         if self._uses_template(messages, tools):
-            return self._own.text(messages, tools, thinking)
+            return self._own.text(messages, tools, self.thinking if thinking is None else thinking)
         layout = self._layout(tuple(message["role"] for message in messages))
         contents = [message["content"].strip() for message in messages]
         return "".join(contents[part.message] if part.text is None else part.text for part in layout)
@@ -213,11 +228,12 @@ class Renderer:
     ) -> list[int]:
         """Render messages that end with the user's turn or a call's result, up to the start of the reply.
 
-        `thinking` sets the template's switch; None leaves it to the template.
+        `thinking` sets the template's switch; None leaves it to the renderer's `thinking`.
         """
         if not messages or messages[-1]["role"] not in ("user", "tool"):
             raise ValueError("a prompt must end with a user's message")
         if self._uses_template(messages, tools):
+            thinking = self.thinking if thinking is None else thinking
             text = self._to_encode(self._own.prompt(messages, tools, thinking))
         else:
             text = "".join(part.text for part in self.parts(messages))
@@ -249,7 +265,7 @@ class Renderer:
 
     def render_or_reason(self, messages: Sequence[dict], *, max_length: int | None = None) -> Rendered:
         """Return the first row of a conversation; one that can't be rendered comes back empty, with the reason."""
-        return _or_reason(self._render_each([messages], max_length)[0])[0]
+        return rows_or_reason(self._render_each([messages], max_length)[0])[0]
 
     # --- many conversations ---------------------------------------------------------------------------------------
 
@@ -309,7 +325,8 @@ class Renderer:
         """Render conversations in bulk."""
         if self._encode is None:
             groups = (batch[start : start + NUM_AT_ONCE] for start in range(0, len(batch), NUM_AT_ONCE))
-            return join_rows([_or_reason(rows) for group in groups for rows in self._render_each(group, max_length)])
+            rendered = (rows for group in groups for rows in self._render_each(group, max_length))
+            return join_rows(list(map(rows_or_reason, rendered)))
         unpacked = [self._unpack(item) for item in batch]
         has_tools = [bool(tools) for _messages, tools in unpacked]
         segments = iter(has_tools)
@@ -320,7 +337,7 @@ class Renderer:
             self._encode,
             max_length=max_length,
             backend=self._backend,
-            render_alone=lambda index: _or_reason(self._render_each([batch[index]], max_length)[0]),
+            render_alone=lambda index: rows_or_reason(self._render_each([batch[index]], max_length)[0]),
         )
 
     def _segments(self, messages: Sequence[dict]) -> bulk.Segments | None:
@@ -328,7 +345,7 @@ class Renderer:
         if self.name == "base":
             shape = self._own.shape_of(messages)
             return self._own_segments(shape) if shape else None
-        if any([_field_beyond_text(message) for message in messages]):
+        if any([field_beyond_text(message) for message in messages]):
             return None
         return self._table_segments(tuple([message["role"] for message in messages]))
 
@@ -365,6 +382,8 @@ class Renderer:
         found = {"chat_format": self.name, "chat_format_reason": self.reason}
         if self.template_kwargs:
             found["template_kwargs"] = self.template_kwargs
+        if self.thinking is not None:
+            found["thinking"] = self.thinking
         if self.writes_date:
             found["template_date"] = self.today.isoformat()
         return found | ({"train_turns": self.train_turns} if self.train_turns != "all" else {})
@@ -381,18 +400,3 @@ class Renderer:
         ids = [int(token) for token in reply_ids]
         ends = [ids.index(stop) for stop in self.stop_ids if stop in ids]
         return self.tokenizer.decode(ids[: min(ends, default=len(ids))], skip_special_tokens=not keep_control).strip()
-
-
-def _field_beyond_text(message: dict) -> str:
-    """Name what a message holds beside text, as a table's layout has no place for it."""
-    if len(message) == 2:  # role and content, the common case
-        return "tool messages" if message["role"] == "tool" else ""
-    if message.get("tool_calls"):
-        return "calls"
-    if message.get("reasoning_content"):
-        return "thoughts"
-    return "tool messages" if message["role"] == "tool" else ""
-
-
-def _or_reason(rendered: list[Rendered] | RecordError) -> list[Rendered]:
-    return [empty_row(rendered.reason, str(rendered))] if isinstance(rendered, RecordError) else rendered

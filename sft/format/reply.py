@@ -179,6 +179,17 @@ SYNTAXES = (
 )
 
 
+def field_beyond_text(message: dict) -> str:
+    """Name what a message holds beside text, as a table's layout has no place for it."""
+    if len(message) == 2:  # role and content, the common case
+        return "tool messages" if message["role"] == "tool" else ""
+    if message.get("tool_calls"):
+        return "calls"
+    if message.get("reasoning_content"):
+        return "thoughts"
+    return "tool messages" if message["role"] == "tool" else ""
+
+
 def texts_of(message: dict) -> list[str]:
     """Return the texts of a reply that a template may write: content, thought, and names and strings of calls."""
     texts = [message.get("content") or "", message.get("reasoning_content") or ""]

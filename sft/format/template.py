@@ -202,6 +202,18 @@ class Escaper:
         return self._written.sub(lambda match: self._names[int(match.group(1))], text)
 
 
+def texts_in(value) -> Iterable[str]:
+    """Yield every text and key of a JSON value."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        yield from value
+        yield from texts_in(list(value.values()))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from texts_in(item)
+
+
 def _to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 

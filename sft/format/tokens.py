@@ -58,6 +58,11 @@ def empty_row(reason: str, why: str = "") -> Rendered:
     return Rendered(empty, empty, reason, why)
 
 
+def rows_or_reason(rendered: list[Rendered] | RecordError) -> list[Rendered]:
+    """Return the rows of a conversation, or an empty one with the reason why it is lost."""
+    return [empty_row(rendered.reason, str(rendered))] if isinstance(rendered, RecordError) else rendered
+
+
 def join_rows(rendered: Sequence[Sequence[Rendered]]) -> Rows:
     """Join the rows of a batch, one or more per conversation, into flat arrays."""
     kept = [row for rows in rendered for row in rows if len(row.input_ids)]
