@@ -12,6 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import date
 from functools import partial
 
 from sft.model import load as models
@@ -29,7 +30,7 @@ from transformers import set_seed
 from sft.checkpoint.resume import check_unchanged
 from sft.dataset.collate import Collator
 from sft.dataset.dataset import MAX_LENGTH, prepare
-from sft.dataset.ledger import check_losses
+from sft.dataset.ledger import check_losses, find_thinking_default
 from sft.files import CACHE_DIR, MAX_SHARD_SIZE
 from sft.launch.processes import LOST, STOPPED, Guard, Stopped
 from sft.model import adapters, attention, loss
@@ -44,6 +45,8 @@ from sft.train.setup import (
     Data,
     Run,
     check_base_of_adapter,
+    check_probes,
+    check_saved_folder,
     check_token_ids,
     fingerprint_of,
     lay_out_rows,
@@ -165,7 +168,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         check = raise_problems if report is None else report.check
         try:
             checkpoint = open_output_dir(settings.training, guard)
-            run = prepare_run(settings, check, checkpoint=checkpoint)
+            run = prepare_run(settings, check, checkpoint=checkpoint, today=guard.broadcast(date.today()))
             data = load_data(run, check)
             if report is None:
                 train(run, data, checkpoint, guard, started=started)
@@ -193,6 +196,8 @@ def load_data(run: Run, check: Callable) -> Data:
     for name, counted in ledgers.items():
         if name == "train" or counted["total"]["in"]:  # an empty eval.json: nothing is held out
             check(check_losses, counted, settings.max_lost)
+    run.renderer.thinking = find_thinking_default(ledger)
+    check(check_probes, run)
     check(check_token_ids, run, max(examples.largest_id, held_out.largest_id))
     return Data(examples, held_out, ledgers, lay_out_rows(run, examples, ledger) if len(examples) else None)
 
@@ -233,6 +238,7 @@ def train(run: Run, data: Data, checkpoint: str | None, guard: Guard, *, started
     if trainer.is_world_process_zero():
         record |= {"base": base.wait(), **replies.compare_quick()}
         write_results(trainer, run, record, metrics, replies, seconds=time.time() - started)
+        say(check_saved_folder(run))
         trainer.publish()
 
 

@@ -340,4 +340,6 @@ def load_base(chat: Chat, model_path: str, base_path: str = "auto", **options) -
     base = base_of(model_path) if base_path == "auto" else base_path
     if base_path == "auto" and check_model_path(base) is None:
         check_base(model_path, base, remedy="name it with --base_path")
-    return load_chat(base, **{**options, "chat_format": chat.renderer.name})
+    loaded = load_chat(base, **{**options, "chat_format": chat.renderer.name})
+    loaded.renderer.thinking = chat.renderer.thinking
+    return loaded

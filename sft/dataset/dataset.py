@@ -8,6 +8,7 @@ import mmap
 import os
 import re
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -16,7 +17,15 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from sft.dataset import packing
-from sft.dataset.ledger import KEPT_OUTCOMES, LOST_OUTCOMES, add_up, count_outcome, new_ledger
+from sft.dataset.ledger import (
+    KEPT_OUTCOMES,
+    LOST_OUTCOMES,
+    WITH_THOUGHT,
+    WITHOUT_THOUGHT,
+    add_up,
+    count_outcome,
+    new_ledger,
+)
 from sft.dataset.mixture import Mixture
 from sft.files import CACHE_DIR, hold_lock, remove_abandoned, stage_folder, write_text
 from sft.format.render import Renderer
@@ -349,12 +358,20 @@ def _readable(
         else:
             if conversation.get("tools") and renderer.ignores_definitions:
                 counts[file].notes["tools_not_written_by_the_template"] += 1
+            if renderer.thinking_switch:
+                _count_thoughts(conversation["messages"], counts[file].notes)
             yield file, line, conversation["source"], conversation
     ledger["rejected"] = +ledger["rejected"]
     ledger["notes"] = {file: dict(+found.notes) for file, found in counts.items() if +found.notes}
     ledger["not_read"] = {file: dict(found.unread) for file, found in counts.items() if found.unread}
     if reading["reasoning"] != "drop" and not keeps:
         ledger["thoughts_without_a_place"] = sum(found.notes["reasoning_dropped"] for found in counts.values())
+
+
+def _count_thoughts(messages: Sequence[dict], notes: Counter) -> None:
+    for message in messages:
+        if message["role"] == "assistant" and message.get("train", True):
+            notes[WITH_THOUGHT if message.get("reasoning_content") else WITHOUT_THOUGHT] += 1
 
 
 def batches(items: Iterable, size: int) -> Iterable[list]:

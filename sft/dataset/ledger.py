@@ -8,6 +8,7 @@ from sft.opendata.fields import list_counts
 
 KEPT_OUTCOMES = ("whole", "turns_dropped", "cut")
 LOST_OUTCOMES = ("rejected", "not_chosen", "prompt_too_long", "no_trained_token", "boundary", "template")
+WITH_THOUGHT, WITHOUT_THOUGHT = "replies_with_a_thought", "replies_without_a_thought"  # notes
 MAX_WORDS_SHOWN = 5  # of chat formats that refuse conversations
 
 
@@ -59,6 +60,16 @@ def add_up(ledger: dict) -> None:
         ledger[part] = {name: {"in": 0, "kept": 0, **counts} for name, counts in ledger[part].items()}
     ledger["rejected"], ledger["total"] = dict(ledger["rejected"]), {"in": 0, "kept": 0, **total}
     ledger["template_words"] = dict(ledger["template_words"].most_common())
+
+
+def find_thinking_default(ledger: dict) -> bool | None:
+    """Return how to set a template's thinking switch where nobody asks: as in all trained replies, None if they differ.
+
+    The notes count trained replies with and without a thought where the template has a switch.
+    """
+    notes = sum(map(Counter, ledger["notes"].values()), Counter())
+    counts = [notes[name] for name in (WITHOUT_THOUGHT, WITH_THOUGHT)]
+    return bool(counts[1]) if sum(map(bool, counts)) == 1 else None
 
 
 def ledger_lines(ledger: dict) -> list[str]:

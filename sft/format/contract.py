@@ -33,7 +33,8 @@ REPLY_STARTS = (
     "```\ncode\n```",
 )
 NUM_PLAIN_PROBES = 2 * len(REPLY_STARTS) + 1
-MAX_READ_OF_A_FILE = 300  # records among which the conversations to check are picked
+MAX_READ = 1000  # records among which the conversations to check are picked
+MIN_READ_OF_A_FILE = 20
 
 
 def check_contract(renderer: "Renderer", conversations: Iterable[dict | Sequence[dict]] = ()) -> list[str]:
@@ -70,8 +71,10 @@ def check_saved(tokenizer, renderer: "Renderer", conversations: Sequence[dict | 
     from sft.format.render import Renderer  # which asks this module for the format
 
     saved = Renderer(tokenizer, train_turns=renderer.train_turns)
-    names = ("name", "chat_template", "template_kwargs", "thinking", "stop_ids")
+    names = ("name", "template_kwargs", "thinking", "stop_ids")
     problems = [f"{name} differs" for name in names if getattr(saved, name) != getattr(renderer, name)]
+    if own_chat_template(tokenizer) != renderer.chat_template:
+        problems.append("its chat template differs")
     if renderer.writes_date and saved.today != renderer.today:
         problems.append("the date of its chat template differs")
     if not set(renderer.stop_ids) <= trained_stop_ids(tokenizer):
@@ -90,10 +93,10 @@ def pick_conversations(files: Sequence[str], num_of_a_kind: int, **reading) -> l
 
     `reading` are options of `read_conversations`.
     """
-    picked = []
+    picked, num_read = [], max(MIN_READ_OF_A_FILE, MAX_READ // max(1, len(files)))
     for file in files:
         found = Counter()
-        readable = itertools.islice(read_conversations([file], **reading), MAX_READ_OF_A_FILE)
+        readable = itertools.islice(read_conversations([file], **reading), num_read)
         for conversation in (item[0] for item in readable if item[1] is None):
             messages = conversation["messages"]
             fields = {key for message in messages for key in message} & {"tool_calls", "reasoning_content"}

@@ -1,6 +1,5 @@
 """Data and chat format of a run that is not started yet: tables by source, train = serve, leaks, rows to show."""
 
-import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -8,30 +7,20 @@ import numpy as np
 from sft.dataset.dataset import Examples, TrainingRows
 from sft.dataset.ledger import EXPLAINED, KEPT_OUTCOMES, LOST_OUTCOMES, ledger_lines
 from sft.dataset.mixture import mixture_table
-from sft.format.contract import check_contract
-from sft.format.render import Renderer
 from sft.model import adapters
-from sft.opendata.conversation import read_conversations
 from sft.preview.report import Report, Section
-from sft.train.setup import Data
+from sft.train.setup import Data, Run, pick_probes
+from sft.train.summary import describe_thinking
 
 BARS = " ▁▂▃▄▅▆▇█"
-NUM_CHECKED = 100  # conversations of the data on which train = serve is checked
 MAX_LEAKED_SHARE = 0.05  # of the held-out questions, in the training data
 MAX_SAMPLED_SOURCES = 20
 
 
-def describe_tokenizer(report: Report, renderer: Renderer, files: Sequence[str], encoding: str, *, lora: bool) -> None:
-    """Check train = serve and the stop contract on conversations of the data, and say what ends a reply."""
-    sample, named = [], 0
-    for file in files:
-        readable = read_conversations([file], encoding=encoding)
-        found = (item[0]["messages"] for item in itertools.islice(readable, NUM_CHECKED) if item[0] is not None)
-        served = [messages for messages in found if _is_served(renderer, messages)][: max(1, NUM_CHECKED // len(files))]
-        sample += [messages for messages in served if not renderer.names_control(messages)]
-        named += len(served)
-    named -= len(sample)
-    report.problems += [f"chat format {renderer.name!r}: {problem}" for problem in check_contract(renderer, sample)]
+def describe_tokenizer(report: Report, run: Run) -> None:
+    """Say what the chat format is, what ends a reply, and on how much of the data train = serve was checked."""
+    renderer, probes = run.renderer, pick_probes(run)
+    named = sum(renderer.names_control(probe["messages"], probe.get("tools")) for probe in probes)
     name = renderer.tokenizer.convert_ids_to_tokens
     stops = ", ".join(f"{name(stop)} ({stop})" for stop in renderer.stop_ids)
     pad = renderer.tokenizer.pad_token_id
@@ -41,26 +30,21 @@ def describe_tokenizer(report: Report, renderer: Renderer, files: Sequence[str],
         report.notes.append(
             f"the chat template writes the date: training uses {renderer.today}; a server's prompts differ in that line"
         )
-    lines.append(f"train = serve: checked on {len(sample):,} conversations of the data, and on those that are built in")
+    if renderer.thinking is not None:
+        lines.append(describe_thinking(renderer))
+    lines.append(f"train = serve: checked on {len(probes):,} conversations of the data, and on those that are built in")
     if named:
         report.notes.append(
-            f"{named:,} conversations write a control token, which training keeps as plain text; a server that renders "
-            "with the saved template may read it as the token"
+            f"{named:,} of the {len(probes):,} checked conversations write a control token, which training keeps as "
+            "plain text; a server that renders with the saved template may read it as the token"
         )
     if pad in renderer.stop_ids:
         report.notes.append("pad is a stop token, which does no harm here: padding is masked by position")
     unseen = adapters.untrained_ids(renderer.tokenizer, renderer)
-    if unseen and lora:
+    if unseen and run.settings.model.lora:
         rows = ", ".join(map(name, unseen))
         report.notes.append(f"LoRA: the base may never have seen {rows}; their embedding and head rows are trained too")
     report.sections.append(Section("chat format", [], lines))
-
-
-def _is_served(renderer: Renderer, messages: list[dict]) -> bool:
-    """Whether a conversation would be kept, and each of its replies has a prompt: a user's message before it."""
-    roles = [message["role"] for message in messages]
-    asked = all(before == "user" for before, role in zip(["", *roles], roles, strict=False) if role == "assistant")
-    return asked and roles[-1] == "assistant" and renderer.render_or_reason(messages).outcome in KEPT_OUTCOMES
 
 
 def describe_all_data(report: Report, data: Data, stop_ids: Sequence[int]) -> np.ndarray:

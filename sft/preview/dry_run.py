@@ -69,8 +69,7 @@ def show_run(report: Report, run: Run, data: Data) -> None:
     check_weights(report, run.model_path)
     check_held_out(report, run.files.times, settings.data.data_path)
     report.notes += describe_skipped(run.files.skipped)
-    files, encoding = list(run.files.times), settings.data.encoding
-    describe_tokenizer(report, run.renderer, files, encoding, lora=settings.model.lora)
+    describe_tokenizer(report, run)
     if data.rows is not None:
         trained = describe_all_data(report, data, run.renderer.stop_ids)["trained"]
         report.steps, report.step_bytes = describe_run(report, run, data.rows, trained)

@@ -23,7 +23,7 @@ from sft.checkpoint.resume import hash_base, make_fingerprint, read_fingerprint
 from sft.checkpoint.save import remove_leftovers
 from sft.dataset.dataset import Examples, TrainingRows, file_hashes, find_files
 from sft.dataset.mixture import mix
-from sft.format.contract import check_contract
+from sft.format.contract import check_contract, check_saved, pick_conversations
 from sft.format.render import Renderer
 from sft.launch.processes import Guard, UserError
 from sft.model import load as models
@@ -32,6 +32,8 @@ from sft.report.provenance import package_versions, without_secrets
 from sft.report.text import say
 from sft.train.arguments import Settings
 from sft.train.checks import parse_gpu
+
+NUM_PROBES_OF_A_KIND = 4  # conversations of each kind in a file on which train = serve is checked
 
 
 @dataclass(frozen=True)
@@ -85,10 +87,10 @@ def raise_problems(function: Callable, *arguments, **options) -> Any:
     return function(*arguments, **options)
 
 
-def prepare_run(settings: Settings, check: Callable, *, checkpoint: str | None) -> Run:
+def prepare_run(settings: Settings, check: Callable, *, checkpoint: str | None, today: date) -> Run:
     """Find the model and the files, load the tokenizer, and bind the chat format to it; `check` calls a check.
 
-    A run that resumes keeps its checkpoint's date, which a chat template may write into prompts.
+    A chat template may write `today` into prompts, one date on all ranks; a run that resumes keeps its checkpoint's.
     """
     path = models.absolute(settings.model.model_name_or_path)
     trust_remote_code = settings.model.trust_remote_code
@@ -100,7 +102,7 @@ def prepare_run(settings: Settings, check: Callable, *, checkpoint: str | None) 
         data.chat_format,
         trust_remote_code=trust_remote_code,
         template_kwargs=json.loads(data.template_kwargs) or None,
-        today=find_template_date(checkpoint),
+        today=find_template_date(checkpoint) or today,
         train_turns=data.train_turns,
     )
     times, held_out = find_files(data.data_path, data.eval_data_path or (), data.replay_path or ())
@@ -121,6 +123,37 @@ def load_renderer(model_path: str, chat_format: str, *, trust_remote_code: bool,
         )
     tokenizer.chat_template = renderer.chat_template
     return renderer
+
+
+def pick_probes(run: Run) -> list[dict]:
+    """Return conversations of the training data on which train = serve is checked: some of each kind in each file."""
+    data = run.settings.data
+    keeps = data.reasoning != "drop" and run.renderer.keeps_reasoning
+    reading = {"encoding": data.encoding, "preference": data.preference, "reasoning": "keep" if keeps else "drop"}
+    return pick_conversations(list(run.files.times), NUM_PROBES_OF_A_KIND, **reading)
+
+
+def check_probes(run: Run) -> int:
+    """Return on how many conversations of the data train = serve was checked; ValueError if it isn't so."""
+    probes = pick_probes(run)
+    if problems := check_contract(run.renderer, probes):
+        raise ValueError(f"chat format {run.renderer.name!r} on this data: {'; '.join(problems[:3])}")
+    return len(probes)
+
+
+def check_saved_folder(run: Run) -> str:
+    """Read the saved tokenizer again, and compare it with training on the data's own conversations; return a line.
+
+    ValueError names what a server would do otherwise than training did.
+    """
+    probes = pick_probes(run)
+    tokenizer = models.load_tokenizer(run.output_dir, trust_remote_code=run.settings.model.trust_remote_code)
+    if problems := check_saved(tokenizer, run.renderer, probes):
+        raise ValueError(
+            f"{run.output_dir}: the model is saved, but its tokenizer and chat template are not those of the "
+            f"training: {'; '.join(problems[:3])}; don't serve it from this folder"
+        )
+    return f"saved folder: train = serve, checked on {len(probes):,} conversations of the data"
 
 
 def find_template_date(checkpoint: str | None) -> date | None:

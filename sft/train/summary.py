@@ -1,5 +1,6 @@
 """Output of a run: its opening lines, replies before and after, run.json, run page, card and curve."""
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,6 +16,7 @@ from sft.dataset.ledger import ledger_lines
 from sft.dataset.mixture import mixture_table
 from sft.evaluate import quick
 from sft.files import write_json, write_text
+from sft.format.render import Renderer
 from sft.model.load import context_window, count_parameters
 from sft.opendata.conversation import read_conversations
 from sft.opendata.files import describe_skipped
@@ -162,6 +164,8 @@ def say_opening(trainer: Trainer, run: Run, data: Data) -> None:
     say(f"chat format {renderer.name}: {renderer.reason}")
     if renderer.writes_date:
         say(f"the chat template writes the date: this run trains with {renderer.today}, a server writes its own")
+    if renderer.thinking is not None:
+        say(describe_thinking(renderer))
     say(f"first row, trained tokens marked (chat format {renderer.name}):")
     say(paint(renderer.tokenizer, **examples[0]))
     if not rows.mixture.is_plain:
@@ -174,6 +178,14 @@ def say_opening(trainer: Trainer, run: Run, data: Data) -> None:
     _say_steps(trainer, rows, renderer.stop_ids)
     trained, total = count_parameters(trainer.model)
     say(f"parameters: {total:,}, trained {trained:,} ({trained / total:.1%})")
+
+
+def describe_thinking(renderer: Renderer) -> str:
+    """Say how the template's thinking switch stands by default after this training, and how a server is told so."""
+    state, kind = ("on", "have") if renderer.thinking else ("off", "lack")
+    variable = json.dumps({renderer.thinking_switch: renderer.thinking})
+    why = f"all trained replies {kind} a thought"
+    return f"thinking is {state} by default, as {why}; tell a server by chat_template_kwargs {variable}"
 
 
 def _say_steps(trainer: Trainer, rows, stop_ids: list[int]) -> None:

@@ -29,7 +29,8 @@ def build_page(handlers: Handlers) -> gr.Blocks:
         with gr.Accordion(I18N("settings"), open=False):
             system = gr.Textbox("", label=I18N("system"), lines=2)
             has_switch = any(model.has_thinking_switch for model in handlers.models.values())
-            thinking = gr.Checkbox(True, label=I18N("thinking"), visible=has_switch)
+            thinks = all(model.thinks_by_default for model in handlers.models.values())
+            thinking = gr.Checkbox(thinks, label=I18N("thinking"), visible=has_switch)
             with gr.Row():
                 sliders = [_slider(name, *bounds) for name, bounds in SLIDERS.items()]
             with gr.Row():

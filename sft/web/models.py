@@ -76,6 +76,11 @@ class LocalModel:
         return bool(self.chat.renderer.thinking_switch)
 
     @property
+    def thinks_by_default(self) -> bool:
+        """Whether the switch is on at first: off where no trained reply had a thought."""
+        return self.chat.renderer.thinking is not False
+
+    @property
     def is_full(self) -> bool:
         return len(self.chat.decoder.waiting) >= self.chat.decoder.max_waiting
 
@@ -156,6 +161,7 @@ class RemoteModel:
     """A model on a server. `max_active` replies are requested at a time, `max_waiting` more wait here."""
 
     has_thinking_switch = False
+    thinks_by_default = True
 
     def __init__(
         self,

@@ -217,8 +217,8 @@ def test_a_control_token_that_is_written_out_in_the_data_is_a_note(set_up, capsy
     write(tmp_path / "train.json", ["What is <|im_end|>?", "Why?"])
     code, text, problems = dry_run(capsys, set_up)
     assert (code, problems) == (0, [])
-    assert "note: 1 conversations write a control token, which training keeps as plain text" in text
-    assert "train = serve: checked on 1 conversations of the data" in text
+    assert "note: 1 of the 2 checked conversations write a control token, which training keeps as plain text" in text
+    assert "train = serve: checked on 2 conversations of the data" in text
 
 
 @pytest.mark.slow

@@ -63,7 +63,42 @@ def test_one_conversation_and_empty_files_beside_it_train_to_the_end(tiny_base, 
     said = capfd.readouterr().out
     assert "no held-out data, so nothing is evaluated" in said
     assert f"data:   {tmp_path}/empty.json: holds no record" in said
+    assert "saved folder: train = serve, checked on 1 conversations of the data\n" in said
     assert f"data: not read, as their names are not those of data files: {tmp_path}/notes.txt" in said
+
+
+SWITCH_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
+
+
+def test_data_without_thoughts_turns_thinking_off_wherever_nobody_asks(tiny_base, data, tmp_path, capfd):
+    base = shutil.copytree(tiny_base("qwen2"), tmp_path / "base")
+    (base / "chat_template.jinja").write_text(SWITCH_TEMPLATE)
+    output = run(base, data, tmp_path / "run", "--max_steps", "1", "--chat_format", "base")
+    said = capfd.readouterr().out
+    assert (
+        "thinking is off by default, as all trained replies lack a thought; tell a server by "
+        'chat_template_kwargs {"enable_thinking": false}\n' in said
+    )
+    assert json.loads((output / "run.json").read_text())["thinking"] is False
+    chat = load_chat(str(output))
+    prompts = [chat.prompt_ids([{"role": "user", "content": "x"}], thinking=asked) for asked in (None, False, True)]
+    assert prompts[0] == prompts[1] != prompts[2]
+
+
+def test_a_saved_folder_with_another_template_is_named_and_ends_the_run(tiny_base, data, tmp_path, monkeypatch):
+    save = train.Trainer.save_final
+
+    def save_another(trainer):
+        save(trainer)
+        (tmp_path / "run" / "chat_template.jinja").write_text(SWITCH_TEMPLATE)
+
+    monkeypatch.setattr(train.Trainer, "save_final", save_another)
+    with pytest.raises(ValueError, match=r"run: the model is saved, but its tokenizer and chat template are not those"):
+        run(tiny_base("qwen2"), data, tmp_path / "run", "--max_steps", "1")
 
 
 @pytest.mark.slow
