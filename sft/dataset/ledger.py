@@ -63,7 +63,7 @@ def add_up(ledger: dict) -> None:
 
 
 def find_thinking_default(ledger: dict) -> bool | None:
-    """Return how to set a template's thinking switch where nobody asks: as in all trained replies, None if they differ.
+    """Return the default of a template's thinking switch: as in all trained replies, None if they differ.
 
     The notes count trained replies with and without a thought where the template has a switch.
     """

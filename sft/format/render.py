@@ -269,14 +269,6 @@ class Renderer:
 
     # --- many conversations ---------------------------------------------------------------------------------------
 
-    def render_batch(self, batch: Sequence, *, max_length: int | None = None) -> list[Rendered]:
-        """Render conversations of one row each."""
-        rendered = self._render_each(batch, max_length)
-        for rows in rendered:
-            if isinstance(rows, RecordError):
-                raise rows
-        return [row for rows in rendered for row in rows]
-
     def _render_each(self, batch: Sequence, max_length: int | None) -> list[list[Rendered] | RecordError]:
         """Render conversations in few calls of the tokenizer, which shares them among its threads."""
         rendered: list = [None] * len(batch)

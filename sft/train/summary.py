@@ -181,11 +181,11 @@ def say_opening(trainer: Trainer, run: Run, data: Data) -> None:
 
 
 def describe_thinking(renderer: Renderer) -> str:
-    """Say how the template's thinking switch stands by default after this training, and how a server is told so."""
+    """Say what the thinking switch's default is after this training, and how to set it in a server."""
     state, kind = ("on", "have") if renderer.thinking else ("off", "lack")
     variable = json.dumps({renderer.thinking_switch: renderer.thinking})
     why = f"all trained replies {kind} a thought"
-    return f"thinking is {state} by default, as {why}; tell a server by chat_template_kwargs {variable}"
+    return f"thinking is {state} by default, as {why}; set it in a server by chat_template_kwargs {variable}"
 
 
 def _say_steps(trainer: Trainer, rows, stop_ids: list[int]) -> None:

@@ -198,10 +198,10 @@ def test_max_length_is_kept_exactly_and_a_row_that_just_fits_is_whole(renderer):
 
 def test_a_batch_gives_the_same_rows_as_one_by_one(renderer):
     batch = [TURNS, TURNS[:2], [SYSTEM, *TURNS]]
-    for together, messages in zip(renderer.render_batch(batch), batch, strict=True):
-        alone = renderer.render(messages)
-        assert together.input_ids.tolist() == alone.input_ids.tolist()
-        assert together.labels.tolist() == alone.labels.tolist()
+    together, alone = renderer.render_rows(batch), [renderer.render(messages) for messages in batch]
+    assert together.lengths.tolist() == [len(row.input_ids) for row in alone]
+    assert together.input_ids.tolist() == [token for row in alone for token in row.input_ids.tolist()]
+    assert together.labels.tolist() == [token for row in alone for token in row.labels.tolist()]
 
 
 def test_a_reply_decodes_to_the_text_that_was_trained(renderer):

@@ -74,13 +74,13 @@ SWITCH_TEMPLATE = (
 )
 
 
-def test_data_without_thoughts_turns_thinking_off_wherever_nobody_asks(tiny_base, data, tmp_path, capfd):
+def test_data_without_thoughts_turns_thinking_off_by_default(tiny_base, data, tmp_path, capfd):
     base = shutil.copytree(tiny_base("qwen2"), tmp_path / "base")
     (base / "chat_template.jinja").write_text(SWITCH_TEMPLATE)
     output = run(base, data, tmp_path / "run", "--max_steps", "1", "--chat_format", "base")
     said = capfd.readouterr().out
     assert (
-        "thinking is off by default, as all trained replies lack a thought; tell a server by "
+        "thinking is off by default, as all trained replies lack a thought; set it in a server by "
         'chat_template_kwargs {"enable_thinking": false}\n' in said
     )
     assert json.loads((output / "run.json").read_text())["thinking"] is False
