@@ -44,10 +44,15 @@ def verify_saved(folder: Path, expected: dict[str, tuple[int, ...]] | None = Non
 def saved_shapes(model) -> dict[str, tuple[int, ...]] | None:
     """Return the shapes that a full model's files must hold; tied tensors are saved once, under the untied name.
 
+    transformers saves a model under the names of the published checkpoints: fused experts as a tensor for each expert.
     None for an adapter: its names change on saving, so `verify_saved` checks the tensors that it finds.
     """
     if hasattr(model, "peft_config"):
         return None
+    import torch
+    from transformers.core_model_loading import revert_weight_conversion
+
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in model.named_parameters()}
-    return {name: shape for name, shape in shapes.items() if name not in tied}
+    without_memory = {name: torch.empty(shape, device="meta") for name, shape in shapes.items() if name not in tied}
+    return {name: tuple(weight.shape) for name, weight in revert_weight_conversion(model, without_memory).items()}

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sft.checkpoint.weights import verify_saved
+from sft.checkpoint.weights import saved_shapes, verify_saved
 
 
 def test_saved_tensors_are_read_again_and_checked(tmp_path):
@@ -25,3 +25,20 @@ def test_saved_tensors_that_are_not_finite_or_not_there_are_refused(tmp_path):
     save_file({"a": torch.zeros(0)}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="tensor a is empty or not finite"):
         verify_saved(tmp_path)
+
+
+def test_fused_experts_are_expected_as_they_are_saved_one_by_one(tmp_path):
+    """A full fine-tuning of a mixture would else be refused when it is saved, after the night."""
+    from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "moe_intermediate_size": 8, "head_dim": 8, "vocab_size": 32}
+    counts = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "num_experts": 4}
+    AutoModelForCausalLM.from_config(Qwen3MoeConfig(**sizes, **counts)).save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    model.save_pretrained(tmp_path / "saved")
+    expected = saved_shapes(model)
+    assert expected["model.layers.0.mlp.experts.3.down_proj.weight"] == (16, 8)
+    assert not [name for name in expected if name.endswith("experts.down_proj")]
+    assert verify_saved(tmp_path / "saved", expected) == model.num_parameters()
+    with pytest.raises(ValueError, match=r"1 tensors are missing, model.layers.0.mlp.experts.4.down_proj.weight"):
+        verify_saved(tmp_path / "saved", expected | {"model.layers.0.mlp.experts.4.down_proj.weight": (16, 8)})
