@@ -207,7 +207,7 @@ def preview(run: Run, data: Data, report: Report, guard: Guard) -> None:
 
     With --probe_steps the weights are read after that, and a few steps made and measured, of which nothing is kept.
     """
-    show_run(report, run, data)
+    show_run(report, run, data, guard, build_trainer)
     if run.settings.training.probe_steps:
         measure_steps(report, run, data, guard, build_trainer)
 

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 WIDTH = 64
 VOCABULARY = 512
+VOCABULARY_SIZES = r"(unpadded_|decoder_)?vocab_size(_per_layer_input)?"
+TOKEN_IDS = ("token_id", "token_ids")
 # Settings of a config that size something, by a pattern of their whole name, and their value in a twin.
 SIZES = (
     (
@@ -15,7 +17,7 @@ SIZES = (
         WIDTH,
     ),
     (r"mamba_d_ssm", 2 * WIDTH),
-    (r"(unpadded_|decoder_)?vocab_size(_per_layer_input)?|ngram_vocab_size_base", VOCABULARY),
+    (rf"{VOCABULARY_SIZES}|ngram_vocab_size_base", VOCABULARY),
     (r"(swa_|global_)?num_attention_heads|n_heads?|num_heads|num_query_groups|linear_num_(value_)?heads", 4),
     (r"mamba_n(um)?_heads|n_mamba_heads", 8),
     (r"linear_num_key_heads|index(er)?_n_heads|o_groups|heads_per_ngram|split_ngram_parts", 2),
@@ -105,17 +107,21 @@ def not_sharded() -> Iterator[None]:
         deepspeed._hf_deepspeed_config_weak_ref = config
 
 
-def shrink_config(config, *, layers_of_a_kind: int = 2, window: int = 24):
-    """Return a config of the same type with a few layers of each kind, small sizes and windows of `window` tokens."""
+def shrink_config(config, *, layers_of_a_kind: int = 2, window: int = 24, keep_vocabulary: bool = False):
+    """Return a config of the same type with a few layers of each kind, small sizes and windows of `window` tokens.
+
+    With `keep_vocabulary` its token ids and embedding rows are the config's own.
+    """
     small = copy.deepcopy(config)
     text = small.get_text_config()
     settings = text.to_dict()
-    _shrink_part(text, settings, choose_layers(settings, layers_of_a_kind), window)
+    limits = {"window": window, "keep_vocabulary": keep_vocabulary}
+    _shrink_part(text, settings, choose_layers(settings, layers_of_a_kind), **limits)
     for name in {*small.sub_configs, *text.sub_configs, *PARTS}:
         part = getattr(small, name, None) or getattr(text, name, None)
         if hasattr(part, "to_dict") and part is not text:
             settings = part.to_dict()
-            _shrink_part(part, settings, list(range(min(2, count_layers(settings)))), window)
+            _shrink_part(part, settings, list(range(min(2, count_layers(settings)))), **limits)
     return small
 
 
@@ -155,7 +161,7 @@ def _is_by_layer(name: str, value, count: int) -> bool:
     return is_list and not _is_layer_numbers(name, value) and "token" not in name
 
 
-def _shrink_part(config, settings: dict, layers: list[int], window: int) -> None:
+def _shrink_part(config, settings: dict, layers: list[int], *, window: int, keep_vocabulary: bool) -> None:
     count = count_layers(settings)
     num_heads = next((settings[name] for name in NUM_HEADS if isinstance(settings.get(name), int)), 4)
     small = {}
@@ -166,7 +172,9 @@ def _shrink_part(config, settings: dict, layers: list[int], window: int) -> None
             small[name] = [layers.index(layer) for layer in value if layer in layers]
         elif _is_by_layer(name, value, count):
             small[name] = [_shrink_setting(name, value[layer], num_heads, window) for layer in layers]
-        elif name.endswith(("token_id", "token_ids")):
+        elif keep_vocabulary and (re.fullmatch(VOCABULARY_SIZES, name) or name.endswith(TOKEN_IDS)):
+            small[name] = value
+        elif name.endswith(TOKEN_IDS):
             small[name] = _shrink_ids(value)
         elif name.startswith("rope_") and isinstance(value, dict):
             small[name] = _shrink_rope(value)

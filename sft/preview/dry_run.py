@@ -7,7 +7,7 @@ run, or spoil it without an error.
 import json
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from sft.checkpoint.manifest import PROGRESS
 from sft.checkpoint.resume import check_unchanged
 from sft.dataset.dataset import TrainingRows
 from sft.dataset.sampler import Updates
+from sft.launch.processes import Guard
 from sft.model import load as models
 from sft.opendata.files import EVAL, describe_skipped, split_suffix
 from sft.preview.data import describe_all_data, describe_tokenizer, heaviest_rows
@@ -33,6 +34,7 @@ from sft.preview.memory import (
 )
 from sft.preview.report import Report, Section, show_report
 from sft.preview.shape import FULL, LORA, ONE, QLORA, ZERO2, ZERO3, Plan, Shape, Step, read_shape
+from sft.preview.twin import try_on_twin
 from sft.train.setup import (
     Data,
     Gpus,
@@ -63,8 +65,11 @@ RECIPES = {
 }
 
 
-def show_run(report: Report, run: Run, data: Data) -> None:
-    """Describe and check a run, print the report, and write it as a page; exit 2 when it has a problem."""
+def show_run(report: Report, run: Run, data: Data, guard: Guard, build_trainer: Callable) -> None:
+    """Describe and check a run, print the report, and write it as a page; exit 2 when it has a problem.
+
+    A tiny twin of the model goes through the run, but for one with --probe_steps: its real model does.
+    """
     settings = run.settings
     check_weights(report, run.model_path)
     check_held_out(report, run.files.times, settings.data.data_path)
@@ -75,6 +80,8 @@ def show_run(report: Report, run: Run, data: Data) -> None:
         report.steps, report.step_bytes = describe_run(report, run, data.rows, trained)
         if settings.training.resume_from_checkpoint:
             describe_resume(report, run, num_rows=len(data.rows))
+        if not settings.training.probe_steps and settings.training.world_size == 1:
+            try_on_twin(report, run, data, guard, build_trainer)
     show_report(report, run)
 
 
