@@ -13,6 +13,7 @@ from tests.conftest import ROOT
 ORDER = [
     "files",
     "base",
+    "embeddings",
     "tables",
     "opendata",
     "tiny",

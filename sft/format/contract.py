@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from sft.embeddings import find_untrained
 from sft.format.table import CHAT_FORMATS, FORMAT_NAMES, saved_format
 from sft.format.tokens import IGNORE_INDEX
 from sft.opendata.conversation import read_conversations
@@ -237,8 +238,8 @@ def choose_format(name: str, tokenizer) -> tuple[str, str]:
     """Resolve "auto" to a format; return its name and why.
 
     A checkpoint of ours keeps its format. A chat model keeps its own template where that passes the contract, else
-    ChatML or Mistral's. A base model gets Blossom's, which is made of ordinary characters: base Qwen has a ChatML
-    template too, but its `<|im_end|>` row was never trained.
+    ChatML or Mistral's. A base model gets Blossom's, which is made of ordinary characters: base Qwen2.5 has a ChatML
+    template too, but the embedding row of its `<|im_end|>` was never trained.
     """
     if name not in FORMAT_NAMES:
         raise ValueError(f"unknown chat format {name!r}; use one of {', '.join(FORMAT_NAMES)}")
@@ -248,28 +249,49 @@ def choose_format(name: str, tokenizer) -> tuple[str, str]:
     saved = saved_format(template) or saved_run(tokenizer).get("chat_format")
     if saved in FORMAT_NAMES[1:]:
         return saved, "the checkpoint was trained with it"
-    problem = find_own_template_problem(tokenizer) if template else "it has no chat template"
+    if not template:
+        return "blossom", "made of ordinary characters, for a base model; it has no chat template"
+    problem, untrained, reason = judge_own_template(tokenizer)
     if not problem:
-        return "base", "the model's own template passes the checks, and the model was trained on its stop token"
-    if tokenizer.eos_token == CHAT_FORMATS["chatml"].end:
+        return "base", f"the model's own template passes the checks, and {reason}"
+    chatml_end = CHAT_FORMATS["chatml"].end
+    if tokenizer.eos_token == chatml_end and chatml_end not in untrained:
         return "chatml", f"the model ends its turns with {tokenizer.eos_token}; {problem}"
     if CHAT_FORMATS["mistral"].user[1].strip() in template:
         return "mistral", f"the model's template is Mistral's; {problem}"
     return "blossom", f"made of ordinary characters, for a base model; {problem}"
 
 
-def find_own_template_problem(tokenizer) -> str:
-    """Return why `auto` doesn't take a tokenizer's own chat template, or ""."""
+def judge_own_template(tokenizer) -> tuple[str, list[str], str]:
+    """Return why `auto` doesn't take a tokenizer's own chat template, its untrained control tokens, and why it does.
+
+    A model is a chat model where the embedding rows of the template's control tokens are trained, as far as its files
+    show that, or else where it is known to end its replies with the template's stop token.
+    """
     from sft.format.render import Renderer  # which asks this module for the format
 
     try:
         renderer = Renderer(tokenizer, "base")
     except ValueError as error:
-        return str(error)
-    if renderer.stop_ids[0] not in trained_stop_ids(tokenizer):
-        stop = tokenizer.convert_ids_to_tokens(renderer.stop_ids[0])
-        return f"its own template ends turns with {stop}, on which it may not have been trained"
-    return next(iter(check_contract(renderer)), "")
+        return str(error), [], ""
+    name = tokenizer.convert_ids_to_tokens
+    ids = sorted({*renderer.control_ids, renderer.stop_ids[0]})
+    found = find_untrained(tokenizer.name_or_path, ids, num_tokens=len(tokenizer))
+    if found and found.untrained_ids:
+        untrained = list(map(name, found.untrained_ids))
+        rows = "row was" if len(untrained) == 1 else "rows were"
+        return f"its own template writes {', '.join(untrained)}, whose embedding {rows} never trained", untrained, ""
+    stop, looked = name(renderer.stop_ids[0]), "its embedding rows were not looked at, as they are not here"
+    if found and found.has_example:
+        looked = f"the embedding rows of {', '.join(map(name, ids))} are trained"
+    elif found:
+        looked = f"the embedding rows of {', '.join(map(name, ids))} look trained"
+    if renderer.stop_ids[0] not in trained_stop_ids(tokenizer) and not (found and found.has_example):
+        return f"its own template ends turns with {stop}, on which it may not have been trained ({looked})", [], ""
+    known = (
+        "" if renderer.stop_ids[0] not in trained_stop_ids(tokenizer) else f"the model ends its replies with {stop}; "
+    )
+    return next(iter(check_contract(renderer)), ""), [], known + looked
 
 
 def trained_stop_ids(tokenizer) -> set[int]:

@@ -90,19 +90,20 @@ def raise_problems(function: Callable, *arguments, **options) -> Any:
 def prepare_run(settings: Settings, check: Callable, *, checkpoint: str | None, today: date) -> Run:
     """Find the model and the files, load the tokenizer, and bind the chat format to it; `check` calls a check.
 
-    A chat template may write `today` into prompts, one date on all ranks; a run that resumes keeps its checkpoint's.
+    A chat template may write `today` into prompts, one date on all ranks; a run that resumes keeps its
+    checkpoint's, and with "auto" its chat format too.
     """
     path = models.absolute(settings.model.model_name_or_path)
     trust_remote_code = settings.model.trust_remote_code
     models.load_config(path, trust_remote_code=trust_remote_code)  # a broken one ends a dry run too
     check(models.check_window, path, settings.data.max_length, trust_remote_code=trust_remote_code)
-    data = settings.data
+    data, trained = settings.data, find_trained_format(checkpoint)
     renderer = load_renderer(
         path,
-        data.chat_format,
+        trained.get("name", "auto") if data.chat_format == "auto" else data.chat_format,
         trust_remote_code=trust_remote_code,
         template_kwargs=json.loads(data.template_kwargs) or None,
-        today=find_template_date(checkpoint) or today,
+        today=date.fromisoformat(trained["date"]) if "date" in trained else today,
         train_turns=data.train_turns,
     )
     times, held_out = find_files(data.data_path, data.eval_data_path or (), data.replay_path or ())
@@ -156,10 +157,9 @@ def check_saved_folder(run: Run) -> str:
     return f"saved folder: train = serve, checked on {len(probes):,} conversations of the data"
 
 
-def find_template_date(checkpoint: str | None) -> date | None:
-    """Return the date that a checkpoint's chat template was rendered with; None without one."""
-    found = read_fingerprint(checkpoint)["exact"].get("chat_format", {}) if checkpoint else {}
-    return date.fromisoformat(found["date"]) if "date" in found else None
+def find_trained_format(checkpoint: str | None) -> dict:
+    """Return the name of the chat format that a checkpoint was trained with, and the date that its template wrote."""
+    return read_fingerprint(checkpoint)["exact"].get("chat_format", {}) if checkpoint else {}
 
 
 def check_token_ids(run: Run, largest_id: int) -> None:

@@ -1,11 +1,21 @@
 """Train = serve with tools and thoughts, and on a folder that was saved; which format `auto` takes."""
 
 import json
+import shutil
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from sft.format.contract import check_contract, check_saved, pick_conversations, probe_tool_conversations
+from sft.embeddings import find_untrained
+from sft.format.contract import (
+    check_contract,
+    check_saved,
+    choose_format,
+    pick_conversations,
+    probe_tool_conversations,
+)
 from sft.format.render import Renderer
 
 USER, ASSISTANT = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}
@@ -64,6 +74,92 @@ def test_a_conversation_whose_tools_are_rendered_otherwise_than_served_is_found(
     assert check_contract(renderer, probes) == []
     monkeypatch.setattr(renderer._own, "prompt", lambda messages, tools, thinking: "<|im_start|>assistant\n")
     assert any("gives other ids than training does" in problem for problem in check_contract(renderer, probes))
+
+
+# --- the choice of `auto` -----------------------------------------------------------------------------------------
+
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture
+def chosen(tiny_base, tmp_path):
+    """Return a function that changes a tiny Qwen's embedding rows and returns what `auto` chooses."""
+
+    def choose(change=None, eos: str = "<|endoftext|>", kind=torch.bfloat16) -> tuple[str, str]:
+        folder = tmp_path / "base"
+        shutil.copytree(tiny_base("qwen2"), folder, dirs_exist_ok=True)
+        (folder / "chat_template.jinja").write_text(TEMPLATE)
+        weights = load_file(folder / "model.safetensors")
+        tokenizer = AutoTokenizer.from_pretrained(folder, eos_token=eos)
+        if change:
+            ids = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+            change(weights["model.embed_tokens.weight"], ids, len(tokenizer))
+        save_file({name: weight.to(kind) for name, weight in weights.items()}, folder / "model.safetensors")
+        return choose_format("auto", tokenizer)
+
+    return choose
+
+
+def zero(rows, ids, _size):
+    rows[ids[1]] = 0
+
+
+def shrink(rows, ids, _size):
+    rows[ids] *= 0.01
+
+
+def make_alike(rows, ids, _size):
+    rows[ids[0]] = rows[ids[1]] * 1.5
+
+
+def make_like_the_rows_of_no_token(rows, ids, size):
+    rows[[*ids[:1], *range(size, len(rows))]] = rows[7].clone()
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (zero, "<|im_end|>, whose embedding row was"),
+        (shrink, "<|im_start|>, <|im_end|>, whose embedding rows were"),
+        (make_alike, "<|im_start|>, <|im_end|>, whose embedding rows were"),
+        (make_like_the_rows_of_no_token, "<|im_start|>, whose embedding row was"),
+    ],
+)
+def test_auto_leaves_an_own_template_whose_control_tokens_were_never_trained(change, named, chosen):
+    name, reason = chosen(change, eos="<|im_end|>")
+    assert name == ("chatml" if change is make_like_the_rows_of_no_token else "blossom")
+    assert f"its own template writes {named} never trained" in reason
+
+
+def test_auto_takes_it_where_only_the_rows_of_no_token_are_untrained(chosen):
+    def zero_the_rest(rows, _ids, size):
+        rows[size:] = 0
+
+    assert chosen(zero_the_rest) == (
+        "base",
+        "the model's own template passes the checks, and the embedding rows of <|im_start|>, <|im_end|> are trained",
+    )
+
+
+def test_auto_says_that_it_did_not_look_at_rows_that_are_not_here(chosen, tmp_path):
+    chosen()
+    (tmp_path / "base" / "model.safetensors").unlink()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base", eos_token="<|im_end|>")
+    name, reason = choose_format("auto", tokenizer)
+    assert name == "base"
+    assert reason.endswith("<|im_end|>; its embedding rows were not looked at, as they are not here")
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.float32])
+def test_rows_are_read_in_each_precision_and_a_cut_file_counts_as_none(kind, chosen, tmp_path):
+    name, reason = chosen(zero, eos="<|im_end|>", kind=kind)
+    assert (name, "never trained" in reason) == ("blossom", True)
+    path = tmp_path / "base" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:3000])
+    assert find_untrained(str(path.parent), [5, 6], num_tokens=2000) is None
 
 
 def test_conversations_of_each_kind_are_picked_from_a_file(tmp_path):
