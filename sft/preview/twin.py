@@ -103,7 +103,7 @@ def _kind_of(run: Run) -> str:
 
 
 def write_twin(run: Run, folder: Path) -> str:
-    """Write a random twin of the run's base into a folder, with what stands beside its config; return a line on it."""
+    """Write a random twin of the run's base into a folder, with the files beside its config; return a line on it."""
     trust = run.settings.model.trust_remote_code
     config = shrink_config(models.load_config(run.model_path, trust_remote_code=trust), keep_vocabulary=True)
     for part in (config, config.get_text_config()):

@@ -103,7 +103,7 @@ def test_a_run_stopped_by_a_signal_saves_that_step_and_resumes_to_the_same_bits(
     assert_same(whole, tmp_path / "stopped")
 
 
-def test_an_adapter_goes_on_with_its_moved_base_and_not_with_another_one(tiny_base, data, tmp_path, capsys):
+def test_an_adapter_resumes_with_its_moved_base_and_not_with_another_one(tiny_base, data, tmp_path, capsys):
     base, flags = (
         shutil.copytree(tiny_base("qwen2"), tmp_path / "base"),
         {"lora": True, "max_steps": 2, "save_steps": 1},
