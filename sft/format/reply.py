@@ -226,8 +226,8 @@ def check_reply(reply: str, message: dict) -> None:
         if not _is_in(part, reply):
             if name == "the thought":
                 raise RecordError("template", "the chat template has no place for a thought")
-            beside = " beside a call" if message.get("tool_calls") else ""
-            raise RecordError("template", f"the chat template drops or changes {name} of a reply{beside}")
+            where = "a reply beside a call" if message.get("tool_calls") else "a reply"
+            raise RecordError("template", f"the chat template drops or changes {name} of {where}")
     for call in message.get("tool_calls") or ():
         function = call["function"]
         arguments = function["arguments"]

@@ -108,7 +108,9 @@ def describe_skipped(skipped: Sequence[str]) -> list[str]:
         return []
     here = os.path.join(os.getcwd(), "")
     names = [path.removeprefix(here) for path in skipped[:8]]
-    shown = ", ".join(names) + (f" and {len(skipped) - 8:,} more" if len(skipped) > 8 else "")
+    shown = ", ".join(names)
+    if len(skipped) > 8:
+        shown = f"{shown} and {len(skipped) - 8:,} more"
     return [f"not read, as their names are not those of data files: {shown}"]
 
 

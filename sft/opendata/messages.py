@@ -125,9 +125,9 @@ def _read_content(item: dict, key: str, where: str, counts: FieldCounts) -> Part
         return Parts("")
     if key not in item:
         other = next((name for name, text in item.items() if isinstance(text, str) and name not in ASSISTANT_KEYS), "")
-        raise RecordError(
-            "no_content", f"{where} has no `content`" + (f", but `{other}`; name it `content`" * bool(other))
-        )
+        if other:
+            raise RecordError("no_content", f"{where} has no `content`, but `{other}`; name it `content`")
+        raise RecordError("no_content", f"{where} has no `content`")
     return Parts(read_text(value, f"{where}.{key}"))
 
 

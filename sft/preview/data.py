@@ -106,8 +106,10 @@ def check_stops(report: Report, facts: np.ndarray, origins: np.ndarray) -> None:
         number = int((~facts["stops"][whole]).sum())
         report.problems.append(f"{number:,} whole rows end without the stop token; choose another --chat_format")
     if len(facts) and facts["stops"].mean() < 0.5:
-        share = f"{facts['stops'].mean():.0%} of the rows teach the stop token"
-        report.problems.append(f"only {share}: the model would not learn to stop; raise --max_length")
+        share = f"{facts['stops'].mean():.0%}"
+        report.problems.append(
+            f"only {share} of the rows teach the stop token: the model would not learn to stop; raise --max_length"
+        )
 
 
 def check_leaks(report: Report, train: Examples, held_out: Examples, facts: np.ndarray, eval_facts: np.ndarray) -> None:

@@ -116,8 +116,9 @@ def check_held_out(report: Report, files: Sequence[str], data_path: Sequence[str
     """An eval.json that was not asked for by name, and has no train.json beside it, would be trained on."""
     for file in files:
         if Path(file).name == EVAL and not any(Path(split_suffix(path)[0]).name == EVAL for path in data_path):
-            line = "would be trained on, as there is no train.json beside it; put that there, or name the files"
-            report.problems.append(f"{file}: {line}")
+            report.problems.append(
+                f"{file}: would be trained on, as there is no train.json beside it; put that there, or name the files"
+            )
 
 
 def describe_run(report: Report, run: Run, rows: TrainingRows, trained: np.ndarray) -> tuple[int, int]:
@@ -275,7 +276,7 @@ def describe_memory(report: Report, shape: Shape, step: Step, plan: Plan, gpus: 
     """
     parts, host = estimate(shape, step, plan)
     size, count, where = gpus.bytes_each, gpus.count, gpus.name
-    table = [["part", f"on each {'GPU' if step.device == 'cuda' else 'process'}", "formula"]]
+    table = [["part", "on each GPU" if step.device == "cuda" else "on each process", "formula"]]
     table += [[part.name, gib(part.bytes), part.formula] for part in parts]
     table += [[f"{part.name}, in RAM", gib(part.bytes), part.formula] for part in host]
     if not any(part.name == "activations" for part in parts):
@@ -295,15 +296,12 @@ def describe_memory(report: Report, shape: Shape, step: Step, plan: Plan, gpus: 
     )
     report.sections.append(other)
     if not fits(parts, size):
-        report.problems.append(
-            f"out of memory: {plan} takes {gib(parts[-1].bytes)} of {gib(size)} ({where}); "
-            + (
-                f"use {best} with --gradient_checkpointing"
-                if best
-                else "use more GPUs, --lora or a shorter --max_length"
-            )
-            + ("" if step.device == "cuda" else "; --gpu 80GBx8 judges it for other machines")
-        )
+        remedy = "use more GPUs, --lora or a shorter --max_length"
+        if best:
+            remedy = f"use {best} with --gradient_checkpointing"
+        if step.device != "cuda":
+            remedy += "; --gpu 80GBx8 judges it for other machines"
+        report.problems.append(f"out of memory: {plan} takes {gib(parts[-1].bytes)} of {gib(size)} ({where}); {remedy}")
     return parts[-1].bytes
 
 

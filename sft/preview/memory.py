@@ -116,9 +116,7 @@ def full_logits(shape: Shape, step: Step) -> Part:
     """Bytes of a loss over all logits: logits, their log-softmax and its gradient in fp32."""
     each = 14 if step.half else 12
     tokens = step.rows * step.length
-    return Part(
-        "full logits", tokens * shape.vocabulary * each, f"{tokens:,} tokens x {shape.vocabulary:,} x {each} bytes"
-    )
+    return Part("logits", tokens * shape.vocabulary * each, f"{tokens:,} tokens x {shape.vocabulary:,} x {each} bytes")
 
 
 def _short(number: float) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 
 from sft.files import write_text
 from sft.report.provenance import without_secrets
+from sft.report.templates import load_template
 from sft.report.text import paint, say, split_by_loss
 from sft.tables import align
 from sft.train.arguments import fail
@@ -85,10 +86,7 @@ def _paint_ends(tokenizer, ids: np.ndarray, labels: np.ndarray) -> list[str]:
 
 def write_page(report: Report, tokenizer, path: Path) -> None:
     """Write the report as one HTML file that needs nothing else."""
-    import jinja2
-
-    template = Path(__file__).with_name("dry_run.html").read_text(encoding="utf-8")
-    page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(template)
     samples = [(title, split_by_loss(tokenizer, ids, labels)) for title, ids, labels in report.samples]
     path.parent.mkdir(parents=True, exist_ok=True)
+    page = load_template("dry_run.html", Path(__file__).parent)
     write_text(path, page.render(report=report, samples=samples))

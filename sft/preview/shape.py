@@ -54,7 +54,8 @@ class Plan:
     gpus: int = 1
 
     def __str__(self) -> str:
-        return f"{self.method}, {self.launcher}{' with offload' if self.offload else ''}"
+        launcher = f"{self.launcher} with offload" if self.offload else self.launcher
+        return f"{self.method}, {launcher}"
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 import socket
 import time
 from contextlib import closing
@@ -15,10 +14,8 @@ from sft.web.handlers import Handlers
 from sft.web.layout import build_page, serve
 from sft.web.models import LocalModel
 from sft.web.security import Limits
-from tests.conftest import skip_unless_ci
 
 pytestmark = pytest.mark.slow
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 class Parrot(LocalModel):
@@ -109,17 +106,6 @@ def url(parrots, likes):
     page = open_server({"first": parrots[0], "second": parrots[1]}, feedback=likes)
     yield page.local_url
     page.close(verbose=False)
-
-
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api")
-    if not CHROMIUM:
-        skip_unless_ci("no Chromium is installed")
-    with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

@@ -82,12 +82,12 @@ def test_the_page_needs_nothing_else_and_its_text_is_escaped(set_up, capsys, tmp
     assert len(re.findall("<script", page)) == 1  # the language of the reader
     assert not re.search(r"src=|href=|url\(|@import|<b>", page)
     for chinese in (
-        '<h1><span class="en">Dry run</span><span class="zh" lang="zh">预演</span></h1>',
+        '<h1><span class="en">Dry run</span><span class="zh" lang="zh">试运行</span></h1>',
         ">权重<",
         ">训练数据<",
     ):
         assert chinese in page
-    assert ">weights + optimizer + max(activations + loss, gradients + a layer)</td>" in page
+    assert ">weights + optimizer + max(activations + loss, gradients + a layer)</span>" in page
 
 
 @pytest.mark.slow

@@ -51,7 +51,15 @@ def shown(run: dict, tmp_path) -> str:
 def test_the_page_shows_the_facts_of_the_run(tmp_path):
     page = shown(RUN, tmp_path)
     facts = ["<title>my_run</title>", "owner/base", "python train.py --data_path &#39;my data.json&#39;", "torch 2.0"]
-    facts += ["ab12", "first</span>", "rejected: <code>my data.json line 3</code>", "1,234,567", "1e-05"]
+    facts += [
+        "ab12",
+        "首例</span>",
+        ">rejected</span>",
+        ">my data.json line 3</span>",
+        ">my data.json 第 3 行</span>",
+        "1,234,567",
+        "1e-05",
+    ]
     assert [fact for fact in facts if fact not in page] == []
     assert "Running" in page and "Finished" not in page
 
