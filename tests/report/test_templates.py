@@ -18,6 +18,7 @@ WRITERS = {
     "preview/measure.py": ("describe", "duration"),
     "preview/memory.py": (),
     "preview/shape.py": (),
+    "preview/twin.py": (),
     "dataset/ledger.py": (
         "ledger_lines",
         "count_outcome",
@@ -31,6 +32,9 @@ WRITERS = {
         *("NOT_OF_TEXT", "ROUTER", "table", "_dropout_note"),
         *("_reason_against", "prove_on_twin", "_try_alone", "_find_fault", "_try_adapters"),
     ),
+    "model/attention.py": ("isolate_documents", "_isolate_attention", "_use_masks_with_positions"),
+    "model/loss.py": ("use_chunked_loss", "_reason_against"),
+    "train/callbacks.py": ("on_train_begin",),
     "model/load.py": ("check_window", "check_rows"),
     "opendata/conversation.py": (),
     "opendata/messages.py": (),
@@ -40,7 +44,7 @@ WRITERS = {
     "train/setup.py": ("find_gpus", "find_named_checkpoint"),
     "checkpoint/resume.py": ("compare_fingerprints", "check_unchanged"),
     "checkpoint/manifest.py": ("find_checkpoint", "find_damage", "find_incomplete", "read_manifest"),
-    "format/contract.py": ("check_contract", "_check_conversation", "choose_format", "find_own_template_problem"),
+    "format/contract.py": ("check_contract", "_check_conversation", "choose_format", "judge_own_template"),
     "format/own_template.py": ("turns", "_reply", "_rest_after", "_up_to_stop", "_find_stop"),
     "format/render.py": (),
     "format/template.py": (),
@@ -49,7 +53,8 @@ WRITERS = {
 }
 # Names in the code, and texts of other projects or of a terminal.
 LEFT_OUT = (
-    r"(--gpu A1$|<no input>$|\\s\*|tokenizers, with|sft\.|huggingface|github|arXiv|[./]|%|.* (7B|13B|65B|8B)\b).*|\S*"
+    r"(sft\.|huggingface|github|arXiv|[./]|%|.* (7B|13B|65B|8B)\b|--gpu A1$|<no input>$|\\s\*|tokenizers, with"
+    r"|documents are kept apart$|row was$|rows were$).*|\S*"
 )
 
 
@@ -86,10 +91,10 @@ def test_each_sentence_of_the_code_has_its_chinese(module):
     assert [text for text in sorted(texts) if find_chinese(text) is None] == []
 
 
-def test_chinese_has_the_holes_of_its_english():
+def test_chinese_has_only_holes_of_its_english():
     for pattern, chinese in _load_patterns():
         holes = {name for _text, name, _form, _conversion in string.Formatter().parse(chinese) if name}
-        assert holes == set(pattern.groupindex), chinese
+        assert holes <= set(pattern.groupindex), chinese
 
 
 @pytest.mark.parametrize(
