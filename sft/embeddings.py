@@ -3,8 +3,9 @@
     header of model.safetensors: {"model.embed_tokens.weight": {"dtype": "BF16", "shape": [151936, 896], …}}
     then one read a row; the other weights are never touched
 
-A row that no training text reached is zero or tiny, or is like the other such rows: weight decay shrinks it, or a tied
-head pushes all of them in one direction ("Fishing for Magikarp", arXiv 2405.05417). An id without a token has one too.
+A row that no training text reached is zero or tiny, or is equal to other such rows: weight decay shrinks it, or a tied
+head gives all of them the same gradients ("Fishing for Magikarp", arXiv 2405.05417). Ids without a token have such
+rows too.
 """
 
 import json
@@ -23,7 +24,9 @@ DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "F64": "<f8"}
 MAX_HEADER_BYTES = 100 << 20
 NUM_COMPARED_ROWS = 128
 TINY_SHARE = 0.1  # of the median length of rows
-MIN_LIKENESS = 0.98  # cosine from which two rows are the same but for rounding
+# Of a row's length, up to which another row counts as equal. In SmolLM2-135M-Instruct untrained rows are 0.0003 apart,
+# those of its two control tokens 0.12 from them and from each other (dev/LOG.md).
+MAX_DISTANCE = 0.03
 
 
 class Embedding(NamedTuple):
@@ -50,7 +53,7 @@ class Embedding(NamedTuple):
 
 
 class Training(NamedTuple):
-    """Tokens whose rows were never trained; `has_example` says that other such rows prove the rest to be trained."""
+    """Tokens whose rows were never trained; with `has_example`, other such rows show that the rest is trained."""
 
     untrained_ids: list[int]
     has_example: bool
@@ -81,40 +84,37 @@ def _list_embeddings(file: Path) -> list[Embedding]:
     ]
 
 
-def find_untrained(model: str, ids: Sequence[int], *, num_tokens: int) -> Training | None:
-    """Judge the rows of `ids` by rows of ordinary tokens, by each other, and by the rows from `num_tokens` on.
+def find_untrained(model: str, ids: Sequence[int], *, num_tokens: int, others: Sequence[int] = ()) -> Training | None:
+    """Judge the rows of `ids`: None where the base's files can't be read.
 
-    None where the base's files can't be read. `num_tokens` is the size of the vocabulary with the added tokens.
+    They are compared with rows of ordinary tokens, with each other, with those from `num_tokens` (the vocabulary with
+    its added tokens) on, and with those of `others`, added tokens that may be untrained.
     """
     embedding = find_embedding(model)
     if embedding is None or not ids or max(ids) >= embedding.num_rows:
         return None
+    others = [token_id for token_id in others if token_id < embedding.num_rows][:NUM_COMPARED_ROWS]
     try:
         ordinary = embedding.read(_spread(0, min(num_tokens, embedding.num_rows)))
-        spare = embedding.read(_spread(num_tokens, embedding.num_rows))
+        spare = embedding.read([*others, *_spread(num_tokens, embedding.num_rows)])
         rows = embedding.read(ids)
     except (OSError, ValueError):  # a file that is cut off
         return None
     usual = float(np.median(np.linalg.norm(ordinary, axis=1)))
-    is_tiny = ~(np.linalg.norm(rows, axis=1) > TINY_SHARE * usual)
-    is_like_another = (_likeness(rows, rows) - np.eye(len(ids)) >= MIN_LIKENESS).any(axis=1)
-    untrained = is_tiny | is_like_another
-    has_example = len(spare) > 1 and _are_untrained(spare, usual)
-    if has_example:
-        untrained |= _likeness(rows, spare.mean(axis=0, keepdims=True))[:, 0] >= MIN_LIKENESS
-    return Training([token_id for token_id, bad in zip(ids, untrained, strict=True) if bad], has_example)
+    examples = spare[_find_unused(spare, spare, usual)]
+    unused = _find_unused(rows, rows, usual) | _find_unused(rows, examples, usual)
+    return Training([token_id for token_id, bad in zip(ids, unused, strict=True) if bad], len(examples) > 1)
 
 
 def _spread(begin: int, end: int) -> list[int]:
     return np.unique(np.linspace(begin, end - 1, NUM_COMPARED_ROWS, dtype=int)).tolist() if end > begin else []
 
 
-def _likeness(rows: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Return the cosine of each row with each other one, (rows, others); of a zero row 0."""
-    lengths = [np.maximum(np.linalg.norm(each, axis=1, keepdims=True), 1e-30) for each in (rows, others)]
-    return (rows / lengths[0]) @ (others / lengths[1]).T
-
-
-def _are_untrained(rows: np.ndarray, usual: float) -> bool:
-    is_tiny = not (np.linalg.norm(rows, axis=1) > TINY_SHARE * usual).any()
-    return is_tiny or bool((_likeness(rows, rows.mean(axis=0, keepdims=True)) >= MIN_LIKENESS).all())
+def _find_unused(rows: np.ndarray, others: np.ndarray, usual: float) -> np.ndarray:
+    """Return which rows are tiny or as good as equal to one of the others, (rows,); in the same matrix, another one."""
+    lengths = np.linalg.norm(rows, axis=1)
+    distances = np.linalg.norm(rows[:, None] - others[None], axis=2)
+    if rows is others:
+        np.fill_diagonal(distances, np.inf)
+    is_equal = (distances <= MAX_DISTANCE * lengths[:, None]).any(axis=1)
+    return ~(lengths > TINY_SHARE * usual) | is_equal

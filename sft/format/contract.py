@@ -276,7 +276,8 @@ def judge_own_template(tokenizer) -> tuple[str, list[str], str]:
         return str(error), [], ""
     name = tokenizer.convert_ids_to_tokens
     ids = sorted({*renderer.control_ids, renderer.stop_ids[0]})
-    found = find_untrained(tokenizer.name_or_path, ids, num_tokens=len(tokenizer))
+    others = sorted(set(tokenizer.get_added_vocab().values()) - set(ids))
+    found = find_untrained(tokenizer.name_or_path, ids, num_tokens=len(tokenizer), others=others)
     if found and found.untrained_ids:
         untrained = list(map(name, found.untrained_ids))
         rows = "row was" if len(untrained) == 1 else "rows were"

@@ -112,7 +112,7 @@ def shrink(rows, ids, _size):
 
 
 def make_alike(rows, ids, _size):
-    rows[ids[0]] = rows[ids[1]] * 1.5
+    rows[ids[0]] = rows[ids[1]] * 1.01
 
 
 def make_like_the_rows_of_no_token(rows, ids, size):

@@ -2,7 +2,8 @@
 
 import pytest
 
-from sft.format.contract import check_contract
+from sft.embeddings import find_untrained
+from sft.format.contract import check_contract, choose_format
 from sft.format.render import Renderer
 from sft.format.table import CHAT_FORMATS
 from sft.format.tokens import IGNORE_INDEX
@@ -20,6 +21,16 @@ REPLIES = (
 @pytest.fixture(scope="module")
 def tokenizer(real_base):
     return load_tokenizer(str(real_base))
+
+
+def test_auto_sees_that_the_control_tokens_of_a_chat_model_are_trained(tokenizer):
+    assert choose_format("auto", tokenizer) == (
+        "base",
+        "the model's own template passes the checks, and the model ends its replies with <|im_end|>; "
+        "the embedding rows of <|im_start|>, <|im_end|> are trained",
+    )
+    unused = tokenizer.convert_tokens_to_ids(["<gh_stars>", "<jupyter_code>"])
+    assert find_untrained(tokenizer.name_or_path, unused, num_tokens=len(tokenizer)) == (unused, False)
 
 
 def conversation(reply: str) -> list[dict]:
