@@ -42,7 +42,8 @@ fi
 # An update takes BATCH_SIZE x ACCUMULATION rows, however many processes there are: each does its part of the steps, of
 # smaller ones if need be, and more than its part only where nothing else is left.
 : "${NUM_PROCESSES:=1}"
-if [ "$NUM_PROCESSES" -gt 1 ]; then
+num_groups=$((NUM_PROCESSES / ${SEQUENCE_PARALLEL:-1})) # of processes that share their rows (ds_all.sh)
+if [ "$num_groups" -gt 1 ]; then
     case "$BATCH_SIZE:$ACCUMULATION" in
     0*:* | *:0* | *[!0-9:]* | :* | *:)
         echo "base_run.sh: BATCH_SIZE=$BATCH_SIZE ACCUMULATION=$ACCUMULATION: use whole numbers from 1" >&2
@@ -50,16 +51,16 @@ if [ "$NUM_PROCESSES" -gt 1 ]; then
         ;;
     esac
     rows=$((BATCH_SIZE * ACCUMULATION))
-    each=$(((rows + NUM_PROCESSES - 1) / NUM_PROCESSES))
-    if [ $((each * NUM_PROCESSES)) -eq "$rows" ]; then
+    each=$(((rows + num_groups - 1) / num_groups))
+    if [ $((each * num_groups)) -eq "$rows" ]; then
         while [ $((each % BATCH_SIZE)) -ne 0 ]; do BATCH_SIZE=$((BATCH_SIZE - 1)); done
     elif [ "$each" -lt "$BATCH_SIZE" ]; then
         BATCH_SIZE=$each
     fi
     ACCUMULATION=$(((each + BATCH_SIZE - 1) / BATCH_SIZE))
-    taken=$((NUM_PROCESSES * BATCH_SIZE * ACCUMULATION))
+    taken=$((num_groups * BATCH_SIZE * ACCUMULATION))
     if [ "$taken" -ne "$rows" ]; then
-        echo "base_run.sh: $NUM_PROCESSES processes can't share $rows rows per update evenly: it takes $taken" >&2
+        echo "base_run.sh: $num_groups processes can't share $rows rows per update evenly: it takes $taken" >&2
     fi
 fi
 

@@ -7,6 +7,7 @@
 # The knobs of base_run.sh, and the same rows per update: all processes share BATCH_SIZE x ACCUMULATION.
 #   ZERO      2 shares optimizer and gradients among the GPUs, 3 the weights too; 3
 #   OFFLOAD   1 keeps the optimizer's state in the machine's memory, under ZERO=3 the weights too; 0
+#   SEQUENCE_PARALLEL  GPUs that share each packed row, for rows that are too long for one; 1
 #   NUM_GPUS  processes on this machine; all GPUs, or two CPU processes where there are none
 #   GRACE     seconds to save a checkpoint in after TERM, INT, HUP or USR1, before KILL; 60
 # Several machines, which see the same folders; MODEL and OUTPUT must be named:
@@ -25,6 +26,11 @@ case "${OFFLOAD:=0}" in
 1) set -- --offload "$@" ;;
 *) echo "ds_all.sh: OFFLOAD=$OFFLOAD: use 0 or 1" >&2; exit 2 ;;
 esac
+case "${SEQUENCE_PARALLEL:=1}" in
+1) ;;
+0* | *[!0-9]*) echo "ds_all.sh: SEQUENCE_PARALLEL=$SEQUENCE_PARALLEL: use a whole number from 1" >&2; exit 2 ;;
+*) set -- --sequence_parallel_size "$SEQUENCE_PARALLEL" "$@" ;;
+esac
 if [ -n "${SLURM_JOB_ID:-}" ]; then
     # The same folder on every machine, and again when the job has been put back into the queue.
     : "${OUTPUT:=runs/slurm-$SLURM_JOB_ID}"
@@ -33,5 +39,9 @@ fi
 
 NUM_PROCESSES=$("$PYTHON" -m sft.launch --processes)
 LAUNCHER="$PYTHON -m sft.launch"
-export PYTHON LAUNCHER NUM_PROCESSES
+if [ $((NUM_PROCESSES % SEQUENCE_PARALLEL)) -ne 0 ]; then
+    echo "ds_all.sh: SEQUENCE_PARALLEL=$SEQUENCE_PARALLEL: $NUM_PROCESSES processes can't be divided by it" >&2
+    exit 2
+fi
+export PYTHON LAUNCHER NUM_PROCESSES SEQUENCE_PARALLEL
 exec sh base_run.sh --deepspeed "ds_zero$ZERO.json" "$@"

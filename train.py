@@ -5,6 +5,7 @@
 base_run.sh and ds_all.sh call this file with the usual settings. `python train.py --help` lists every flag.
 """
 
+import math
 import os
 import signal
 import sys
@@ -38,6 +39,7 @@ from sft.preview.dry_run import show_run
 from sft.preview.measure import measure_steps
 from sft.preview.report import Report
 from sft.report.text import say
+from sft.train import sequence_parallel
 from sft.train.arguments import fail, flag, parse_arguments
 from sft.train.callbacks import SelfTest
 from sft.train.losses import group_sources
@@ -147,6 +149,9 @@ class TrainingArguments(transformers.TrainingArguments):
     allow_changed: str | None = flag(None, "Fields that may differ from the resumed checkpoint, with commas.")
     rank_timeout: float = flag(90, "Seconds without a sign of life after which a frozen process ends the run.", above=0)
     max_shard_size: str = flag(MAX_SHARD_SIZE, "Largest file of weights that is written.")
+    sequence_parallel_size: int = flag(
+        1, "GPUs that share each packed row, for rows too long for one.", at_least=1, resume="same unless default"
+    )
     offload: bool = flag(False, "Under DeepSpeed, keep the optimizer (ZeRO-3: the weights too) on the CPU.")
     dry_run: bool = flag(False, "Show and check what the run would do, without reading the weights.")
     probe_steps: int = flag(
@@ -254,12 +259,17 @@ def build_trainer(run: Run, data: Data, **options) -> Trainer:
     notes.append(loss.use_chunked_loss(model))
     # On a GPU one length for all packed rows: flex attention compiles for it once.
     packed_length = settings.data.max_length if torch.cuda.is_available() else None
+    parts = settings.training.sequence_parallel_size
+    collate = Collator(tokenizer.pad_token_id, multiple_of=math.lcm(8, parts), packed_length=packed_length)
+    if parts > 1:
+        notes.append(sequence_parallel.share_rows(model, parts))
+        collate = sequence_parallel.Shares(collate, parts, model.shared_row.part)
     trainer = Trainer(
         model=model,
         args=trainer_arguments(run, data.held_out),
         train_dataset=data.rows,
         eval_dataset=data.held_out if len(data.held_out) else None,
-        data_collator=Collator(tokenizer.pad_token_id, packed_length=packed_length),
+        data_collator=collate,
         processing_class=tokenizer,
         **options,
     )

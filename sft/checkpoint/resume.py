@@ -57,8 +57,12 @@ def check_unchanged(checkpoint: str | None, new: dict, allow_changed: str | None
     old = read_fingerprint(checkpoint)
     allowed = [name.strip() for name in (allow_changed or "").split(",") if name.strip()]
     sizes = ("world_size", "per_device_train_batch_size", "gradient_accumulation_steps")
-    rows, rows_then = (math.prod(of["exact"][name] for name in sizes) for of in (new, old))
-    if "world_size" in allowed and rows == rows_then:  # as ds_all.sh does it: the same rows per update
+    rows, rows_then = (
+        math.prod(of["exact"][name] for name in sizes) // of["exact"].get("sequence_parallel_size", 1)
+        for of in (new, old)
+    )
+    shares = {"world_size", "sequence_parallel_size"}
+    if shares & set(allowed) and rows == rows_then:  # as ds_all.sh does it: the same rows per update
         allowed = [*allowed, *sizes[1:]]
     refused, lines = compare_fingerprints(old, new, allowed)
     if refused:

@@ -138,6 +138,14 @@ def check_disk_space(folder: Path, needed: int, what: str) -> None:
         )
 
 
+def explain_error(error: Exception, folder: str) -> Exception:
+    """Return the error of a save to `folder`; when a disk is full, a ValueError that says so."""
+    if not is_full_disk(error):
+        return error
+    reason = str(error).splitlines()[0]
+    return ValueError(f"{folder}: the disk is full ({reason}); the checkpoints in it are whole")
+
+
 def is_full_disk(error: BaseException) -> bool:
     """Whether an error of a save says that a disk or quota is full."""
     return (isinstance(error, OSError) and error.errno in FULL_DISK) or bool(re.search(FULL_DISK_WORDS, str(error)))

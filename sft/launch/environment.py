@@ -13,7 +13,8 @@ REFUSED = {
     "ACCELERATE_USE_FSDP": "accelerate launch --use_fsdp: checkpoints here are DeepSpeed's or plain; "
     "leave it out and use --deepspeed ds_zero3.json, which also shares weights, gradients and optimizer among the GPUs",
     "ACCELERATE_USE_MEGATRON_LM": "accelerate launch --use_megatron_lm: use --deepspeed ds_zero3.json instead",
-    "ACCELERATE_USE_PARALLELISM_CONFIG": "accelerate launch --use_parallelism_config: is not read; leave it out",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "accelerate launch --use_parallelism_config: is not read; leave it "
+    "out, and to share rows among GPUs use --sequence_parallel_size",
 }
 NO_DEEPSPEED_FILE = (
     "accelerate launch --use_deepspeed: its own DeepSpeed settings are not read; "

@@ -131,6 +131,16 @@ def _goes_through_the_interface(base, config) -> bool:
     )
 
 
+def has_document_attention(model) -> bool:
+    """Whether `isolate_documents` gave the model our attention, its family's or the one of the interface."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    config = base.config.get_text_config()
+    if config.model_type in OWN_ATTENTION:
+        attention_class = OWN_ATTENTION[config.model_type]()
+        return any(type(module) is attention_class for module in base.modules())
+    return config._attn_implementation == IMPLEMENTATION
+
+
 def _use_masks_with_positions(base) -> str:
     """Hand `position_ids` to the family's mask makers, which not every family does (gpt_oss in transformers 5.23)."""
     names = {type(module).__module__ for module in base.modules()}
@@ -219,6 +229,16 @@ def _give_documents_as_mask(modeling) -> None:
     modeling.create_causal_mask = create_causal_mask
 
 
+def _alibi_of_row(modeling, alibi: torch.Tensor, documents: Documents, num_heads: int) -> torch.Tensor:
+    """Return the ALiBi of a row, (heads, positions); the model makes that of its tokens, which may be a part of it."""
+    if documents.shared is None:
+        return alibi.view(-1, num_heads, alibi.shape[-1])[0]
+    if "alibi" not in documents.made:
+        row = torch.ones_like(documents.positions)
+        documents.made["alibi"] = modeling.build_alibi_tensor(row, num_heads, alibi.dtype).view(num_heads, -1)
+    return documents.made["alibi"]
+
+
 @functools.cache
 def _bloom_attention() -> type:
     from transformers.models.bloom import modeling_bloom
@@ -236,7 +256,7 @@ def _bloom_attention() -> type:
                 attention_mask,
                 scale=self.inv_norm_factor,
                 dropout=self.attention_dropout.p if self.training else 0.0,
-                alibi=alibi.view(batch[0], self.num_heads, -1)[0],
+                alibi=_alibi_of_row(modeling_bloom, alibi, attention_mask, self.num_heads),
             )
             output = self.dense(output.reshape(*batch, -1))
             return modeling_bloom.dropout_add(output, residual, self.hidden_dropout, self.training), None
@@ -263,7 +283,8 @@ def _falcon_attention() -> type:
             else:
                 # transformers' eager falcon adds the bias twice, in its mask and in its scores.
                 times = 1 if self.config._attn_implementation == "sdpa" else 2
-                options["alibi"] = alibi.view(batch[0], self.num_heads, -1)[0] * (times * self.inv_norm_factor)
+                alibi = _alibi_of_row(modeling_falcon, alibi, attention_mask, self.num_heads)
+                options["alibi"] = alibi * (times * self.inv_norm_factor)
                 options["dropout"] = self.attention_dropout.p if self.training else 0.0
             flat = [states.flatten(0, 1) for states in (query, key, value)]
             output = attend(*flat, attention_mask, scale=self.inv_norm_factor, **options)

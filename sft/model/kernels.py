@@ -31,6 +31,7 @@ class Documents:
     window: int | None = None  # tokens that a token sees, itself among them
     made: dict = field(default_factory=dict)  # masks and indices that the first layer made for the others
     positions: torch.Tensor | None = None  # (rows, length), as the model got them
+    shared: object | None = None  # a SharedRow of sft.train.sequence_parallel, where processes share the row
     ndim: ClassVar[int] = 1  # falcon asks its mask
 
 
@@ -54,6 +55,8 @@ def attend(query, key, value, documents: Documents, *, scale, dropout: float = 0
     `alibi` (heads, positions) is added to the scores by the key's position in its document.
     """
     query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast, rotary embeddings leave them in fp32
+    if documents.shared is not None:
+        return documents.shared.attend(attend, query, key, value, documents, scale=scale, dropout=dropout, alibi=alibi)
     if value.device.type != "cuda" or dropout:
         return attend_one_by_one(query, key, value, documents, scale=scale, dropout=dropout, alibi=alibi)
     if alibi is not None:

@@ -61,6 +61,12 @@ def use_chunked_loss(model) -> str:
     return f"loss in chunks{head.shape if isinstance(head, LossHead) else ', through the head as it is'}"
 
 
+def find_reason_against_chunks(model) -> str | None:
+    """Return why the loss of a model can't be computed in chunks, or None."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return None if isinstance(base, _ChunkedLoss) else _reason_against(base)
+
+
 def _reason_against(base) -> str | None:
     if base.get_output_embeddings() is None or base.base_model is base or base.loss_function is not ForCausalLMLoss:
         return f"{type(base).__name__} has no plain head and loss"
@@ -182,9 +188,13 @@ def _add_router_loss(model, result: LossOutput, output, labels, num_items, kwarg
 
 @torch.compiler.disable  # its shapes follow the number of labels, another one in each batch
 def _loss_of(model, hidden: torch.Tensor, labels: torch.Tensor, num_items) -> LossOutput:
-    """The sum over labelled positions, over `num_items` (else their number); a graph, and 0, where there is none."""
-    labels = labels.to(hidden.device)
-    targets = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()
+    """The sum over labelled positions, over `num_items` (else their number); a graph, and 0, where there is none.
+
+    `labels` (batch, length), or (batch, length + 1) where the text goes on: the last one is that of the next token.
+    """
+    targets = labels[:, 1:].to(hidden.device)
+    shape = hidden.shape[:2]
+    targets = nn.functional.pad(targets, (0, shape[1] - targets.shape[1]), value=IGNORE_INDEX).flatten()
     labelled = (targets != IGNORE_INDEX).nonzero().squeeze(-1)
     head, predict = model.get_output_embeddings(), not model.training
     chosen = hidden.flatten(0, 1).index_select(0, labelled), targets[labelled]
@@ -194,9 +204,9 @@ def _loss_of(model, hidden: torch.Tensor, labels: torch.Tensor, num_items) -> Lo
         vocab_size = model.config.get_text_config().vocab_size
         total, losses, predicted = _sum_through_module(_OwnHead(model, head), *chosen, predict, vocab_size)
     num_items = torch.as_tensor(len(labelled) if num_items is None else num_items, device=total.device)
-    losses = torch.full_like(targets, torch.nan, dtype=torch.float32).index_copy(0, labelled, losses).view_as(labels)
+    losses = torch.full_like(targets, torch.nan, dtype=torch.float32).index_copy(0, labelled, losses).view(shape)
     if predict:
-        predicted = torch.full_like(targets, IGNORE_INDEX).index_copy(0, labelled, predicted).view_as(labels)
+        predicted = torch.full_like(targets, IGNORE_INDEX).index_copy(0, labelled, predicted).view(shape)
     return LossOutput(total / num_items.clamp(min=1), losses, predicted)
 
 

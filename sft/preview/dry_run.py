@@ -40,6 +40,8 @@ from sft.train.setup import (
     Gpus,
     Run,
     count_processes,
+    count_row_groups,
+    describe_processes,
     find_gpus,
     find_named_checkpoint,
     find_other_base,
@@ -211,7 +213,7 @@ def describe_resume(report: Report, run: Run, *, num_rows: int) -> None:
     made, taken = progress["updates"], progress["taken"]
     if progress["num_rows"] != num_rows:
         taken = taken * num_rows // progress["num_rows"]
-    shares = (training.per_device_train_batch_size, training.gradient_accumulation_steps, count_processes(training))
+    shares = (training.per_device_train_batch_size, training.gradient_accumulation_steps, count_row_groups(training))
     updates = updates_of(num_rows, shares, drop_last=training.dataloader_drop_last)
     epochs, max_steps = training.num_train_epochs, training.max_steps
     left = updates.left(epochs, max_steps, epoch=progress["epoch"], taken=taken, made=made)
@@ -223,7 +225,7 @@ def describe_resume(report: Report, run: Run, *, num_rows: int) -> None:
 def describe_steps(report: Report, run: Run, rows: TrainingRows) -> int:
     """Add what an update holds and how many there are, beside published runs; return their number."""
     training, lora = run.settings.training, run.settings.model.lora
-    shares = (training.per_device_train_batch_size, training.gradient_accumulation_steps, count_processes(training))
+    shares = (training.per_device_train_batch_size, training.gradient_accumulation_steps, count_row_groups(training))
     updates = updates_of(len(rows), shares, drop_last=training.dataloader_drop_last)
     per_update, num_rows = updates.rows_per_update, len(rows)
     steps = updates.in_all(training.num_train_epochs, training.max_steps)
@@ -233,7 +235,7 @@ def describe_steps(report: Report, run: Run, rows: TrainingRows) -> int:
         section.lines.append(f"packed: {num_rows:,} rows, {rows.fill:.1%} full, {each:.1f} conversations each")
     tokens, conversations = (count * per_update / num_rows for count in (rows.num_tokens, rows.num_examples))
     section.lines.append(
-        f"an update: {per_update} rows ({shares[0]} x {shares[1]} x {shares[2]} processes), "
+        f"an update: {per_update} rows ({shares[0]} x {shares[1]} x {describe_processes(training)}), "
         f"about {tokens:,.0f} tokens, {conversations:,.0f} conversations"
     )
     warm_up, rate = training.get_warmup_steps(steps), training.learning_rate

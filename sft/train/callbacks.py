@@ -5,6 +5,7 @@ from transformers import ProgressCallback, TrainerCallback
 
 from sft.model import adapters, attention, loss
 from sft.report.text import say
+from sft.train import sequence_parallel
 from sft.train.losses import sum_by_source
 
 
@@ -73,6 +74,9 @@ class SelfTest(TrainerCallback):
             if self.packing:
                 apart, _reach = attention.self_test(model, exact=exact)
                 say(f"self-test: logits of a packed row are within {apart:.0e} of its documents alone")
+            if args.sequence_parallel_size > 1:
+                apart = sequence_parallel.self_test(model, exact=exact)
+                say(f"self-test: logits of a shared row are within {apart:.0e} of the whole row")
 
 
 class ProgressWithSpeed(ProgressCallback):

@@ -34,6 +34,7 @@ NO_EFFECT = {
     "hub_strategy": (("checkpoint", "all_checkpoints"), "the model is pushed once, after training; leave it out"),
     "hub_always_push": ((True,), "the model is pushed once, after training; leave it out"),
     "enable_jit_checkpoint": ((True,), "a signal saves a checkpoint anyway; leave it out"),
+    "parallelism_config": (None, "is not read; to share rows among GPUs use --sequence_parallel_size"),
     "fsdp": (None, "checkpoints of train.py are plain or DeepSpeed's; use --deepspeed ds_zero3.json"),
     "fsdp_config": (None, "checkpoints of train.py are plain or DeepSpeed's; use --deepspeed ds_zero3.json"),
 }
@@ -54,6 +55,7 @@ def check_arguments(arguments: dict[str, Any], *, typed: set[str]) -> list[str]:
         *check_deepspeed_config(arguments),
         *find_launcher_problems(os.environ, deepspeed=bool(arguments["deepspeed"])),
         *_check_combinations(arguments),
+        *_check_sequence_parallel(arguments),
         *_check_effect(arguments, typed),
     ]
     return [problem for problem in checks if problem]
@@ -117,6 +119,26 @@ def _check_combinations(arguments: dict[str, Any]) -> list[str]:
         problems.append(f"--lora_variant {arguments['lora_variant']}: use one of {', '.join(VARIANTS)}")
     if arguments["load_in_4bit"] and not arguments["lora"]:
         problems.append("--load_in_4bit: 4-bit weights can't be trained; add --lora")
+    return problems
+
+
+def _check_sequence_parallel(arguments: dict[str, Any]) -> list[str]:
+    """Check the flags that must be given, or left out, where GPUs share rows."""
+    parts = arguments["sequence_parallel_size"]
+    if parts <= 1:
+        return []
+    name = f"--sequence_parallel_size {parts}"
+    problems = []
+    if not arguments["deepspeed"]:
+        problems.append(f"{name}: works with --deepspeed ds_zero2.json or ds_zero3.json only")
+    if not arguments["packing"]:
+        problems.append(f"{name}: only packed rows are shared; leave out --packing false")
+    if arguments["label_smoothing_factor"]:
+        problems.append(f"{name}: --label_smoothing_factor needs the logits of whole rows; leave one of them out")
+    if arguments["neftune_noise_alpha"]:
+        problems.append(f"{name}: --neftune_noise_alpha scales by the length of whole rows; leave one of them out")
+    if arguments["torch_compile"]:
+        problems.append(f"{name}: was not tried with --torch_compile; leave one of them out")
     return problems
 
 

@@ -13,6 +13,7 @@ from sft.dataset.dataset import Examples, TrainingRows
 from sft.dataset.sampler import EMPTY
 from sft.format.tokens import IGNORE_INDEX
 from sft.launch.processes import UserError
+from sft.train.sequence_parallel import cut_tokens
 
 MAX_SOURCES = 9  # for which a loss is shown
 MAX_PENDING_BATCHES = 64  # whose losses wait on the GPU until they are read
@@ -57,17 +58,20 @@ def group_sources(parts: Sequence[tuple[Examples, Sequence[str]]]) -> Sources | 
 
 
 class SourceLosses:
-    """Sums this rank's losses of each source between two log lines; they stay on the GPU until they are read."""
+    """Sums this rank's losses of each source between two log lines; they stay on the GPU until they are read.
 
-    def __init__(self, sources: Sources):
-        self.sources = sources
+    Where processes share rows, this rank has the losses of part number `part` of `parts`.
+    """
+
+    def __init__(self, sources: Sources, *, parts: int = 1, part: int = 0):
+        self.sources, self.parts, self.part = sources, parts, part
         self.sums: dict[str, list] = {}  # source: [summed loss, trained tokens]
         self._pending: list[tuple[np.ndarray, torch.Tensor]] = []
 
     def add(self, batches: Sequence[Sequence[int]], losses: Sequence[torch.Tensor], dataset: TrainingRows) -> None:
-        """Store the losses by token, (rows, length), of each batch of row numbers of an update."""
+        """Store the losses by token, (rows, length) or of a part (1, tokens), of each batch of an update's rows."""
         for batch, batch_losses in zip(batches, losses, strict=True):
-            of_token = np.full(batch_losses.shape, -1)
+            of_token = np.full((len(batch), batch_losses.numel() * self.parts // len(batch)), -1)
             for place, row in enumerate(batch):
                 members = [] if row == EMPTY else dataset.rows[row]
                 found = [
@@ -75,6 +79,8 @@ class SourceLosses:
                     for number in members
                 ]
                 of_token[place, : sum(map(len, found))] = np.concatenate([[], *found])
+            if self.parts > 1:
+                of_token = cut_tokens(of_token, self.parts, self.part)
             self._pending.append((of_token, batch_losses))
         if len(self._pending) > MAX_PENDING_BATCHES:
             self.read_pending()
@@ -171,11 +177,12 @@ class FiniteCheck:
         losses = [float(loss) for loss in self.losses]
         gradients = [bool(finite) for finite in self.gradients]
         found, of_ranks = [], trainer.updates.batches_at(trainer.progress.epoch, trainer.progress.taken)
+        parts = trainer.args.sequence_parallel_size
         for rank, (values, finite) in enumerate(trainer.guard.all_gather((losses, gradients))):
             bad = [place for place, value in enumerate(values) if not math.isfinite(value)]
             problem = f"the loss is {values[bad[0]]}" if bad else "the gradient is not finite"
             bad = bad or [place for place, is_finite in enumerate(finite) if not is_finite]
-            rows = [row for place in bad for row in of_ranks[rank][place]]
+            rows = [row for place in bad for row in of_ranks[rank // parts][place]]
             if bad:
                 found.append(f"{problem} on rank {rank}, in {self._name_rows(rows)}")
         if not found:

@@ -30,6 +30,7 @@ from sft.model import load as models
 from sft.opendata.files import find_skipped
 from sft.report.provenance import package_versions, without_secrets
 from sft.report.text import say
+from sft.train import sequence_parallel
 from sft.train.arguments import Settings
 from sft.train.checks import parse_gpu
 
@@ -97,6 +98,8 @@ def prepare_run(settings: Settings, check: Callable, *, checkpoint: str | None, 
     trust_remote_code = settings.model.trust_remote_code
     models.load_config(path, trust_remote_code=trust_remote_code)  # a broken one ends a dry run too
     check(models.check_window, path, settings.data.max_length, trust_remote_code=trust_remote_code)
+    if settings.training.sequence_parallel_size > 1:
+        check(check_sharing, settings, path)
     data, trained = settings.data, find_trained_format(checkpoint)
     renderer = load_renderer(
         path,
@@ -110,6 +113,18 @@ def prepare_run(settings: Settings, check: Callable, *, checkpoint: str | None, 
     skipped = find_skipped([*data.data_path, *(data.eval_data_path or ()), *(data.replay_path or ())])
     training = settings.training
     return Run(path, renderer, settings, Files(times, held_out, skipped), training.output_dir, training.seed)
+
+
+def check_sharing(settings: Settings, path: str) -> None:
+    """Raise ValueError when these processes can't share the rows of the model; its weights are not read."""
+    flags, training = settings.model, settings.training
+    parts, trusted = training.sequence_parallel_size, flags.trust_remote_code
+    sequence_parallel.check_processes(parts, count_processes(training))
+    config = models.load_config(path, trust_remote_code=trusted)
+    options = {"trust_remote_code": True} if trusted else {}
+    if flags.attn_implementation:
+        options["attn_implementation"] = flags.attn_implementation
+    sequence_parallel.check_model(config, parts=parts, max_length=settings.data.max_length, options=options)
 
 
 def load_renderer(model_path: str, chat_format: str, *, trust_remote_code: bool, **options) -> Renderer:
@@ -179,7 +194,7 @@ def lay_out_rows(run: Run, examples: Examples, ledger: dict) -> TrainingRows:
     rows = TrainingRows(examples, max_length, seed=run.seed, mixture=mixture)
     if not (mixture.changes and max_length):
         return rows
-    per_update = training.train_batch_size * training.gradient_accumulation_steps * count_processes(training)
+    per_update = training.train_batch_size * training.gradient_accumulation_steps * count_row_groups(training)
     epochs = training.num_train_epochs
     if training.max_steps > 0:
         epochs = training.max_steps * per_update / max(1, len(rows)) + 1
@@ -197,6 +212,17 @@ def count_processes(training) -> int:
     if launched or not training.deepspeed:
         return launched or 1
     return find_gpus(training.gpu).count
+
+
+def count_row_groups(training) -> int:
+    """Return how many groups of processes take rows of their own in an update: the data-parallel size."""
+    return max(1, count_processes(training) // training.sequence_parallel_size)
+
+
+def describe_processes(training) -> str:
+    """Return, as in "8 processes" or "4 groups of 2 processes", what multiplies the rows of a process."""
+    groups, parts = count_row_groups(training), training.sequence_parallel_size
+    return f"{groups} processes" if parts == 1 else f"{groups} groups of {parts} processes"
 
 
 class Gpus(NamedTuple):

@@ -26,7 +26,7 @@ from sft.report.measures import mfu_of_a_token, rates, replies_entry, summarise
 from sft.report.provenance import provenance
 from sft.report.run_page import RunPage, render_page
 from sft.report.text import paint, say
-from sft.train.setup import Data, Run
+from sft.train.setup import Data, Run, describe_processes
 from sft.train.trainer import Trainer
 
 EVALUATION_METRICS = ("eval_loss", "eval_perplexity", "eval_token_accuracy")
@@ -192,8 +192,7 @@ def _say_steps(trainer: Trainer, rows, stop_ids: list[int]) -> None:
     arguments, per_update = trainer.args, trainer.updates.rows_per_update
     steps = trainer.updates.in_all(arguments.num_train_epochs, arguments.max_steps)
     tokens = rows.num_tokens * per_update // len(rows)
-    accumulation, processes = arguments.gradient_accumulation_steps, arguments.world_size
-    shares = f"{arguments.train_batch_size} x {accumulation} x {processes} processes"
+    shares = f"{arguments.train_batch_size} x {arguments.gradient_accumulation_steps} x {describe_processes(arguments)}"
     say(f"steps: {steps:,} of {per_update} rows ({shares}), about {tokens:,} tokens; stop ids: {stop_ids}")
 
 

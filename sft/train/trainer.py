@@ -23,7 +23,7 @@ from sft.checkpoint.save import (
     SAVING,
     check_disk_space,
     delete_old_checkpoints,
-    is_full_disk,
+    explain_error,
     list_files,
     open_staging,
     publish_checkpoint,
@@ -73,7 +73,9 @@ class Trainer(transformers.Trainer):
         **options,
     ):
         super().__init__(*arguments, compute_metrics=self._metrics, **options)
-        self.source_losses = SourceLosses(sources) if sources else None
+        parts = self.args.sequence_parallel_size  # processes that share a row, neighbours in rank
+        group, part = divmod(self.args.process_index, parts)
+        self.source_losses = SourceLosses(sources, parts=parts, part=part) if sources else None
         self._token_losses: list[torch.Tensor | None] = []  # of the update's batches so far
         self.guard, self.fingerprint = guard, fingerprint
         self.run, self.progress, self.shift = guard.broadcast(uuid.uuid4().hex), Progress(), 0
@@ -87,8 +89,8 @@ class Trainer(transformers.Trainer):
             len(self.train_dataset),
             batch_size=self.args.train_batch_size,
             accumulation=self.args.gradient_accumulation_steps,
-            world_size=self.args.world_size,
-            rank=self.args.process_index,
+            world_size=self.args.world_size // parts,
+            rank=group,
             seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
             shuffle=self.args.train_sampling_strategy != "sequential",
             drop_last=self.args.dataloader_drop_last,
@@ -149,6 +151,9 @@ class Trainer(transformers.Trainer):
             return num_train_epochs, 0
         return self.progress.epoch, self._skipped * self.args.gradient_accumulation_steps
 
+    def get_total_train_batch_size(self, args) -> int:
+        return self.updates.rows_per_update
+
     def create_scheduler(self, num_training_steps, optimizer=None):
         scheduler = super().create_scheduler(num_training_steps + self.shift, optimizer)
         if self.shift and hasattr(scheduler, "lr_lambdas"):
@@ -196,7 +201,7 @@ class Trainer(transformers.Trainer):
     def _advance(self) -> None:
         progress = self.progress
         if self.source_losses and None not in self._token_losses:
-            batches = self.updates.batches_at(progress.epoch, progress.taken)[self.args.process_index]
+            batches = self.updates.batches_at(progress.epoch, progress.taken)[self.updates.rank]
             self.source_losses.add(batches, self._token_losses, self.train_dataset)
         self._token_losses = []
         self.finite.start_update()
@@ -278,7 +283,7 @@ class Trainer(transformers.Trainer):
         try:
             super()._save_checkpoint(model, trial)
         except (OSError, RuntimeError, SafetensorError) as error:
-            raise self._explained(error) from error
+            raise explain_error(error, self.args.output_dir) from error
         finally:
             self._staging = None
         self._write_progress(staging / name)
@@ -359,7 +364,7 @@ class Trainer(transformers.Trainer):
         try:
             self.save_model(str(staged))
         except (OSError, RuntimeError, SafetensorError) as error:
-            raise self._explained(error) from error
+            raise explain_error(error, self.args.output_dir) from error
         if self.args.should_save:
             verify_saved(staged, shapes)
             model.generation_config.save_pretrained(staged)  # an adapter comes without
@@ -390,10 +395,3 @@ class Trainer(transformers.Trainer):
         except (OSError, ValueError) as error:
             reason = str(error).strip().split("\n")[0]
             raise ValueError(f"{folder} is saved, but not pushed: {reason}; hf upload {repository} {folder}") from error
-
-    def _explained(self, error: Exception) -> Exception:
-        """The same error, or when a disk is full, a ValueError that says so."""
-        if not is_full_disk(error):
-            return error
-        reason = str(error).splitlines()[0]
-        return ValueError(f"{self.args.output_dir}: the disk is full ({reason}); the checkpoints in it are whole")

@@ -93,3 +93,21 @@ def test_two_processes_give_the_gradient_of_one(zero, tiny_base, examples, whole
     assert done.returncode == 0, done.stderr[-3000:]
     assert "of 24 rows (4 x 3 x 2 processes)" in done.stdout
     assert_same(measured(tmp_path / "model"), whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero", ["2", "3"])
+def test_processes_that_share_each_packed_row_give_the_gradient_of_one(zero, tiny_base, examples, whole, tmp_path):
+    """Two rows in a batch, laid end to end: the seam of the two parts may be between rows or inside a document."""
+    knobs = {"MODEL": str(tiny_base("qwen2")), "DATA": str(examples), "OUTPUT": str(tmp_path), "MAX_LENGTH": "250"}
+    knobs |= {"BATCH_SIZE": "3", "ACCUMULATION": "2"}
+    flags = [word for pair in FLAGS.items() for word in pair] + ["--cache_dir", str(tmp_path / "cache")]
+    flags += ["--gradient_checkpointing", str(zero == "3")]
+    done = sh("ds_all.sh", *flags, **knobs, ZERO=zero, NUM_GPUS="2", SEQUENCE_PARALLEL="2")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "of 6 rows (3 x 2 x 1 groups of 2 processes)" in done.stdout
+    assert "self-test: logits of a shared row are within" in done.stdout
+    assert_same(measured(tmp_path / "model"), whole)
+    history = json.loads((tmp_path / "model" / "run.json").read_text())["log_history"]
+    (seen,) = {entry["num_input_tokens_seen"] for entry in history if entry["step"] == 1 and "loss" in entry}
+    assert seen == 1134, "as many as one process sees"
