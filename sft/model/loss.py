@@ -190,7 +190,7 @@ def _add_router_loss(model, result: LossOutput, output, labels, num_items, kwarg
 def _loss_of(model, hidden: torch.Tensor, labels: torch.Tensor, num_items) -> LossOutput:
     """The sum over labelled positions, over `num_items` (else their number); a graph, and 0, where there is none.
 
-    `labels` (batch, length), or (batch, length + 1) where the text goes on: the last one is that of the next token.
+    `labels` (batch, length), or (batch, length + 1) for a part of a row: the last one is that of the token behind it.
     """
     targets = labels[:, 1:].to(hidden.device)
     shape = hidden.shape[:2]

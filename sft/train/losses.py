@@ -60,7 +60,7 @@ def group_sources(parts: Sequence[tuple[Examples, Sequence[str]]]) -> Sources | 
 class SourceLosses:
     """Sums this rank's losses of each source between two log lines; they stay on the GPU until they are read.
 
-    Where processes share rows, this rank has the losses of part number `part` of `parts`.
+    With `parts` above 1 processes share rows, and this rank has the losses of part number `part`.
     """
 
     def __init__(self, sources: Sources, *, parts: int = 1, part: int = 0):
