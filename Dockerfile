@@ -13,9 +13,8 @@ WORKDIR /sft
 
 # The packages first: they change less often than the code.
 COPY .ci/install .ci/install
-COPY requirements.txt requirements.txt
-# QLoRA and --use_liger_kernel need the last two.
-RUN sh .ci/install && pip install -q bitsandbytes==0.49.2 liger-kernel==0.8.5
+COPY requirements.txt requirements-gpu.txt ./
+RUN sh .ci/install && pip install -q -r requirements-gpu.txt
 
 COPY . .
 RUN pip install -q --no-deps --editable .

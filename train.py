@@ -34,7 +34,7 @@ from sft.dataset.dataset import MAX_LENGTH, prepare
 from sft.dataset.ledger import check_losses, find_thinking_default
 from sft.files import CACHE_DIR, MAX_SHARD_SIZE
 from sft.launch.processes import LOST, STOPPED, Guard, Stopped
-from sft.model import adapters, attention, loss
+from sft.model import adapters, attention, fusion, loss
 from sft.preview.dry_run import show_run
 from sft.preview.measure import measure_steps
 from sft.preview.report import Report
@@ -50,6 +50,7 @@ from sft.train.setup import (
     check_probes,
     check_saved_folder,
     check_token_ids,
+    find_circumstances,
     fingerprint_of,
     lay_out_rows,
     open_output_dir,
@@ -148,6 +149,13 @@ class TrainingArguments(transformers.TrainingArguments):
     remove_unused_columns: bool = flag(False, "Not used: rows hold what the model takes.")
     allow_changed: str | None = flag(None, "Fields that may differ from the resumed checkpoint, with commas.")
     rank_timeout: float = flag(90, "Seconds without a sign of life after which a frozen process ends the run.", above=0)
+    fused_kernels: str = flag(
+        "auto",
+        "How norms, activations and rotary positions are fused; auto: on a GPU by Liger's kernels, else compiled in "
+        "long runs.",
+        choices=fusion.CHOICES,
+        resume="same unless default",
+    )
     max_shard_size: str = flag(MAX_SHARD_SIZE, "Largest file of weights that is written.")
     sequence_parallel_size: int = flag(
         1, "GPUs that share each packed row, for rows too long for one.", at_least=1, resume="same unless default"
@@ -253,10 +261,9 @@ def build_trainer(run: Run, data: Data, **options) -> Trainer:
     `options` are those of `sft.train.trainer.Trainer`.
     """
     settings, model, tokenizer = run.settings, build_model(run), run.renderer.tokenizer
-    notes = [models.use_liger_kernels(model)] if settings.training.use_liger_kernel else []
-    if settings.data.packing:
-        notes.append(attention.isolate_documents(model))
+    notes = [attention.isolate_documents(model)] if settings.data.packing else []
     notes.append(loss.use_chunked_loss(model))
+    notes += fusion.fuse(model, settings.training.fused_kernels, find_circumstances(run, data, model))
     # On a GPU one length for all packed rows: flex attention compiles for it once.
     packed_length = settings.data.max_length if torch.cuda.is_available() else None
     parts = settings.training.sequence_parallel_size

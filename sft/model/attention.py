@@ -271,6 +271,8 @@ def _falcon_attention() -> type:
     _give_documents_as_mask(modeling_falcon)
 
     class DocumentFalconAttention(modeling_falcon.FalconAttention):
+        rotate = staticmethod(modeling_falcon.apply_rotary_pos_emb)
+
         def forward(self, hidden_states, alibi, attention_mask, position_embeddings=None, **kwargs):
             if not isinstance(attention_mask, Documents):
                 kwargs["position_embeddings"] = position_embeddings
@@ -279,7 +281,7 @@ def _falcon_attention() -> type:
             query, key, value = self._split_heads(self.query_key_value(hidden_states))
             options = {}
             if alibi is None:
-                query, key = modeling_falcon.apply_rotary_pos_emb(query, key, *position_embeddings, unsqueeze_dim=2)
+                query, key = self.rotate(query, key, *position_embeddings, unsqueeze_dim=2)
             else:
                 # transformers' eager falcon adds the bias twice, in its mask and in its scores.
                 times = 1 if self.config._attn_implementation == "sdpa" else 2

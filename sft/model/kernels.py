@@ -3,11 +3,13 @@
 import functools
 import inspect
 import math
+import weakref
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
+from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -189,33 +191,6 @@ def _block_mask(documents: Documents):
 # --- the loss of a chunk of logits ---------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class LogitShape:
-    """Logits are `cap * tanh(scale * raw / cap)`, or `scale * raw` without a cap."""
-
-    scale: float = 1.0
-    cap: float | None = None
-
-    def __str__(self) -> str:
-        scale = f", logits times {self.scale:.4g}" if self.scale != 1 else ""
-        return scale + (f", soft cap {self.cap:.4g}" if self.cap else "")
-
-    def apply(self, raw: torch.Tensor) -> torch.Tensor:
-        scaled = raw if self.scale == 1 else raw * self.scale
-        return scaled if self.cap is None else self.cap * torch.tanh(scaled / self.cap)
-
-    def apply_in_place(self, raw: torch.Tensor) -> torch.Tensor | None:
-        """Shape the logits in place; return their slope by the raw ones, or None where it is 1."""
-        if self.scale != 1:
-            raw *= self.scale
-        if self.cap is None:
-            return None if self.scale == 1 else raw.new_tensor(self.scale)
-        raw.div_(self.cap).tanh_()
-        slope = raw.square().neg_().add_(1).mul_(self.scale)
-        raw *= self.cap
-        return slope
-
-
 def compute_dtype(weight: torch.Tensor) -> torch.dtype:
     device = weight.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
@@ -238,8 +213,10 @@ class SummedLoss(torch.autograd.Function):
         return (*(None if gradient is None else gradient.mul_(grad) for gradient in gradients), None, None)
 
 
-def _losses_with_gradients(leaves, targets, shape: LogitShape, wanted, dtype) -> tuple[torch.Tensor, list]:
+def _losses_with_gradients(leaves, targets, shape, wanted, dtype) -> tuple[torch.Tensor, list]:
     """Return the losses (tokens,), and the gradients of their sum by hidden (tokens, size), weight and bias.
+
+    `shape`, a LogitShape of sft.model.loss, changes the logits.
 
     The gradients are fp32 while they grow.
     """
@@ -312,3 +289,111 @@ def rows_at_a_time(bytes_per_row: int, device: str) -> int:
     """Rows of logits that are alive at a time."""
     device = device if device in CHUNK_BYTES else "cpu"
     return min(max(1, CHUNK_BYTES[device] // bytes_per_row), CHUNK_ROWS.get(device, 2**20))
+
+
+# --- products of fp32 masters in half precision --------------------------------------------------------------------
+
+
+class SharedRounding:
+    """Rounds states to half precision once for the layers that take the same ones: q, k, v, or gate and up."""
+
+    def __init__(self):
+        self._last = (lambda: None), None, None
+
+    def round(self, states: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        of, version, rounded = self._last
+        if of() is not states or version != states._version or rounded.dtype != dtype:
+            rounded = states.detach().to(dtype)
+            self._last = weakref.ref(states), states._version, rounded
+        return rounded
+
+
+class MasterLinear(nn.Linear):
+    """A linear layer that under autocast rounds its fp32 weight once per update and gives fp32 gradients.
+
+    The products are autocast's, to the bit. Autocast rounds each weight and each input in every call, and casts the
+    gradients from half precision to fp32; here they come as fp32 from the product itself. `adds_gradients`: in one
+    process the product is added to the gradient in place.
+    """
+
+    keeps_rounded = adds_gradients = False
+    kept: torch.Tensor | None = None
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        weight, device = self.weight, states.device.type
+        is_master = weight.dtype == torch.float32 and weight.requires_grad and weight.is_leaf
+        if not (is_master and torch.is_grad_enabled() and torch.is_autocast_enabled(device)):
+            return self.plain_class.forward(self, states)
+        rounded = self.rounding.round(states, torch.get_autocast_dtype(device)).flatten(0, -2)
+        output = MasterProduct.apply(states.flatten(0, -2), weight, self.bias, rounded, self)
+        return output.view(*states.shape[:-1], output.shape[-1])
+
+    def rounded_weight(self, dtype: torch.dtype) -> torch.Tensor:
+        """Return the weight in half precision, from the second batch of an update on the same tensor.
+
+        While there is a gradient the weight has not changed: an update ends with gradients that are None. Its version
+        says nothing, as torch's fused AdamW leaves that as it is.
+        """
+        if self.kept is not None and self.weight.grad is not None:
+            return self.kept
+        rounded = self.weight.detach().to(dtype)
+        self.kept = rounded if self.keeps_rounded else None
+        return rounded
+
+
+class MasterProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, states, weight, bias, rounded, layer):
+        cast = layer.rounded_weight(rounded.dtype)
+        ctx.save_for_backward(rounded, cast)
+        ctx.layer, ctx.dtype = layer, states.dtype
+        with torch.autocast(states.device.type, enabled=False):
+            return nn.functional.linear(rounded, cast, None if bias is None else bias.to(rounded.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        rounded, cast = ctx.saved_tensors
+        wanted, weight = ctx.needs_input_grad, ctx.layer.weight
+        by_states = _product(grad, cast, ctx.dtype) if wanted[0] else None
+        by_bias = grad.sum(0, dtype=torch.float32) if wanted[2] else None
+        by_weight = None
+        if ctx.layer.adds_gradients and weight.grad is not None:
+            _add_product(weight.grad, grad.t(), rounded)
+        else:
+            by_weight = _product(grad.t(), rounded, torch.float32)
+        return by_states, by_weight, by_bias, None, None
+
+
+def _product(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """left @ right in `dtype`, without a rounded copy where the device can."""
+    if left.dtype != dtype and left.device.type == "cuda":
+        return torch.mm(left, right, out_dtype=dtype)
+    return (left @ right).to(dtype)
+
+
+def use_master_products(model, *, accumulation: int, alone: bool) -> int:
+    """Let the linear layers of a model that is trained whole be MasterLinear; return their number.
+
+    `alone`: one process without DeepSpeed, so that no other code waits for each gradient.
+    """
+    rounding, head, changed = SharedRounding(), model.get_output_embeddings(), 0
+    for module in model.modules():
+        is_plain = type(module) is nn.Linear or (type(module).__name__ == "FalconLinear" and module.bias is None)
+        if module is head or not is_plain or "forward" in vars(module):
+            continue
+        plain_class = type(module)
+        module.__class__ = _master_class(plain_class)
+        module.rounding, module.keeps_rounded, module.adds_gradients = rounding, accumulation > 1, alone
+        changed += 1
+    return changed
+
+
+@functools.cache
+def _master_class(plain_class: type) -> type:
+    members = {
+        "plain_class": plain_class,
+        "__module__": plain_class.__module__,
+        "__qualname__": plain_class.__qualname__,
+    }
+    return type(plain_class.__name__, (MasterLinear, plain_class), members)

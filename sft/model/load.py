@@ -5,8 +5,11 @@ where they are used, so that a mistake in the arguments is reported before secon
 """
 
 import functools
+import importlib.util
 import os
-from collections.abc import Sequence
+import sys
+import types
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from sft.base import ADAPTER, base_of_adapter
@@ -234,25 +237,63 @@ def _gathered_rows(_layer, weight, rows: Sequence[int], _size: int):
         return weight[rows].clone()
 
 
-# --- made ready ----------------------------------------------------------------------------------------------------
+# --- Liger's kernels ----------------------------------------------------------------------------------------------
+
+
+def has_liger(model) -> bool:
+    """Whether Liger is installed and has kernels for the model's family."""
+    if importlib.util.find_spec("liger_kernel") is None:
+        return False
+    from liger_kernel.transformers import monkey_patch
+
+    return model.config.get_text_config().model_type in monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN
 
 
 def use_liger_kernels(model) -> str:
     """Put Liger's kernels for rotary positions, norms and MLP into a model that Liger supports; return what was done.
 
     Its fused loss is left out: it takes every position through the head, ours only those with a label. Liger 0.8 does
-    nothing, without a warning, for families that it doesn't support.
+    nothing, without a warning, for families that it doesn't support. It also replaces names in the family's module of
+    transformers, which other models of this process use: those are put back, and this model keeps its kernels.
     """
     try:
         from liger_kernel.transformers import monkey_patch
     except ImportError:
-        raise ValueError("--use_liger_kernel: pip install liger-kernel, or leave the flag out") from None
+        raise ValueError("--use_liger_kernel: pip install -r requirements-gpu.txt, or leave the flag out") from None
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     family = base.config.get_text_config().model_type
     if family not in monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN:
         return f"no Liger kernels: there are none for {family}"
+    modules = {sys.modules[type(module).__module__] for module in base.modules()}
+    before = {module: dict(vars(module)) for module in modules if module.__name__.startswith("transformers.models.")}
     monkey_patch._apply_liger_kernel_to_instance(model=base, fused_linear_cross_entropy=False)
-    return f"Liger kernels for {family}"
+    for module, names in before.items():
+        rotate = vars(module).get("apply_rotary_pos_emb")
+        vars(module).update(names)
+        if rotate is not names.get("apply_rotary_pos_emb"):
+            _rotate_with(base, rotate, module.__name__)
+    return f"Liger's for {family}"
+
+
+def _rotate_with(base, rotate: Callable, modeling: str) -> None:
+    """Let the attention modules that a module of transformers defines rotate with another function."""
+    for module in base.modules():
+        plain = type(module).forward
+        if type(module).__module__ == modeling and "apply_rotary_pos_emb" in getattr(plain, "__code__", plain).co_names:
+            module.forward = types.MethodType(with_globals(plain, apply_rotary_pos_emb=rotate), module)
+
+
+def with_globals(function: Callable, **replaced) -> Callable:
+    """Return the same code with other values for some of its globals."""
+    names = function.__globals__ | replaced
+    copied = types.FunctionType(
+        function.__code__, names, function.__name__, function.__defaults__, function.__closure__
+    )
+    copied.__kwdefaults__ = function.__kwdefaults__
+    return copied
+
+
+# --- made ready ----------------------------------------------------------------------------------------------------
 
 
 def set_generation_config(model, tokenizer, stop_ids: Sequence[int]) -> None:

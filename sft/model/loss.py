@@ -17,10 +17,36 @@ from transformers.utils import ModelOutput
 
 from sft.format.tokens import IGNORE_INDEX
 from sft.model import kernels
-from sft.model.kernels import LogitShape
 
 FULL_LOGIT_BYTES = 12  # that a plain loss takes for each logit: logits, log-softmax and gradient in fp32
 FP32_SLICE = 1024  # rows of the head on which the self-test compares gradients in fp32
+
+
+@dataclass(frozen=True)
+class LogitShape:
+    """Logits are `cap * tanh(scale * raw / cap)`, or `scale * raw` without a cap."""
+
+    scale: float = 1.0
+    cap: float | None = None
+
+    def __str__(self) -> str:
+        scale = f", logits times {self.scale:.4g}" if self.scale != 1 else ""
+        return scale + (f", soft cap {self.cap:.4g}" if self.cap else "")
+
+    def apply(self, raw: torch.Tensor) -> torch.Tensor:
+        scaled = raw if self.scale == 1 else raw * self.scale
+        return scaled if self.cap is None else self.cap * torch.tanh(scaled / self.cap)
+
+    def apply_in_place(self, raw: torch.Tensor) -> torch.Tensor | None:
+        """Shape the logits in place; return their slope by the raw ones, or None where it is 1."""
+        if self.scale != 1:
+            raw *= self.scale
+        if self.cap is None:
+            return None if self.scale == 1 else raw.new_tensor(self.scale)
+        raw.div_(self.cap).tanh_()
+        slope = raw.square().neg_().add_(1).mul_(self.scale)
+        raw *= self.cap
+        return slope
 
 
 @dataclass

@@ -108,8 +108,7 @@ def _make_settings(groups: tuple[type, type, type], given: dict[str, Any]) -> Se
     if given["deepspeed"]:
         given["deepspeed"] = deepspeed_config(given["deepspeed"], offload=given["offload"], pin_memory=not on_cpu)
     given |= choose_compute(bf16=given["bf16"], fp16=given["fp16"], use_cpu=on_cpu)
-    if given["use_liger_kernel"] and on_cpu:
-        raise ValueError("--use_liger_kernel: its kernels are Triton's and need a GPU; leave the flag out")
+    given |= choose_fused_kernels(given, on_cpu=on_cpu)
     deepspeed = given["deepspeed"]
     if given["dry_run"] and not given["probe_steps"]:
         given |= {"deepspeed": None, "use_cpu": on_cpu}
@@ -125,6 +124,23 @@ def _make_settings(groups: tuple[type, type, type], given: dict[str, Any]) -> Se
     settings = Settings(*made)
     settings.training.deepspeed = deepspeed  # a dry run starts no processes, and shows what they would hold
     return settings
+
+
+def choose_fused_kernels(given: Mapping[str, Any], *, on_cpu: bool) -> dict[str, Any]:
+    """Read transformers' flags for Liger and torch.compile as --fused_kernels.
+
+    transformers would compile the whole model: a graph that depends on the documents of a batch, new for each.
+    """
+    names = ("torch_compile", "torch_compile_backend", "torch_compile_mode")
+    chosen = given["fused_kernels"]
+    if any(given[name] for name in names):
+        chosen = "compile"
+    if given["use_liger_kernel"]:
+        chosen = "liger"
+    if chosen == "liger" and on_cpu:
+        flag_name = "--use_liger_kernel" if given["use_liger_kernel"] else "--fused_kernels liger"
+        raise ValueError(f"{flag_name}: its kernels are Triton's and need a GPU; leave the flag out")
+    return {"fused_kernels": chosen, "torch_compile": False, "torch_compile_backend": None, "torch_compile_mode": None}
 
 
 class Parser(HfArgumentParser):

@@ -3,7 +3,7 @@
 import torch
 from transformers import ProgressCallback, TrainerCallback
 
-from sft.model import adapters, attention, loss
+from sft.model import adapters, attention, fusion, loss
 from sft.report.text import say
 from sft.train import sequence_parallel
 from sft.train.losses import sum_by_source
@@ -68,6 +68,9 @@ class SelfTest(TrainerCallback):
         exact = not low and all(parameter.dtype == torch.float32 for parameter in model.parameters())
         dtype = torch.bfloat16 if args.bf16 else torch.float16
         with torch.autocast(args.device.type, dtype=dtype, enabled=low):
+            rows = args.per_device_train_batch_size
+            if compiled := fusion.prove_compiled(model, num_rows=rows, packing=self.packing):
+                say(compiled)
             loss.self_test(model, exact=exact)
             if hasattr(model, "peft_config") and not state.global_step:
                 adapters.self_test(model, exact=exact)

@@ -26,8 +26,10 @@ from sft.dataset.mixture import mix
 from sft.format.contract import check_contract, check_saved, pick_conversations
 from sft.format.render import Renderer
 from sft.launch.processes import Guard, UserError
+from sft.model import fusion
 from sft.model import load as models
 from sft.opendata.files import find_skipped
+from sft.report.measures import mfu_of_a_token
 from sft.report.provenance import package_versions, without_secrets
 from sft.report.text import say
 from sft.train import sequence_parallel
@@ -35,6 +37,7 @@ from sft.train.arguments import Settings
 from sft.train.checks import parse_gpu
 
 NUM_PROBES_OF_A_KIND = 4  # conversations of each kind in a file on which train = serve is checked
+USUAL_MFU = 0.4  # model FLOPs utilisation of a training step
 
 
 @dataclass(frozen=True)
@@ -253,6 +256,35 @@ def trainer_arguments(run: Run, held_out: Examples):
     arguments.dataloader_pin_memory &= torch.cuda.is_available()
     arguments.use_liger_kernel = False  # our model has them already; transformers would replace our loss by theirs
     return arguments
+
+
+def find_circumstances(run: Run, data: Data, model) -> fusion.Circumstances:
+    """Return what the choice of fused kernels depends on."""
+    training = run.settings.training
+    on_gpu = torch.cuda.is_available() and not training.use_cpu
+    return fusion.Circumstances(
+        on_gpu=on_gpu,
+        half=training.bf16 or training.fp16,
+        lora=run.settings.model.lora,
+        zero_stage=training.deepspeed and training.deepspeed.get("zero_optimization", {}).get("stage", 0),
+        world_size=training.world_size * max(1, training.n_gpu),
+        accumulation=training.gradient_accumulation_steps,
+        seconds=estimate_seconds(run, data, model, torch.cuda.get_device_name()) if on_gpu else None,
+    )
+
+
+def estimate_seconds(run: Run, data: Data, model, device: str) -> float | None:
+    """Return about how long training takes at 40% of the GPU's peak; None for a GPU whose peak is not known."""
+    training = run.settings.training
+    share_of_peak = mfu_of_a_token(model, device=device, world_size=1)
+    if share_of_peak is None:
+        return None
+    tokens = training.num_train_epochs * data.examples.lengths.sum() / training.world_size
+    if training.max_steps > 0:
+        rows = training.max_steps * training.train_batch_size * training.gradient_accumulation_steps
+        longest = run.settings.data.max_length if run.settings.data.packing else data.examples.lengths.mean()
+        tokens = rows * longest
+    return float(tokens * share_of_peak / USUAL_MFU)
 
 
 # --- resume -------------------------------------------------------------------------------------------------------

@@ -63,8 +63,8 @@ def test_the_dockerfile_runs_the_script_that_ci_runs():
     runs = re.findall(r"^RUN (.*)$", DOCKERFILE, re.MULTILINE)
     assert [line.split(" && ")[0] for line in runs] == ["sh .ci/install", "pip install -q --no-deps --editable ."]
     assert "\nsh .ci/install\n" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
-    copied = re.findall(r"^COPY (\S+) ", DOCKERFILE, re.MULTILINE)
-    assert copied == [".ci/install", "requirements.txt", "."]
+    copied = re.findall(r"^COPY (.+) \S+$", DOCKERFILE, re.MULTILINE)
+    assert copied == [".ci/install", "requirements.txt requirements-gpu.txt", "."]
     command = re.search(r'^CMD \["sh", "(\S+)"\]$', DOCKERFILE, re.MULTILINE)[1]
     assert (ROOT / command).is_file()
 

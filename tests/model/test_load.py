@@ -5,6 +5,7 @@ import sys
 import types
 
 import pytest
+import torch
 
 from sft.format.render import Renderer
 from sft.model.adapters import untrained_ids
@@ -142,12 +143,37 @@ def test_liger_kernels_are_used_for_supported_families_and_others_are_named(tiny
     monkeypatch.setitem(sys.modules, "liger_kernel", types.ModuleType("liger_kernel"))
     monkeypatch.setitem(sys.modules, "liger_kernel.transformers", types.SimpleNamespace(monkey_patch=patch))
     qwen2, bloom = (load_model(tiny_base(family)) for family in ("qwen2", "bloom"))
-    assert use_liger_kernels(qwen2) == "Liger kernels for qwen2"
+    assert use_liger_kernels(qwen2) == "Liger's for qwen2"
     assert use_liger_kernels(bloom) == "no Liger kernels: there are none for bloom"
     assert calls == [{"model": qwen2, "fused_linear_cross_entropy": False}]
 
 
+def test_liger_kernels_stay_in_their_model(tiny_base, monkeypatch):
+    """Liger replaces names in transformers' module; a model that is loaded later is the plain one again."""
+    from transformers.models.qwen2 import modeling_qwen2
+
+    rotate, norm, rotated = modeling_qwen2.apply_rotary_pos_emb, modeling_qwen2.Qwen2RMSNorm, []
+
+    def apply_liger(**options):
+        modeling_qwen2.Qwen2RMSNorm = None
+        modeling_qwen2.apply_rotary_pos_emb = lambda *states: rotated.append(1) or rotate(*states)
+
+    patch = types.SimpleNamespace(
+        MODEL_TYPE_TO_APPLY_LIGER_FN={"qwen2": None}, _apply_liger_kernel_to_instance=apply_liger
+    )
+    monkeypatch.setitem(sys.modules, "liger_kernel", types.ModuleType("liger_kernel"))
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", types.SimpleNamespace(monkey_patch=patch))
+    model, other = load_model(str(tiny_base("qwen2"))), load_model(str(tiny_base("qwen2")))
+    use_liger_kernels(model)
+    assert (modeling_qwen2.apply_rotary_pos_emb, modeling_qwen2.Qwen2RMSNorm) == (rotate, norm)
+    tokens = torch.arange(3, 9)[None]
+    expected = other(input_ids=tokens).logits
+    assert rotated == []
+    assert torch.equal(model(input_ids=tokens).logits, expected)
+    assert rotated == [1, 1]  # one of each layer
+
+
 def test_liger_kernels_that_are_not_installed_are_named(tiny_base, monkeypatch):
     monkeypatch.setitem(sys.modules, "liger_kernel", None)
-    with pytest.raises(ValueError, match="pip install liger-kernel"):
+    with pytest.raises(ValueError, match=r"pip install -r requirements-gpu\.txt"):
         use_liger_kernels(load_model(tiny_base("qwen2")))

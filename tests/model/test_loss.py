@@ -9,7 +9,7 @@ import torch
 from sft.format.tokens import IGNORE_INDEX
 from sft.model import kernels
 from sft.model.attention import isolate_documents
-from sft.model.loss import LossHead, use_chunked_loss
+from sft.model.loss import LogitShape, LossHead, use_chunked_loss
 from sft.model.loss import self_test as run_self_test
 
 
@@ -337,7 +337,7 @@ def test_the_self_test_passes_and_leaves_mode_and_random_state_alone(load, famil
 def test_the_self_test_finds_a_gradient_that_is_off(load, exact):
     model = load("qwen2")
     use_chunked_loss(model)
-    model.get_output_embeddings().shape = kernels.LogitShape(cap=50.0)  # which hardly changes the loss
+    model.get_output_embeddings().shape = LogitShape(cap=50.0)  # which hardly changes the loss
     with pytest.raises(ValueError, match=r"the gradient of the loss in chunks is .* off|is .* from the plain one"):
         run_self_test(model, exact=exact)
 
@@ -345,7 +345,7 @@ def test_the_self_test_finds_a_gradient_that_is_off(load, exact):
 def test_the_self_test_finds_a_loss_that_is_another(load):
     model = load("qwen2")
     use_chunked_loss(model)
-    model.get_output_embeddings().shape = kernels.LogitShape(scale=3.0)
+    model.get_output_embeddings().shape = LogitShape(scale=3.0)
     with pytest.raises(ValueError, match=r"Qwen2ForCausalLM: the loss in chunks is .* from the plain one"):
         run_self_test(model)
 
