@@ -11,7 +11,7 @@
 #
 # Knobs: REPLAY, a second path of data, and those of ds_all.sh; flags of train.py at the end override them.
 # Data and epochs: huggingface.co/Azure99/blossom-v5-9b. Its tenth is one of the conversations: 9,000 beside the 10,000.
-# Our judgement, for the card names none: rate, length and rows of the first stage.
+# Our judgement, for the card names none: rate, length and rows of the first stage, 1e-5 of Yi's report (arXiv 2403.04652).
 set -eu
 cd "$(dirname "$0")/.."
 

@@ -7,7 +7,8 @@
 # Knobs: those of ds_all.sh; flags of train.py at the end override them.
 # Open-Assistant's Falcon-40B (huggingface.co/OpenAssistant/falcon-40b-sft-mix-1226): 1e-5, batches of 18 on each GPU,
 #   2048 tokens, 20 steps of warm-up, no weight decay, 8 epochs.
-# Our judgement: the same rate for 7B, Stanford Alpaca's 2e-5 for rw-1b; 3 epochs, since 8 learn by heart; 16 packed
+# Our judgement: the same rate for 7B; for rw-1b the 2e-5 and 3 epochs of Stanford Alpaca
+#   (github.com/tatsu-lab/stanford_alpaca), for 7B too, since 8 learn by heart; 16 packed
 #   rows for about 128 conversations.
 set -eu
 cd "$(dirname "$0")/.."

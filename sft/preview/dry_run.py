@@ -4,6 +4,7 @@ The weights are never read. The report is printed and written as a page; its pro
 run, or spoil it without an error.
 """
 
+import csv
 import json
 import math
 import shutil
@@ -49,22 +50,7 @@ from sft.train.setup import (
 )
 
 MAX_RATE_RATIO = 4.0  # of a learning rate to what is published, after scaling
-# Published runs: name, learning rate, conversations per update, epochs, source.
-RECIPES = {
-    False: (
-        ("BELLE-7B (BLOOMZ)", 3e-6, 64, 3, "huggingface.co/BelleGroup/BELLE-7B-1M"),
-        ("Stanford Alpaca 7B", 2e-5, 128, 3, "github.com/tatsu-lab/stanford_alpaca, README"),
-        ("Vicuna 13B", 2e-5, 128, 3, "github.com/lm-sys/FastChat, README"),
-        ("Yi-34B-Chat", 1e-5, 64, 2, "arXiv 2403.04652"),
-        ("Zephyr 7B", 2e-5, 128, 1, "github.com/huggingface/alignment-handbook, recipes/zephyr-7b-beta/sft"),
-        ("Tülu 3 8B", 5e-6, 128, 2, "github.com/allenai/open-instruct, docs/tulu3.md"),
-        ("LIMA 65B", 1e-5, 32, 15, "arXiv 2305.11206"),
-    ),
-    True: (
-        ("Guanaco 7B (QLoRA)", 2e-4, 16, None, "github.com/artidoro/qlora, scripts/finetune_guanaco_7b.sh"),
-        ("Alpaca-LoRA 7B", 3e-4, 128, 3, "github.com/tloen/alpaca-lora, finetune.py"),
-    ),
-}
+PUBLISHED_RUNS = Path(__file__).with_name("published.csv")  # that recipes/ and docs/recipes.md follow
 
 
 def show_run(report: Report, run: Run, data: Data, guard: Guard, build_trainer: Callable) -> None:
@@ -129,8 +115,8 @@ def describe_run(report: Report, run: Run, rows: TrainingRows, trained: np.ndarr
     Returns the number of steps, and the bytes that one takes.
     """
     flags, training = run.settings.model, run.settings.training
-    steps = describe_steps(report, run, rows)
     config = models.load_config(run.model_path, trust_remote_code=flags.trust_remote_code)
+    steps = describe_steps(report, run, rows, model_type=config.model_type)
     how = {"variant": flags.lora_variant, "router": flags.lora_router, "dropout": flags.lora_dropout}
     shape = report.check(read_shape, config, trust_remote_code=flags.trust_remote_code, **how)
     if shape is None:
@@ -222,7 +208,7 @@ def describe_resume(report: Report, run: Run, *, num_rows: int) -> None:
         report.notes.append(f"{checkpoint}: no step is left; the model would be saved as it is")
 
 
-def describe_steps(report: Report, run: Run, rows: TrainingRows) -> int:
+def describe_steps(report: Report, run: Run, rows: TrainingRows, *, model_type: str = "") -> int:
     """Add what an update holds and how many there are, beside published runs; return their number."""
     training, lora = run.settings.training, run.settings.model.lora
     shares = (training.per_device_train_batch_size, training.gradient_accumulation_steps, count_row_groups(training))
@@ -241,10 +227,7 @@ def describe_steps(report: Report, run: Run, rows: TrainingRows) -> int:
     warm_up, rate = training.get_warmup_steps(steps), training.learning_rate
     schedule = getattr(training.lr_scheduler_type, "value", training.lr_scheduler_type)
     section.lines.append(f"updates: {steps:,}; learning rate {rate:g} after {warm_up:,} of warm-up, then {schedule}")
-    for name, published, batch, times, source in RECIPES[lora]:
-        section.lines.append(
-            f"  published: {name}, {published:g} at {batch} conversations, {times or '-'} epochs ({source})"
-        )
+    section.lines += published_lines(lora=lora, model_type=model_type)
     report.sections.append(section)
     if num_rows < per_update:
         report.notes.append(
@@ -259,9 +242,34 @@ def describe_steps(report: Report, run: Run, rows: TrainingRows) -> int:
     return steps
 
 
+def read_published(*, lora: bool) -> list[dict[str, str]]:
+    """Return the published runs of a method. A batch counts conversations, with `row_tokens` rows of so many tokens."""
+    with open(PUBLISHED_RUNS, encoding="utf-8", newline="") as stream:
+        rows = [row for row in csv.DictReader(stream) if row["learning_rate"]]
+    return [row for row in rows if row["method"] == ("lora" if lora else "full")]
+
+
+def published_lines(*, lora: bool, model_type: str) -> list[str]:
+    """Return a line for each published run of this type of model; of every type where it has none."""
+    runs = read_published(lora=lora)
+    lines = []
+    for row in [row for row in runs if model_type in row["types"].split()] or runs:
+        name, rate, source = row["run"], row["learning_rate"], row["source"]
+        batch, epochs = row["batch"] or "-", row["epochs"] or "-"
+        if row["lora"]:
+            name = f"{name} ({row['lora']})"
+        if row["row_tokens"]:
+            size = row["row_tokens"]
+            lines.append(f"  published: {name}, {rate} at {batch} rows of {size} tokens, {epochs} epochs ({source})")
+        else:
+            lines.append(f"  published: {name}, {rate} at {batch} conversations, {epochs} epochs ({source})")
+    return lines
+
+
 def _compare_recipes(learning_rate: float, conversations: float, lora: bool) -> list[str]:
     """A rate goes with the square root of the batch under Adam (arXiv 2205.10287); far from all is worth a word."""
-    scaled = [rate * math.sqrt(conversations / batch) for _name, rate, batch, *_ in RECIPES[lora]]
+    runs = [row for row in read_published(lora=lora) if row["batch"] and not row["row_tokens"]]
+    scaled = [float(row["learning_rate"]) * math.sqrt(conversations / int(row["batch"])) for row in runs]
     if min(scaled) / MAX_RATE_RATIO <= learning_rate <= max(scaled) * MAX_RATE_RATIO:
         return []
     span = f"{min(scaled):.1e} to {max(scaled):.1e}"

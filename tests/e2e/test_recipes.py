@@ -1,6 +1,8 @@
 """Each recipe is sound from a model's public config alone: the shell makes the command, a dry run judges it."""
 
+import csv
 import json
+import math
 import os
 import re
 import subprocess
@@ -10,11 +12,13 @@ import pytest
 from transformers import AutoConfig, AutoTokenizer
 
 import train
+from sft.preview import dry_run
 from sft.tiny import sample_texts
 from tests.conftest import ROOT
 from tests.families import FAMILIES
 from tests.preview.test_memory import PUBLISHED
 
+PUBLISHED_RUNS = list(csv.DictReader(dry_run.PUBLISHED_RUNS.read_text(encoding="utf-8").splitlines()))
 RECIPES = sorted(path.name for path in (ROOT / "recipes").glob("*.sh"))
 KNOBS = ("MODEL", "DATA", "OUTPUT", "EPOCHS", "LEARNING_RATE", "MAX_LENGTH", "BATCH_SIZE", "ACCUMULATION")
 KNOBS += ("ZERO", "OFFLOAD", "NUM_GPUS", "NUM_PROCESSES", "HOSTFILE", "NNODES", "SLURM_JOB_ID", "REPLAY")
@@ -40,6 +44,15 @@ CASES = [
     ("yi.sh", "Yi-34B", "yi", BIG, "memory: all weights, ZeRO-3 with offload"),
     ("mistral.sh", "Mistral-7B-v0.1", "mistral", EIGHT, "learning rate 2e-05"),
     ("mistral.sh", "Mistral-7B-v0.3", "mistral", EIGHT, "chat format mistral"),
+    ("qwen3.sh", "Qwen3-8B", "qwen3", {**ONE, "--gpu": "24GB"}, "2 rows (1 x 2 x 1 processes)"),
+    ("qwen3.sh", "Qwen3-30B-A3B", "qwen3", {**ONE, "--gpu": "80GB"}, "published: Qwen3-8B LoRA, 1e-4"),
+    ("qwen3.5.sh", "Qwen3.5-35B-A3B", "qwen2", {**ONE, "--gpu": "80GB"}, "published: Qwen3.5-35B-A3B LoRA, 1e-4"),
+    ("llama3.sh", "Llama-3.1-8B", "yi", EIGHT, "8 rows (1 x 1 x 8 processes)"),
+    ("llama3.sh", "Llama-3.2-3B", "yi", {"NUM_GPUS": "4", "--gpu": "48GBx4"}, "then linear"),
+    ("gemma3.sh", "gemma-3-1b-it", "yi", {**ONE, "--gpu": "24GB"}, "2e-4 at 4 rows of 512 tokens, 3 epochs"),
+    ("glm4.sh", "GLM-4-9B-0414", "qwen2", {**ONE, "--gpu": "40GB"}, "published: GLM-4-9B-0414 LoRA, 5e-4"),
+    ("glm4.7-flash.sh", "GLM-4.7-Flash", "qwen2", {**ONE, "--gpu": "80GB"}, "8 rows (1 x 8 x 1 processes)"),
+    ("gpt-oss.sh", "gpt-oss-20b", "qwen2", {**ONE, "--gpu": "80GB"}, "then cosine_with_min_lr"),
     ("blossom-v5-stage1.sh", "Yi-9B", "yi", EIGHT, "chat format blossom; a reply ends in <|endoftext|>"),
     ("blossom-v5-stage1.sh", "Qwen1.5-14B", "qwen2", EIGHT, "chat format blossom"),
     ("blossom-v5-stage1.sh", "Yi-34B", "yi", BIG, "memory: all weights, ZeRO-3 with offload"),
@@ -117,17 +130,50 @@ def test_every_recipe_and_every_model_has_its_case():
 
 
 @pytest.mark.parametrize("page", ["docs/recipes.md", "docs/zh/recipes.md"])
-def test_the_table_of_the_docs_holds_the_cases(page):
+def test_the_table_of_the_docs_holds_the_cases_and_the_numbers_of_their_commands(page, command_of):
     text = (ROOT / page).read_text(encoding="utf-8")
-    rows = re.findall(r"^\| (\S+) \| `(.*)sh recipes/(\S+\.sh)` \| (\S+) \|", text, re.MULTILINE)
-    listed = [
-        (recipe, model, dict(knob.split("=") for knob in knobs.split()), gpu) for model, knobs, recipe, gpu in rows
-    ]
-    assert len(listed) == len([case for case in CASES if not case[0].startswith("blossom")])
-    for recipe, model, knobs, gpu in listed:
+    rows = re.findall(r"^\| (\S+) \| `(.*)sh recipes/(\S+\.sh)` \| (\S+) \| (.*) \|$", text, re.MULTILINE)
+    assert len(rows) == len([case for case in CASES if not case[0].startswith("blossom")])
+    for model, typed, recipe, gpu, rest in rows:
         (settings,) = (case[3] for case in CASES if case[:2] == (recipe, model))
-        assert knobs.pop("MODEL", model).endswith(model)
-        assert {"NUM_GPUS": "8", **knobs, "--gpu": gpu} == settings
+        knobs = dict(knob.split("=") for knob in typed.split())
+        assert knobs.get("MODEL", model).endswith(model)
+        default = {"NUM_GPUS": "1" if "--lora" in command_of(recipe) else "8", "--gpu": gpu}
+        assert {**default, **{name: value for name, value in knobs.items() if name != "MODEL"}} == settings
+        arguments = command_of(recipe, **knobs)
+        rate, shape, epochs, adapters, sources = rest.split(" | ")
+        rank, alpha = flag(arguments, "--lora_rank"), flag(arguments, "--lora_alpha")
+        assert (rate, epochs) == (flag(arguments, "--learning_rate"), flag(arguments, "--num_train_epochs"))
+        assert shape == f"{rows_of_an_update(arguments, settings)} x {flag(arguments, '--max_length')}"
+        assert adapters.strip() == (f"r {rank}, alpha {alpha}" if rank else "")
+        links = re.findall(r"\]\((\S+?)\)", sources)
+        assert links and set(links) <= {row["source"] for row in PUBLISHED_RUNS if recipe in row["recipes"].split()}
+
+
+def flag(arguments: list[str], name: str) -> str | None:
+    return arguments[arguments.index(name) + 1] if name in arguments else None
+
+
+def rows_of_an_update(arguments: list[str], settings: dict[str, str]) -> int:
+    sizes = ("--per_device_train_batch_size", "--gradient_accumulation_steps")
+    return math.prod(int(flag(arguments, name)) for name in sizes) * int(settings["NUM_GPUS"])
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_numbers_of_a_recipe_are_published_and_its_header_names_the_source(name, command_of):
+    """Epochs of our own judgement are those of a run for which none are published."""
+    runs = [row for row in PUBLISHED_RUNS if name in row["recipes"].split()]
+    arguments, header = command_of(name), (ROOT / "recipes" / name).read_text(encoding="utf-8").replace("\n#  ", "")
+    assert flag(arguments, "--learning_rate") in {row["learning_rate"] for row in runs}
+    epochs = {row["epochs"] for row in runs} - {""}
+    assert not epochs or flag(arguments, "--num_train_epochs") in epochs
+    adapters = f"r {flag(arguments, '--lora_rank')}, alpha {flag(arguments, '--lora_alpha')}"
+    assert {row["method"] for row in runs} == {"lora" if "--lora" in arguments else "full"}
+    assert all(row["lora"].startswith(adapters) for row in runs if row["lora"])
+    for row in runs:
+        where = re.sub(r"/blob/(main|master)/.*", "", row["source"].removeprefix("https://")).replace("/abs/", " ")
+        assert where.replace("arxiv.org", "arXiv") in header, row["run"]
+        assert row["learning_rate"] in header
 
 
 @pytest.mark.parametrize(
@@ -140,6 +186,9 @@ def test_the_table_of_the_docs_holds_the_cases(page):
 def test_a_recipe_passes_the_dry_run_on_the_hardware_that_it_names(
     name, model, family, settings, said, base, data, command_of, capsys, monkeypatch, tmp_path
 ):
+    first = next(case for case in CASES if PUBLISHED[case[1]][0] == PUBLISHED[model][0])
+    if (name, model) != first[:2]:  # models of a type have the same tiny twin
+        monkeypatch.setattr(dry_run, "try_on_twin", lambda *_arguments: None)
     knobs = {key: value for key, value in settings.items() if not key.startswith("--")}
     knobs |= {"MODEL": base(model, family), "DATA": data, "OUTPUT": str(tmp_path / "run")}
     arguments = command_of(name, "--gpu", settings["--gpu"], "--cache_dir", str(tmp_path / "cache"), **knobs)

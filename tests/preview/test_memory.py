@@ -14,6 +14,7 @@ YI = {"vocab_size": 64_000, "tie_word_embeddings": False, "max_position_embeddin
 YI_6B = {"hidden_size": 4096, "intermediate_size": 11_008, "num_attention_heads": 32, "num_key_value_heads": 4, **YI}
 MISTRAL = {"hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32, "num_attention_heads": 32}
 MISTRAL |= {"num_key_value_heads": 8, "tie_word_embeddings": False, "max_position_embeddings": 32_768}
+LLAMA_3 = {"vocab_size": 128_256, "max_position_embeddings": 131_072, "num_key_value_heads": 8}
 # The seeds' models: type, shape of their public config.json, parameters. No hub is reachable from here: each was read
 # where the source beside it repeats that file. The sums agree with the parameters that the model cards name.
 PUBLISHED = {
@@ -72,10 +73,32 @@ PUBLISHED = {
         | {"num_key_value_heads": 8, **YI, "rope_theta": 5e6},
         34_388_917_248,
     ),
+    # transformers' own defaults, which its docstrings say are those of Qwen3.5-9B and 35B-A3B, GLM-4-9B-0414 and
+    # GLM-4.7-Flash; Qwen3.5-4B: a config.json of a model trained from it.
+    "Qwen3-30B-A3B": ("qwen3_moe", {"num_hidden_layers": 48, "head_dim": 128}, 30_532_122_624),
+    "Qwen3.5-35B-A3B": ("qwen3_5_moe_text", {}, 34_660_610_688),
+    "GLM-4-9B-0414": ("glm4", {}, 9_400_279_040),
+    "GLM-4.7-Flash": ("glm4_moe_lite", {}, 29_943_390_976),
+    "gpt-oss-20b": ("gpt_oss", {"num_hidden_layers": 24, "num_local_experts": 32}, 20_914_757_184),
     # litgpt, config.py.
+    "Llama-3.1-8B": ("llama", {"intermediate_size": 14_336, **LLAMA_3}, 8_030_261_248),
+    "Llama-3.2-3B": (
+        "llama",
+        {"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28, "num_attention_heads": 24, **LLAMA_3}
+        | {"head_dim": 128, "tie_word_embeddings": True},
+        3_212_749_824,
+    ),
+    "gemma-3-1b-it": (
+        "gemma3_text",
+        {"hidden_size": 1152, "intermediate_size": 6912, "num_hidden_layers": 26, "num_attention_heads": 4}
+        | {"num_key_value_heads": 1, "vocab_size": 262_144, "sliding_window": 512},
+        999_885_952,
+    ),
     "Mistral-7B-v0.1": ("mistral", {**MISTRAL, "vocab_size": 32_000, "sliding_window": 4096}, 7_241_732_096),
     "Mistral-7B-v0.3": ("mistral", {**MISTRAL, "vocab_size": 32_768, "sliding_window": None}, 7_248_023_552),
 }
+
+PUBLISHED["Qwen3-8B"] = PUBLISHED["Qwen3-8B-Base"]  # trained from it
 
 
 def shape_of(name: str) -> Shape:

@@ -1,0 +1,18 @@
+#!/bin/sh
+# Qwen3.5 with LoRA, dense or the mixture of experts 35B-A3B; one GPU of 48 GB by default.
+#
+#   sh recipes/qwen3.5.sh                                     Qwen3.5-4B
+#   MODEL=Qwen/Qwen3.5-35B-A3B sh recipes/qwen3.5.sh          or Qwen/Qwen3.5-9B
+#
+# Knobs: those of ds_all.sh; flags of train.py at the end override them. Text only: the vision tower is not trained.
+# ms-swift's guide for Qwen3.5-4B and 35B-A3B (github.com/modelscope/ms-swift,
+#   docs/source_en/BestPractices/Qwen3_5-Best-Practice.md): LoRA r 8, alpha 32, all matrices; 1e-4, batches of 16,
+#   2048 tokens, 1 epoch, warm-up 0.05.
+# Our judgement: 2 packed rows for about 16 conversations.
+set -eu
+cd "$(dirname "$0")/.."
+
+: "${MODEL:=Qwen/Qwen3.5-4B}" "${ZERO:=2}" "${NUM_GPUS:=1}"
+: "${LEARNING_RATE:=1e-4}" "${EPOCHS:=1}" "${MAX_LENGTH:=2048}" "${BATCH_SIZE:=1}" "${ACCUMULATION:=2}"
+export MODEL ZERO NUM_GPUS LEARNING_RATE EPOCHS MAX_LENGTH BATCH_SIZE ACCUMULATION
+exec sh ds_all.sh --gradient_checkpointing --lora --lora_rank 8 --lora_alpha 32 --warmup_steps 0.05 "$@"
