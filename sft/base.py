@@ -228,8 +228,9 @@ def find_difference(trained: Mapping, given: Mapping) -> str | None:
     changed = [name for name, digest in given["weights"].items() if digest not in known]
     if not changed:
         return f"it has {len(given['weights'])} files of weights instead of {len(trained['weights'])}"
-    others = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
-    return f"the weights in {changed[0]}{others} differ"
+    if len(changed) == 1:
+        return f"the weights in {changed[0]} differ"
+    return f"the weights in {changed[0]} and {len(changed) - 1} more differ"
 
 
 def _name(identity: Mapping) -> str:

@@ -167,7 +167,7 @@ def test_the_numbers_of_a_recipe_are_published_and_its_header_names_the_source(n
     assert flag(arguments, "--learning_rate") in {row["learning_rate"] for row in runs}
     epochs = {row["epochs"] for row in runs} - {""}
     assert not epochs or flag(arguments, "--num_train_epochs") in epochs
-    adapters = f"r {flag(arguments, '--lora_rank')}, alpha {flag(arguments, '--lora_alpha')}"
+    adapters = f"r {flag(arguments, '--lora_rank')} alpha {flag(arguments, '--lora_alpha')} on"
     assert {row["method"] for row in runs} == {"lora" if "--lora" in arguments else "full"}
     assert all(row["lora"].startswith(adapters) for row in runs if row["lora"])
     for row in runs:

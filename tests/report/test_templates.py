@@ -32,6 +32,7 @@ WRITERS = {
         *("NOT_OF_TEXT", "ROUTER", "table", "_dropout_note"),
         *("_reason_against", "prove_on_twin", "_try_alone", "_find_fault", "_try_adapters"),
     ),
+    "base.py": ("find_difference",),
     "model/attention.py": ("isolate_documents", "_isolate_attention", "_use_masks_with_positions"),
     "model/loss.py": ("use_chunked_loss", "_reason_against"),
     "train/callbacks.py": ("on_train_begin",),
