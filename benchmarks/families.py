@@ -114,6 +114,7 @@ def build_model(kind: str, *, seed: int = 7):
     with torch.no_grad():
         for weight in model.parameters():
             weight.add_(torch.randn_like(weight), alpha=0.03)
+    model.config.use_cache = False  # as in training: rwkv writes into its states
     return model.eval()
 
 

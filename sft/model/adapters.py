@@ -2,6 +2,7 @@
 
 import math
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ MAX_LOGIT_DISTANCE = 1e-4  # relative, of a twin's merged logits in fp32; a wron
 NO_MATRIX = r"bias|A_log|(^|_)D$|norm|sink|scale|slope|conv|position|embed"
 NOT_TEXT = r"(^|\.)(vision|visual|audio|image)[^.]*\."
 NOT_OF_TEXT = "no part of the text model"
+FUSED_PROJECTIONS = {"mamba_inner_fn", "mamba2_split_conv1d_scan_combined"}
 ROUTER = "a router; --lora_router adapts it"
 
 
@@ -206,9 +208,21 @@ def add_lora(
     config = make_config(model, plan, rank=rank, alpha=alpha, dropout=dropout, variant=variant)
     config.trainable_token_indices = _token_rows(model, untrained_ids) or None
     model = get_peft_model(model, config)
+    avoid_fused_projections(model)
     if gradient_checkpointing:
         model.enable_input_require_grads()
     return model
+
+
+def avoid_fused_projections(model) -> None:
+    """Let Mamba's layers call their adapted projections: a kernel for training takes the plain weights past adapters.
+
+    transformers 5.23 uses its other kernels where that one returns None.
+    """
+    for name in {type(module).__module__ for module in model.modules()}:
+        modeling = sys.modules[name]
+        for function in FUSED_PROJECTIONS & vars(modeling).keys():
+            setattr(modeling, function, lambda *_args, **_kwargs: None)
 
 
 def make_config(model, plan: Plan, *, rank: int, alpha: int, dropout: float, variant: str):

@@ -15,7 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from sft.model.kernels import Documents, attend, current_documents, read_documents
-from sft.model.mixers import RunByDocument, carry_documents, find_mixers, run_by_document
+from sft.model.mixers import carry_documents, find_mixers, leave_out_kernels, mixers_with_kernels, run_by_document
 from sft.model.shrink import build_twin, family_class
 
 # The name of our attention among transformers' own.
@@ -94,7 +94,7 @@ def _find_mixers_of_twin(twin, isolate) -> set[type] | None:
     twin.register_forward_pre_hook(_enter, with_kwargs=True)
     twin.register_forward_hook(_leave, always_call=True)
     try:
-        mixers = find_mixers(twin, _test_batch(twin), TEST_LENGTHS)
+        mixers = find_mixers(twin, _packed(_test_texts(twin, TEST_LENGTHS, seed=0)), TEST_LENGTHS)
         run_by_document([module for module in twin.modules() if type(module) in mixers], with_kernels=False)
         distances = [compare_gradients(twin, lengths) for lengths in (TEST_LENGTHS, MORE_LENGTHS)]
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError):
@@ -302,7 +302,9 @@ OWN_ATTENTION = {"bloom": _bloom_attention, "falcon": _falcon_attention}
 
 
 @torch.no_grad()
-def self_test(model, *, exact: bool = True, lengths: tuple[int, ...] = TEST_LENGTHS) -> tuple[float, float]:
+def self_test(
+    model, *, exact: bool = True, lengths: tuple[int, ...] = TEST_LENGTHS, say: Callable = lambda _note: None
+) -> tuple[float, float]:
     """Compare one packed row with its documents alone; return (their distance, how far neighbours reach).
 
     The first is the largest relative distance of a document's logits in the row from those it has in a padded batch:
@@ -311,12 +313,13 @@ def self_test(model, *, exact: bool = True, lengths: tuple[int, ...] = TEST_LENG
     run once per document as a whole. Raises ValueError when packing would mix documents all the same. Runs the model
     three times, dropout off, and leaves the random state alone.
     """
-    apart, reach = _measure_packing(model, lengths)
-    for fall_back in (_leave_out_kernels, run_model_by_document):
+    apart, reach = _try_packing(model, lengths)
+    for fall_back in (leave_out_kernels, run_model_by_document):
         if _is_isolated(apart, reach, exact):
             break
-        fall_back(model)
-        apart, reach = _measure_packing(model, lengths)
+        if note := fall_back(model):
+            say(note)
+            apart, reach = _try_packing(model, lengths)
     if not _is_isolated(apart, reach, exact):
         raise ValueError(
             f"packing would mix documents up in {type(model).__name__}: logits of a packed row are {apart:.1e} from "
@@ -329,10 +332,16 @@ def _is_isolated(apart: float, reach: float, exact: bool) -> bool:
     return apart < (1e-3 if exact else 5e-2) and reach < (1e-5 if exact else 1e-3)
 
 
-def _leave_out_kernels(model) -> None:
-    for module in model.modules():
-        if isinstance(module, RunByDocument):
-            module.with_kernels = False
+def _try_packing(model, lengths: tuple[int, ...]) -> tuple[float, float]:
+    """Measure packing; kernels that can't take documents raise errors of their own, and count as mixing them up."""
+    try:
+        return _measure_packing(model, lengths)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, TypeError, AttributeError):
+        if not mixers_with_kernels(model):
+            raise
+        return float("inf"), float("inf")
 
 
 def _measure_packing(model, lengths: tuple[int, ...]) -> tuple[float, float]:
@@ -340,6 +349,8 @@ def _measure_packing(model, lengths: tuple[int, ...]) -> tuple[float, float]:
     texts, others = _test_texts(model, lengths, seed=0), _test_texts(model, lengths, seed=1)
     pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
     model.eval()
+    for mixer in mixers_with_kernels(model):
+        mixer.training = True  # Mamba has other kernels in training
     try:
         alone = model(input_ids=pad(texts), attention_mask=pad([torch.ones_like(text) for text in texts])).logits
         packed = model(**_packed(texts)).logits[0].split(lengths)
@@ -359,10 +370,6 @@ def _test_texts(model, lengths: tuple[int, ...], *, seed: int) -> list[torch.Ten
 def _packed(texts: list[torch.Tensor]) -> dict[str, torch.Tensor]:
     positions = torch.cat([torch.arange(len(text), device=text.device) for text in texts])
     return {"input_ids": torch.cat(texts)[None], "position_ids": positions[None]}
-
-
-def _test_batch(model) -> dict[str, torch.Tensor]:
-    return _packed(_test_texts(model, TEST_LENGTHS, seed=0))
 
 
 def _distance(found: torch.Tensor, expected: torch.Tensor) -> float:

@@ -293,6 +293,13 @@ def with_globals(function: Callable, **replaced) -> Callable:
     return copied
 
 
+def family_model(model):
+    """Return the model of a family without its wrappers: DDP, DeepSpeed, PEFT."""
+    model = getattr(model, "module", model)
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return getattr(base, "module", base)
+
+
 # --- made ready ----------------------------------------------------------------------------------------------------
 
 

@@ -6,6 +6,7 @@ in bf16 on a CPU, absent from torch 2.11; and it takes the weight itself, which 
 
 import copy
 import functools
+import inspect
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,7 @@ from transformers.utils import ModelOutput
 
 from sft.format.tokens import IGNORE_INDEX
 from sft.model import kernels
+from sft.model.load import family_model
 
 FULL_LOGIT_BYTES = 12  # that a plain loss takes for each logit: logits, log-softmax and gradient in fp32
 FP32_SLICE = 1024  # rows of the head on which the self-test compares gradients in fp32
@@ -71,12 +73,11 @@ def use_chunked_loss(model) -> str:
     PEFT) still calls forward as before. Without labels, logits come as before. A scale or soft cap of the logits is
     measured on the model's own forward; any other change of them is made by that forward, chunk by chunk.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = family_model(model)
     if not isinstance(base, _ChunkedLoss):
         reason = _reason_against(base)
         if reason:
-            size = base.config.get_text_config().vocab_size * FULL_LOGIT_BYTES / 2**20
-            return f"loss over the full logits, {size:.1f} MiB a token: {reason}"
+            return _note_of_full_logits(base, reason)
         shape = measure_logit_shape(base)
         base.__class__ = _with_chunked_loss(type(base))
         head = base.get_output_embeddings()
@@ -89,29 +90,56 @@ def use_chunked_loss(model) -> str:
 
 def find_reason_against_chunks(model) -> str | None:
     """Return why the loss of a model can't be computed in chunks, or None."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = family_model(model)
     return None if isinstance(base, _ChunkedLoss) else _reason_against(base)
 
 
+def _note_of_full_logits(base, reason: str) -> str:
+    size = base.config.get_text_config().vocab_size * FULL_LOGIT_BYTES / 2**20
+    return f"loss over the full logits, {size:.1f} MiB a token: {reason}"
+
+
+def use_full_logits(model, reason: str) -> str:
+    """Undo `use_chunked_loss`; return a note that says why and what it costs."""
+    base = family_model(model)
+    head = base.get_output_embeddings()
+    if isinstance(base, _ChunkedLoss):
+        base.__class__ = type(base).__mro__[2]
+    if isinstance(head, LossHead):
+        head.__class__ = nn.Linear
+    return _note_of_full_logits(base, reason)
+
+
 def _reason_against(base) -> str | None:
-    if base.get_output_embeddings() is None or base.base_model is base or base.loss_function is not ForCausalLMLoss:
+    if base.get_output_embeddings() is None or _layers_of(base) is base or base.loss_function is not ForCausalLMLoss:
         return f"{type(base).__name__} has no plain head and loss"
+    hidden, raw = _probes(base)
     try:
-        _own_logits(base, torch.zeros(1, 2, 8), raw=torch.zeros(1, 2, 8))
+        _own_logits(base, hidden, raw=raw)
     except Exception as error:  # the forward of a family that needs more than hidden states
         return f"{type(base).__name__} makes its logits of more than its last states ({type(error).__name__})"
     return None
+
+
+def _layers_of(base) -> nn.Module:
+    """Return the part of a model that makes the hidden states of its head; the model itself where it has none."""
+    return base.base_model if base.base_model is not base else getattr(base, "model", base)
 
 
 # --- what a model does with the logits of its head ----------------------------------------------------------------
 
 
 class _Given(nn.Module):
-    """Stands in for a part of a model, and returns what it was given."""
+    """Stands in for a part of a model and for its modules, returns what it was given, and has the part's settings."""
 
-    def __init__(self, output, record: list | None = None):
+    def __init__(self, part, output, record: list | None = None):
         super().__init__()
+        self.__dict__["part"] = part  # hidden from the list of modules
         self.output, self.record = output, record
+
+    def __getattr__(self, name: str):
+        found = getattr(self.__dict__["part"], name)
+        return self if isinstance(found, nn.Module) else found
 
     def forward(self, *args, **kwargs):
         if self.record is not None:
@@ -139,20 +167,31 @@ def _own_logits(base, hidden: torch.Tensor, *, raw=None, others=None, record: li
     """
     part = copy.copy(base)
     part.__dict__ = {**base.__dict__, "_modules": dict(base._modules)}
-    head = next(name for name, module in base.named_children() if module is base.get_output_embeddings())
-    part._modules[base.base_model_prefix] = _Given(_Hidden(hidden, others))
+    layers, head = _layers_of(base), base.get_output_embeddings()
+    names = {id(module): name for name, module in base.named_children()}
+    part._modules[names[id(layers)]] = _Given(layers, _Hidden(hidden, others))
     if raw is not None:
-        part._modules[head] = _Given(raw, record)
+        part._modules[names[id(head)]] = _Given(head, raw, record)
     own_class = type(base).__mro__[2] if isinstance(base, _ChunkedLoss) else type(base)
     tokens = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
     return own_class.forward(part, input_ids=tokens, **kwargs)
 
 
+def _probes(base) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return hidden states (1, 1, size), exact in bf16, and logits (1, 1, vocabulary) from -50 to 50."""
+    head, config = base.get_output_embeddings(), base.config.get_text_config()
+    is_linear = isinstance(head, nn.Linear)
+    sizes = (head.in_features, head.out_features) if is_linear else (config.hidden_size, config.vocab_size)
+    device = next(base.parameters()).device
+    hidden = (torch.arange(sizes[0], device=device) % 129 - 64) / 64
+    return hidden[None, None], torch.linspace(-50, 50, sizes[1], device=device)[None, None]
+
+
 @torch.no_grad()
 def measure_logit_shape(base) -> LogitShape | None:
     """Measure how the family's forward changes the logits of its head; None where it is neither scale nor soft cap."""
-    raw = torch.linspace(-50, 50, 101)[None, None]
-    found = {size: _own_logits(base, raw, raw=raw * size).logits.float() for size in (1e-7, 1.0, 1e6)}
+    hidden, raw = _probes(base)
+    found = {size: _own_logits(base, hidden, raw=raw * size).logits.float() for size in (1e-7, 1.0, 1e6)}
     if found[1.0].shape != raw.shape or _changes_head_input(base):
         return None
     scale = (found[1e-7][0, 0, -1] / (raw[0, 0, -1] * 1e-7)).item()
@@ -163,11 +202,9 @@ def measure_logit_shape(base) -> LogitShape | None:
 
 def _changes_head_input(base) -> bool:
     """Whether the family's forward changes the hidden states on their way to the head, as minicpm3 and inkling do."""
-    head, inputs = base.get_output_embeddings(), []
-    size = head.in_features if isinstance(head, nn.Linear) else 8
-    hidden = torch.linspace(-1, 1, 2 * size).view(1, 2, size)
-    _own_logits(base, hidden, raw=hidden, record=inputs)
-    return not inputs or not torch.equal(inputs[0], hidden)
+    (hidden, raw), inputs = _probes(base), []
+    _own_logits(base, hidden, raw=raw, record=inputs)
+    return not inputs or not torch.equal(inputs[0].float(), hidden)
 
 
 def _rounded(number: float) -> float:
@@ -186,13 +223,21 @@ def _with_chunked_loss(model_class: type) -> type:
     def forward(self, *args, labels=None, num_items_in_batch=None, **kwargs):
         if labels is None:
             return model_class.forward(self, *args, **kwargs)
-        output = self.base_model(*args, **kwargs)
+        layers = _layers_of(self)
+        output = layers(*args, **{name: kwargs[name] for name in kwargs if _takes(type(layers), name)})
         result = _loss_of(self, output[0], labels, num_items_in_batch)
         _add_router_loss(self, result, output, labels, num_items_in_batch, kwargs)
         return result
 
     members = {"forward": forward, "__module__": model_class.__module__, "__qualname__": model_class.__qualname__}
     return type(model_class.__name__, (_ChunkedLoss, model_class), members)
+
+
+@functools.cache
+def _takes(layers_class: type, name: str) -> bool:
+    """Whether the layers take an argument; the family's own forward leaves out others: mamba has no positions."""
+    parameters = inspect.signature(layers_class.forward).parameters
+    return name in parameters or any(each.kind is each.VAR_KEYWORD for each in parameters.values())
 
 
 def _add_router_loss(model, result: LossOutput, output, labels, num_items, kwargs: dict) -> None:
@@ -300,29 +345,34 @@ def _chunk_loss(head, states, targets, predict: bool):
 def self_test(model, *, exact: bool = True) -> float:
     """Return how far the loss in chunks is from the plain one on a few tokens; raise ValueError when it is another.
 
-    `exact` says that the model computes in fp32. Catches a model whose forward does more with its logits than was
-    measured. The gradient by the hidden states is compared too, in fp32, on a slice of the head's rows.
+    `exact` says that the model computes in fp32. From the same hidden states the chunks must make the logits of the
+    model's forward, and in fp32 its gradient, on a slice of the head's rows.
     """
-    device, was_training = next(model.parameters()).device, model.training
+    device, was_training, base = next(model.parameters()).device, model.training, family_model(model)
+    is_chunked, hidden = isinstance(base, _ChunkedLoss), []
     size = min(model.config.get_text_config().vocab_size, 1000)
     tokens = torch.randint(3, size, (1, 24), generator=torch.Generator().manual_seed(0)).to(device)
     model.eval()
+    handle = _layers_of(base).register_forward_hook(lambda _module, _inputs, output: hidden.append(output[0]))
     try:
         with torch.no_grad():
             output = model(input_ids=tokens, labels=tokens)
             logits = model(input_ids=tokens).logits.float()
+            of_chunks = _own_logits(base, hidden[-1]).logits.float() if is_chunked else logits
     finally:
+        handle.remove()
         model.train(was_training)
-    found = output.loss.float()
-    if output.get("router_loss") is not None and output.get("losses") is not None:
-        found = output.losses[0, :-1].mean()
+    if not is_chunked and output.get("aux_loss") is not None:
+        return 0.0
+    found = output.losses[0, :-1].mean() if is_chunked else output.loss.float()  # without the loss of routers
     expected = cross_entropy(logits[0, :-1], tokens[0, 1:])
     apart = float((found - expected).abs() / expected)
     if not apart < (1e-5 if exact else 1e-2):
         raise ValueError(f"{type(model).__name__}: the loss in chunks is {apart:.1e} from the plain one")
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    base = getattr(base, "module", base)
-    if isinstance(base, _ChunkedLoss) and (distance := _gradient_distance(base)) > 1e-4:
+    distance = float((of_chunks - logits).norm() / logits.norm())
+    if not distance < (1e-5 if exact else 1e-3):
+        raise ValueError(f"{type(model).__name__}: the loss in chunks has logits {distance:.1e} from the plain ones")
+    if is_chunked and (distance := _gradient_distance(base)) > 1e-4:
         raise ValueError(f"{type(model).__name__}: the gradient of the loss in chunks is {distance:.1e} off")
     return apart
 

@@ -7,6 +7,7 @@ model packs any causal family, more slowly.
 
 import functools
 import importlib.util
+import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from sft.model.kernels import Documents, current_documents
 
 # Documents share a padded batch while it has at most this many times their tokens.
 MAX_PADDED_RATIO = 1.25
-# Packages whose CUDA kernels take the edges of documents; each kind of mixer needs the first and one other.
+# Packages whose CUDA kernels take the edges of documents.
 KERNEL_PACKAGES = ("causal_conv1d", "fla", "mamba_ssm")
 
 
@@ -44,6 +45,8 @@ def run_by_document(modules: Iterable, *, with_kernels: bool) -> None:
 def by_document(module_class: type) -> type:
     """Return a subclass whose forward runs once per document while a packed batch runs."""
 
+    plain_edges = hands_options_on(module_class)
+
     @torch.compiler.disable
     @functools.wraps(module_class.forward)
     def forward(self, *args, **kwargs):
@@ -51,11 +54,10 @@ def by_document(module_class: type) -> type:
         if documents is None:
             return module_class.forward(self, *args, **kwargs)
         run = functools.partial(module_class.forward, self)
-        if self.with_kernels and (options := kernel_options(documents, tree_leaves((args, kwargs)))):
-            with documents_set_to(None):
-                return run(*args, **{**kwargs, **options})
+        if self.with_kernels and (options := kernel_options(documents, plain_edges)):
+            return run_on_groups(functools.partial(run, **options), args, kwargs, documents, one_row(documents))
         is_shared = any(hasattr(parameter, "ds_id") for parameter in self.parameters())
-        return run_on_groups(run, args, kwargs, documents, one_group=is_shared)
+        return run_on_groups(run, args, kwargs, documents, document_groups(documents, one_group=is_shared))
 
     members = {"forward": forward, "__module__": module_class.__module__, "__qualname__": module_class.__qualname__}
     return type(module_class.__name__, (RunByDocument, module_class), members)
@@ -70,27 +72,49 @@ def documents_set_to(documents: Documents | None) -> Iterator[None]:
         current_documents.reset(token)
 
 
-def kernel_options(documents: Documents, tensors: Sequence) -> dict | None:
-    """Return the documents as the CUDA kernels of transformers' mixers take them; None where those don't run."""
-    states = next(tensor for tensor in tensors if isinstance(tensor, torch.Tensor))
-    if not states.is_cuda or states.shape[0] != 1 or not has_kernels():
+def kernel_options(documents: Documents, plain_edges: bool) -> dict | None:
+    """Return the documents of one row as the kernels of transformers' mixers take them; None where those don't run."""
+    if not has_kernels(documents.edges.device.type):
         return None
-    if "kernel options" not in documents.made:
+    key = ("kernel options", plain_edges)
+    if key not in documents.made:
         lengths = documents.edges.diff()
         numbers = torch.arange(len(lengths), dtype=torch.int32, device=lengths.device)
-        longest = max(documents.lengths)
-        documents.made["kernel options"] = {
-            "seq_idx": numbers.repeat_interleave(lengths)[None],
-            **dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), documents.edges),
-            **dict.fromkeys(("max_length_q", "max_length_k"), longest),
-        }
-    return documents.made["kernel options"]
+        edges = ("cu_seqlens",) if plain_edges else ("cu_seq_lens_q", "cu_seq_lens_k")
+        documents.made[key] = {"seq_idx": numbers.repeat_interleave(lengths)[None]}
+        documents.made[key] |= dict.fromkeys(edges, documents.edges)
+    return documents.made[key]
+
+
+def hands_options_on(module_class: type) -> bool:
+    """Whether a delta rule gets the options of its mixer as they are: kimi_linear's does, under the kernel's names."""
+    try:
+        source = inspect.getsource(module_class.forward)
+    except (OSError, TypeError):  # made without a file
+        return False
+    return re.search(r"delta_(rule|attention)\(", source) is not None and "cu_seq_lens_q" not in source
 
 
 @functools.cache
-def has_kernels() -> bool:
-    found = [importlib.util.find_spec(package) is not None for package in KERNEL_PACKAGES]
-    return found[0] and any(found[1:])
+def has_kernels(device: str) -> bool:
+    """Whether a package of kernels is installed; where a mixer needs another one, the self-test finds out."""
+    return device == "cuda" and any(importlib.util.find_spec(package) is not None for package in KERNEL_PACKAGES)
+
+
+def mixers_with_kernels(model) -> list:
+    """Return the mixers that run installed kernels on packed rows."""
+    if not has_kernels(next(model.parameters()).device.type):
+        return []
+    return [module for module in model.modules() if isinstance(module, RunByDocument) and module.with_kernels]
+
+
+def leave_out_kernels(model) -> str | None:
+    """Run the mixers once per document; return a note, or None where no kernels ran on packed rows anyway."""
+    mixers = mixers_with_kernels(model)
+    for mixer in mixers:
+        mixer.with_kernels = False
+    names = ", ".join(sorted({type(mixer).__name__ for mixer in mixers}))
+    return f"the installed kernels don't keep documents apart in {names}: once per document instead" if names else None
 
 
 def carry_documents(model) -> None:
@@ -117,18 +141,15 @@ def _run_with(documents: Documents | None, function, *args, **kwargs):
 # --- padded batches of documents ----------------------------------------------------------------------------------
 
 
-def run_on_groups(run, args, kwargs, documents: Documents, *, one_group: bool):
-    """Call `run` on padded batches of documents; return its output as if it had been called on the packed rows.
-
-    `one_group`: under ZeRO-3 a call gathers weights on all ranks, which have other numbers of documents.
-    """
+def run_on_groups(run, args, kwargs, documents: Documents, groups_and_order: tuple[list, torch.Tensor]):
+    """Call `run` on padded batches of documents; return its output as if it had been called on the packed rows."""
     total = sum(documents.lengths)
     shape = next(
         tensor.shape[:2]
         for tensor in tree_leaves((args, kwargs))
         if isinstance(tensor, torch.Tensor) and tensor.dim() >= 2 and tensor.shape[:2].numel() == total
     )
-    groups, order = document_groups(documents, one_group)
+    groups, order = groups_and_order
     outputs, structure = [], None
     for index, is_token in groups:
         group_args, group_kwargs = tree_map(functools.partial(take_group, index=index, shape=shape), (args, kwargs))
@@ -139,9 +160,18 @@ def run_on_groups(run, args, kwargs, documents: Documents, *, one_group: bool):
     return tree_unflatten(merged, structure)
 
 
+def one_row(documents: Documents) -> tuple[list, torch.Tensor]:
+    """Return what `document_groups` returns for a batch of one row that holds all documents end to end."""
+    if "one row" not in documents.made:
+        index = torch.arange(sum(documents.lengths), device=documents.edges.device)
+        documents.made["one row"] = [(index[None], torch.ones_like(index[None], dtype=torch.bool))], index
+    return documents.made["one row"]
+
+
 def document_groups(documents: Documents, one_group: bool) -> tuple[list, torch.Tensor]:
     """Return [(index of tokens, whether each is one) of a padded batch], and the order that puts tokens back.
 
+    `one_group`: under ZeRO-3 a call gathers weights on all ranks, which have other numbers of documents.
     Lengths [3, 1] in one group: index [[0 1 2] [3 3 3]], is_token [[1 1 1] [1 0 0]].
     """
     key = ("groups", one_group)
@@ -206,12 +236,12 @@ class Flat:
 
 
 def merge_groups(leaves: Sequence, order: torch.Tensor, shape: torch.Size):
-    """Put the tokens of all groups back in the order of the packed rows."""
-    if isinstance(leaves[0], Flat):
-        return torch.cat([leaf.tokens for leaf in leaves])[order]
-    if not isinstance(leaves[0], torch.Tensor) or sum(map(len, leaves)) != len(order):
-        return leaves[0]
-    return torch.cat(list(leaves))[order].unflatten(0, tuple(shape))
+    """Put the tokens of all groups back in the order of the packed rows; of any other output, return the first."""
+    tokens = [leaf.tokens if isinstance(leaf, Flat) else leaf for leaf in leaves]
+    if not isinstance(tokens[0], torch.Tensor) or sum(len(leaf) if leaf.dim() else 0 for leaf in tokens) != len(order):
+        return tokens[0]
+    merged = torch.cat(tokens)[order]
+    return merged if all(isinstance(leaf, Flat) for leaf in leaves) else merged.unflatten(0, tuple(shape))
 
 
 # --- which modules mix --------------------------------------------------------------------------------------------

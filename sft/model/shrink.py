@@ -50,7 +50,7 @@ COUNTS = (
     ),
     (r"max_position_embeddings|n_positions|n_ctx|max_seq_len|model_max_length", 2048),
 )
-LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_blocks")
 LAYER_NUMBERS = r"moe_layers|.*_idxs|.*_indices|.*layer_ids|cross_attention_layers|mlp_only_layers"
 NUM_HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
 NUM_KEY_HEADS = r"(swa_|global_)?num_(global_)?key_value_heads|num_kv_heads|kv_n_heads"
@@ -65,6 +65,7 @@ def build_twin(model_class: type, config, attn_implementation: str):
     import torch
 
     config = without_dropout(shrink_config(config))
+    config.use_cache = config.get_text_config().use_cache = False
     with torch.device("cpu"), torch.random.fork_rng(devices=[]), not_sharded():
         torch.manual_seed(0)
         twin = model_class._from_config(config, dtype=torch.float32, attn_implementation=attn_implementation)
@@ -86,10 +87,10 @@ def family_class(base) -> type:
 
 
 def without_dropout(config):
-    """Set every dropout of a config to 0, in place; return the config."""
+    """Set every dropout and other noise of a config to 0, in place; return the config."""
     for part in (config, config.get_text_config(), *(getattr(config, name, None) for name in PARTS)):
         for name, value in part.to_dict().items() if part is not None else ():
-            if ("dropout" in name or name.endswith("pdrop")) and isinstance(value, float):
+            if ("dropout" in name or name.endswith(("pdrop", "jitter_noise"))) and isinstance(value, float):
                 setattr(part, name, 0.0)
     return config
 
@@ -176,6 +177,11 @@ def _shrink_part(config, settings: dict, layers: list[int], *, window: int, keep
             small[name] = value
         elif name.endswith(TOKEN_IDS):
             small[name] = _shrink_ids(value)
+        elif name == "per_layer_config":
+            of_layers = {int(layer): own for layer, own in value.items() if int(layer) in layers}
+            small[name] = {
+                layers.index(layer): _shrink_layer(own, num_heads, window) for layer, own in of_layers.items()
+            }
         elif name.startswith("rope_") and isinstance(value, dict):
             small[name] = _shrink_rope(value)
         else:
@@ -201,11 +207,23 @@ def _shrink_setting(name: str, value, num_heads: int, window: int):
     return [*sizes, *counts, value][0]
 
 
+def _shrink_layer(own: dict, num_heads: int, window: int) -> dict:
+    """Return what a layer has that is not the config's."""
+    num_heads = own.get("num_attention_heads", num_heads)
+    small = {name: _shrink_setting(name, value, num_heads, window) for name, value in own.items()}
+    parts = ("qk_nope_head_dim", "qk_rope_head_dim")
+    if set(parts) <= own.keys() and own.get("head_dim") == sum(own[part] for part in parts):
+        small["head_dim"] = sum(small[part] for part in parts)
+    return small
+
+
 def _settings_that_follow(settings: dict, small: dict) -> dict:
     """Return the settings whose value follows from others."""
     found = {}
     if settings.get("qk_rope_head_dim") and settings.get("head_dim") == settings["qk_rope_head_dim"]:
         found["head_dim"] = small["qk_rope_head_dim"]
+    if settings.get("per_layer_config") and "qk_rope_head_dim" in settings:  # dots3_note
+        found["rope_parameters"] = _rope_of_kinds(small)
     if settings.get("attention_hidden_size"):
         found["attention_hidden_size"] = settings["attention_hidden_size"] * WIDTH // settings["hidden_size"]
     if {"expand", "state_size", "head_dim"} <= settings.keys():  # mamba2
@@ -216,6 +234,15 @@ def _settings_that_follow(settings: dict, small: dict) -> dict:
         found["num_layers_per_stack"] = 2
         found["num_hidden_layers"] = 2 * settings["num_hidden_layers"] // settings["num_layers_per_stack"]
     return found
+
+
+def _rope_of_kinds(small: dict) -> dict:
+    """Return the rotary settings by kind of layer, with the share of a head that each kind turns."""
+    rope = {kind: dict(settings) for kind, settings in small["rope_parameters"].items()}
+    for layer, kind in enumerate(small["layer_types"]):
+        own = {**small, **small["per_layer_config"].get(layer, {})}
+        rope[kind]["partial_rotary_factor"] = own["qk_rope_head_dim"] / own["head_dim"]
+    return rope
 
 
 def _shrink_ids(value):

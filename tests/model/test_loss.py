@@ -5,11 +5,12 @@ import inspect
 
 import pytest
 import torch
+from transformers.modeling_outputs import CausalLMOutput
 
 from sft.format.tokens import IGNORE_INDEX
 from sft.model import kernels
 from sft.model.attention import isolate_documents
-from sft.model.loss import LogitShape, LossHead, use_chunked_loss
+from sft.model.loss import LogitShape, LossHead, use_chunked_loss, use_full_logits
 from sft.model.loss import self_test as run_self_test
 
 
@@ -281,15 +282,33 @@ def test_logits_that_a_family_changes_after_the_head_are_changed_in_the_chunks(l
         assert float(model.eval()(**batch_of()).loss) == pytest.approx(expected[0], rel=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["minicpm3", "inkling_text"])
-def test_a_family_that_scales_the_heads_input_is_computed_by_its_own_forward(kind):
+# minicpm3 and inkling scale the head's input, modernbert-decoder has layers before its head, mamba and opt name their
+# parts otherwise, llama4's prefix is no part of it, and falcon_h1 reads its scale from its layers.
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("minicpm3", ", through the head as it is"),
+        ("inkling_text", ", through the head as it is"),
+        ("modernbert-decoder", ", through the head as it is"),
+        ("mamba", ""),
+        ("opt", ""),
+        ("llama4_text", ""),
+        ("falcon_h1", ", logits times 0.25"),
+    ],
+)
+def test_a_family_with_another_way_to_its_head_has_its_loss_and_gradients_in_chunks(kind, said):
     from benchmarks.families import build_model
 
     model, batch = build_model(kind), {name: value % 500 for name, value in batch_of().items()}
+    if kind == "falcon_h1":
+        model.model.lm_head_multiplier = 0.25
     batch["labels"] = batch["input_ids"]
     batch["attention_mask"] = torch.ones_like(batch["input_ids"])
     expected = plain_loss(model, batch)
-    assert use_chunked_loss(model) == "loss in chunks, through the head as it is"
+    for name in [name for name in expected[1] if kind == "opt" and name.endswith("k_proj.bias")]:
+        model.get_parameter(name).requires_grad_(False)  # its gradient is 0, but for rounding
+        del expected[1][name]
+    assert use_chunked_loss(model) == f"loss in chunks{said}"
     assert_same(run(model, batch), expected, tolerance=1e-4)
     assert run_self_test(model) < 1e-5
 
@@ -324,6 +343,31 @@ def test_a_family_whose_logits_come_from_elsewhere_takes_the_full_logits_and_say
         == "loss over the full logits, 0.0 MiB a token: Qwen2ForCausalLM has no plain head and loss"
     )
     assert hasattr(model(input_ids=batch_of()["input_ids"]), "logits")
+
+
+class ShapedByTokens:
+    """Changes logits by the tokens of the input, which the chunks don't have."""
+
+    def forward(self, input_ids, labels=None, **kwargs):
+        logits = super().forward(input_ids, **kwargs).logits
+        logits = logits + 0.3 * input_ids[..., None].cos() * torch.arange(logits.shape[-1]).sin()
+        found = None if labels is None else self.loss_function(logits, labels, self.config.vocab_size)
+        return CausalLMOutput(loss=found, logits=logits)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_model_whose_chunks_are_wrong_goes_back_to_the_full_logits(load, exact):
+    model = load("qwen3")
+    model.__class__ = type("Biased", (ShapedByTokens, type(model)), {})
+    expected = plain_loss(model, batch_of())
+    use_chunked_loss(model)
+    with pytest.raises(ValueError, match=r"Biased: the loss in chunks (is|has logits) \S+ from") as found:
+        run_self_test(model, exact=exact)
+    assert use_full_logits(model, str(found.value)).startswith(
+        "loss over the full logits, 0.0 MiB a token: Biased: the"
+    )
+    assert_same(run(model, batch_of()), expected)
+    assert run_self_test(model, exact=exact) < 1e-5
 
 
 def test_the_self_test_passes_and_leaves_mode_and_random_state_alone(load, family):
