@@ -175,7 +175,7 @@ class Chat:
     def _to_message(self, ids: Sequence[int], text: str, prompt: Sequence[int]) -> dict:
         """Split a reply into thought, calls and text; calls that the chat format has no place for stay text."""
         opened = self.renderer.tokenizer.decode(prompt[-PROMPT_END_TOKENS:], skip_special_tokens=False)
-        message = self.renderer.read_reply(ids, opened=opened)
+        message = self.renderer.read_reply(ids, opened=opened, tools=self.tools)
         if message.get("tool_calls") and not self.renderer.takes_tools:
             return {"role": "assistant", "content": text}
         if not message.get("reasoning_content") and not message.get("tool_calls"):

@@ -249,9 +249,9 @@ def choose_format(name: str, tokenizer) -> tuple[str, str]:
     saved = saved_format(template) or saved_run(tokenizer).get("chat_format")
     if saved in FORMAT_NAMES[1:]:
         return saved, "the checkpoint was trained with it"
-    if not template:
-        return "blossom", "made of ordinary characters, for a base model; it has no chat template"
-    problem, untrained, reason = judge_own_template(tokenizer)
+    problem, untrained, reason = "it has no chat template", [], ""
+    if template:
+        problem, untrained, reason = judge_own_template(tokenizer)
     if not problem:
         return "base", f"the model's own template passes the checks, and {reason}"
     chatml_end = CHAT_FORMATS["chatml"].end

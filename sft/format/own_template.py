@@ -7,12 +7,13 @@ Both come from rendering: no template is edited, and `{% generation %}` isn't re
 and a thinking switch, and how it ends a turn, is found once by rendering probes.
 """
 
+import itertools
 import json
 import re
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from sft.format.reply import OPENED_AT_THE_END, OPENERS, check_prompt, check_reply, texts_of
+from sft.format.reply import OPENED_AT_THE_END, OPENERS, Frame, check_prompt, check_reply, find_frame, texts_of
 from sft.format.template import CallForm, ChatTemplate, Escaper, in_call_form
 from sft.format.tokens import any_of
 from sft.opendata.fields import RecordError
@@ -55,6 +56,7 @@ class OwnTemplate:
         self._probe_tools = self._find_probe_tools()
         self.switch = self._find_switch()
         self.stop, self.stop_is_written = self._find_stop()
+        self.header = self._find_header()
         self.thoughts = self._find_thoughts()
         self.takes_tools = self._writes_definitions()
         self.call_form = self._find_call_form()
@@ -125,6 +127,8 @@ class OwnTemplate:
             message["content"] = content
         full = self._render([*history, message], tools, thinking, add_generation_prompt=False)
         rest = self._rest_after(prompt, full, history, tools, thinking, thought)
+        if thought and self.thoughts == "inline":  # the template may write an empty thought in front
+            rest = EMPTY_THOUGHT.sub("", rest)
         return self._up_to_stop(rest, message)
 
     def _rest_after(self, prompt: str, full: str, history: list[dict], tools, thinking: bool, thought: str) -> str:
@@ -139,7 +143,8 @@ class OwnTemplate:
         for token in reversed(list(self._controls.finditer(prompt, start))):
             head = prompt[: token.start()]
             if full.startswith(head):
-                return _after_opened(full[len(head) :], prompt[token.start() :], thought)
+                header = "".join(self.header.partition(token.group())[1:])
+                return _after_opened(full[len(head) :], prompt[token.start() :], header, thought)
         place = full.rfind(prompt[start:]) if self._controls.search(prompt, start) else -1
         if place < 0:
             raise RecordError("template", "the chat template writes a reply differently from what its prompt begins")
@@ -167,6 +172,20 @@ class OwnTemplate:
     def stops(self) -> list[str]:
         """Return the control tokens that a reply can end in, a plain reply's first."""
         return list(dict.fromkeys(self._controls.findall(stop)[-1] for stop in (self.stop, self.call_stop)))
+
+    def find_frame(self) -> Frame:
+        """Return what the template writes around a reply's thought and text."""
+        answer, thought = _probe("assistant"), _probe("thought")["content"]
+        plain = self._written(answer)
+        thinking = self._written({**answer, "reasoning_content": thought}) if self.thoughts else None
+        return find_frame(plain or "", answer["content"], thinking, thought)
+
+    def _written(self, message: dict) -> str | None:
+        try:
+            reply = self.turns([_probe("user"), message], self._probe_tools, trained=[1])[0].reply
+        except RecordError:
+            return None
+        return reply[: reply.rfind(self.stops()[0])]
 
     # --- in bulk --------------------------------------------------------------------------------------------------
 
@@ -230,6 +249,12 @@ class OwnTemplate:
         if token is None:
             raise ValueError("no control token ends a reply in the model's own chat template")
         return following[: token.end()], False
+
+    def _find_header(self) -> str:
+        """Return what the template writes between a question and a reply that is history."""
+        question, answer = _probe("user"), _probe("assistant")
+        full = self._render([question, answer], self._probe_tools, False, add_generation_prompt=False)
+        return full.partition(answer["content"])[0].rpartition(question["content"])[2]
 
     def _stop_at_start(self, after: str) -> str:
         """Return the text up to and with the run of control tokens that ends a turn, or "" if none does."""
@@ -343,13 +368,17 @@ def _writes_call(text: str) -> bool:
     return "probe_weather" in text and any(value in text for value in written) and not is_python
 
 
-def _after_opened(rest: str, opened: str, thought: str) -> str:
+def _after_opened(rest: str, opened: str, header: str, thought: str) -> str:
     """Return the reply to a prompt that ends in `opened`, which a rendered conversation lacks or writes otherwise.
 
-    A thought that was opened is written and closed first; after an empty one, or another header, the text follows.
+    A thought that was opened is written and closed first; after an empty one, or another header, the text follows. The
+    part of a turn's `header` that the prompt has already is not written again, words of the prompt's own behind it.
     """
     opener = OPENED_AT_THE_END.search(opened)
     if opener is None:
+        pairs = zip(header, opened, strict=False)
+        shared = header[: sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))]
+        rest = rest.removeprefix(shared)
         return EMPTY_THOUGHT.sub("", rest)
     opener, closer = opener.group(1), OPENERS[opener.group(1)]
     if rest.startswith(opener) and thought and thought.strip() in rest:

@@ -25,7 +25,7 @@ from functools import lru_cache
 from sft.format import bulk
 from sft.format.contract import choose_format, odd_conversations, own_chat_template, probe_conversations, saved_run
 from sft.format.own_template import OwnTemplate
-from sft.format.reply import field_beyond_text, split_reply
+from sft.format.reply import NO_FRAME, field_beyond_text, split_reply
 from sft.format.table import CHAT_FORMATS, TURNS_TO_TRAIN, Part, adds_bos, bind_format, jinja_template, table_layout
 from sft.format.template import ChatTemplate, in_call_form, texts_in
 from sft.format.tokens import (
@@ -81,6 +81,7 @@ class Renderer:
         self._controls = any_of(self._sentinels)
         self._seam = f"\ue000{secrets.token_hex(8)}\ue001"
         self._own: OwnTemplate | None = None
+        self._frame = NO_FRAME
         if self.name == "base":
             self.chat_template = own_chat_template(tokenizer)
             if self.chat_template is None:
@@ -109,6 +110,8 @@ class Renderer:
             self._own = OwnTemplate(template, self._sentinels, self.tokenizer.eos_token or "", self.template_kwargs)
         except RecordError as error:
             raise ValueError(f"chat format {self.name!r}: {error}; use chatml") from None
+        if self.name == "base":
+            self._frame = self._own.find_frame()
         self._own_segments = lru_cache(4096)(self._lay_out)
 
     def _lay_out(self, shape: tuple) -> bulk.Segments | None:
@@ -173,13 +176,12 @@ class Renderer:
         served = [{key: value for key, value in message.items() if key != "train"} for message in messages]
         return in_call_form(served, self._own.call_form) if self._own and self._own.call_form else served
 
-    def split_reply(self, text: str, *, opened: str = "") -> dict:
-        """Take a reply apart into a message; `opened` is the prompt's text, whose end may open the thought."""
-        return split_reply(text, opened=opened)
+    def read_reply(self, reply_ids: Sequence[int], *, opened: str = "", tools: Sequence[dict] | None = None) -> dict:
+        """Take generated ids apart into a message: content, reasoning_content and tool_calls.
 
-    def read_reply(self, reply_ids: Sequence[int], *, opened: str = "") -> dict:
-        """Take generated ids apart into a message: content, reasoning_content and tool_calls."""
-        return split_reply(self.decode(reply_ids, keep_control=True), opened=opened)
+        `opened` is the prompt's text or its end, which may open the thought.
+        """
+        return split_reply(self.decode(reply_ids, keep_control=True), opened=opened, frame=self._frame, tools=tools)
 
     def names_control(self, messages: Sequence[dict], tools: Sequence[dict] | None = None) -> bool:
         """Say whether a control token, or a text that the template looks for, is written out in a message or a tool."""

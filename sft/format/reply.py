@@ -1,6 +1,7 @@
 """A model's reply as a message: its thought, its calls and its text, in the syntaxes of published models."""
 
 import ast
+import itertools
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -27,38 +28,73 @@ HARMONY_HEADER = re.compile(r"(?:<\|start\|>assistant)?<\|channel\|>final<\|mess
 
 
 # Markers of DeepSeek and Kimi around a list of calls.
-AROUND_CALLS = re.compile(r"<｜tool▁calls▁(?:begin|end)｜>|<\|tool_calls_section_(?:begin|end)\|>")
+AROUND_CALLS = re.compile(
+    r"<｜tool▁calls▁(?:begin|end)｜>|<\|tool_calls_section_(?:begin|end)\|>|<\|(?:tool_)?calls\|>"
+    r"|(?:<\|eom\|>)?(?:<\|start\|>assistant)?\s*to=[\w.-]+<\|message\|>"
+)
 
 
 class Call(NamedTuple):
-    """The name of a function and its arguments, still as the model wrote them."""
+    """The name of a function and its arguments; those without quotes are `Unquoted` texts."""
 
     name: str
     arguments: dict
 
 
-class Syntax(NamedTuple):
-    """How calls are written: `block` matches one block, `read` returns the calls in its first group."""
+class Unquoted(str):
+    """An argument that a model writes without quotes: a string, or JSON, as the tool's definition says."""
 
-    block: re.Pattern
+
+class Syntax(NamedTuple):
+    """How calls are written: between `begin` and `end`, regular expressions, `read` takes a block apart."""
+
+    begin: re.Pattern
+    end: re.Pattern
     read: Callable[[str], list[Call]]
 
 
-def split_reply(text: str, *, opened: str = "") -> dict:
+class Frame(NamedTuple):
+    """What a template writes around a reply: `before` its thought, `between` thought and text, and around a text."""
+
+    before: str | None
+    between: str
+    head: str
+    tail: str
+
+
+NO_FRAME = Frame(None, "", "", "")
+
+
+def find_frame(plain: str, answer: str, thinking: str | None, thought: str) -> Frame:
+    """Read a frame off two rendered replies without their stop token, a plain one and one with a thought (or None)."""
+    head, found, tail = plain.partition(answer)
+    if not found:
+        return NO_FRAME
+    before, found, rest = (thinking or "").partition(thought)
+    between, has_answer, _tail = rest.partition(answer)
+    return Frame(before.strip() if found and has_answer else None, between.strip(), head.strip(), tail.strip())
+
+
+def split_reply(text: str, *, opened: str = "", frame: Frame = NO_FRAME, tools: Sequence[dict] | None = None) -> dict:
     """Return a reply as {"role", "content"}, with "reasoning_content" and "tool_calls" where it has them.
 
     `text` holds the control tokens that the model wrote, without its stop token. `opened` is the prompt's text or its
-    end: a prompt may open the thought, so that the reply has only what ends it. Calls are taken out of the text where
-    all of them can be read; else they stay text.
+    end: a prompt may open the thought, so that the reply has only what ends it. `frame` is what the chat template
+    writes around thought and text. Calls are taken out of the text where all of them can be read; else they stay text.
+    The definitions of `tools` say which arguments are strings.
     """
-    thought, rest = _split_thought(text, opened)
+    thought, rest = _split_by_frame(text, frame, opened)
+    if not thought:
+        thought, rest = _split_thought(text, opened)
     calls, content = _split_calls(rest)
-    message = {"role": "assistant", "content": HARMONY_HEADER.sub("", content).strip()}
+    content = HARMONY_HEADER.sub("", content).strip()
+    content = content.removeprefix(frame.head).removesuffix(frame.tail)
+    message = {"role": "assistant", "content": content.strip()}
     if thought:
         message["reasoning_content"] = thought
     if calls:
         message["tool_calls"] = [
-            {"type": "function", "function": {"name": call.name, "arguments": call.arguments}} for call in calls
+            {"type": "function", "function": {"name": call.name, "arguments": _typed(call, tools)}} for call in calls
         ]
     return message
 
@@ -78,18 +114,59 @@ def _split_thought(text: str, opened: str) -> tuple[str, str]:
     return "", text
 
 
+def _split_by_frame(text: str, frame: Frame, opened: str) -> tuple[str, str]:
+    """Take off the thought by what the template writes around it; before a call the first mark behind it is enough."""
+    start = text.strip()
+    if frame.before is None or not frame.between or not start.startswith(frame.before):
+        return "", text
+    if not frame.before and frame.between.startswith(tuple(OPENERS.values())) and not OPENED_AT_THE_END.search(opened):
+        return "", text
+    body, mark = start[len(frame.before) :], re.match(r"<[^<>]+>|\S+", frame.between).group()
+    for between in (frame.between, mark if frame.before else frame.between):
+        if between in body:
+            thought, _between, rest = body.partition(between)
+            return thought.strip(), rest
+    return "", text
+
+
 def _split_calls(text: str) -> tuple[list[Call], str]:
     for syntax in SYNTAXES:
-        blocks = list(syntax.block.finditer(text))
-        if not blocks:
-            continue
+        calls, rest, place = [], [], 0
+        while begin := syntax.begin.search(text, place):
+            rest.append(text[place : begin.start()])
+            found, place = _read_block(text, begin.end(), syntax)
+            if not found:
+                break
+            calls += found
+        else:
+            if calls:
+                return calls, AROUND_CALLS.sub("", "".join(rest) + text[place:])
+    return [], text
+
+
+def _read_block(text: str, begin: int, syntax: Syntax) -> tuple[list[Call], int]:
+    """Read a block up to the first end that makes it whole: an argument may hold the text of an end."""
+    for end in itertools.islice(syntax.end.finditer(text, begin), MAX_ENDS):
         try:
-            calls = [call for block in blocks for call in syntax.read(block.group(1))]
-        except (ValueError, KeyError, TypeError, AttributeError, SyntaxError):
+            calls = syntax.read(text[begin : end.start()])
+        except (ValueError, KeyError, TypeError, AttributeError, SyntaxError, RecursionError):
             continue
         if calls and all(call.name and isinstance(call.arguments, dict) for call in calls):
-            return calls, AROUND_CALLS.sub("", syntax.block.sub("", text))
-    return [], text
+            return calls, end.end()
+    return [], begin
+
+
+def _typed(call: Call, tools: Sequence[dict] | None) -> dict:
+    """Return arguments as values: unquoted ones as JSON, or as text where the tool's definition says "string"."""
+    definitions = [tool.get("function", tool) for tool in tools or ()]
+    parameters = next((each.get("parameters") for each in definitions if each.get("name") == call.name), None)
+    properties = parameters.get("properties") if isinstance(parameters, dict) else None
+    values = {}
+    for key, value in call.arguments.items():
+        kind = properties.get(key) if isinstance(properties, dict) else None
+        is_text = isinstance(kind, dict) and kind.get("type") == "string"
+        values[key] = value if not isinstance(value, Unquoted) else str(value) if is_text else _value(value)
+    return values
 
 
 # --- syntaxes of calls --------------------------------------------------------------------------------------------
@@ -97,85 +174,134 @@ def _split_calls(text: str) -> tuple[list[Call], str]:
 
 def _from_object(call: dict) -> Call:
     call = call.get("function", call) if isinstance(call.get("function"), dict) else call
+    if len(call) == 1 and "name" not in call:  # Apertus
+        call = dict(zip(("name", "arguments"), *call.items(), strict=True))
     arguments = call["arguments"] if "arguments" in call else call["parameters"]
-    return Call(call["name"], json.loads(arguments) if isinstance(arguments, str) else arguments)
+    name = call["name"] if "name" in call else call["tool_name"]
+    return Call(name, json.loads(arguments) if isinstance(arguments, str) else arguments)
 
 
 def _read_json(text: str) -> list[Call]:
-    """{"name": "f", "arguments": {...}}, or a list of such: Qwen, Hermes, Mistral, Llama 3.1 (`parameters`)."""
+    """{"name": "f", "arguments": {...}}, or a list of such: Qwen, Hermes, Mistral, Llama 3.1 (`parameters`), Cohere."""
     found = json.loads(text)
     return [_from_object(call) for call in (found if isinstance(found, list) else [found])]
 
 
-def _read_function_tags(text: str) -> list[Call]:
-    """<function=f> <parameter=key> value </parameter> </function>: Qwen3-Coder, Qwen3.5, Nemotron 3."""
-    blocks = re.findall(r"<function=([^>\n]+)>(.*?)</function>", text, re.DOTALL)
-    if not blocks:
-        raise ValueError("no function")
+def _read_tags(text: str, block: str, pair: str) -> list[Call]:
+    """Read blocks of a name and pairs of key and value that must be all of the text."""
+    if not re.fullmatch(rf"\s*(?:{block}\s*)+", text, re.DOTALL):
+        raise ValueError("no call")
     return [
-        Call(name, {key: _value(value) for key, value in re.findall(PARAMETER, body, re.DOTALL)})
-        for name, body in blocks
+        Call(name.strip(), {key: Unquoted(value) for key, value in re.findall(pair, body, re.DOTALL)})
+        for name, body in re.findall(block, text, re.DOTALL)
     ]
 
 
-PARAMETER = r"<parameter=([^>\n]+)>\n?(.*?)\n?</parameter>"
-ARGUMENT_PAIR = r"<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>"
+def _read_function_tags(text: str) -> list[Call]:
+    """<function=f> <parameter=key> value </parameter> </function>: Qwen3-Coder, Qwen3.5, Nemotron 3."""
+    pair = r"<parameter=([^>\n]+)>\n?(.*?)\n?</parameter>"
+    return _read_tags(text, rf"<function=([^>\n]+)>((?:\s*{_without_groups(pair)})*)\s*</function>", pair)
 
 
 def _read_argument_tags(text: str) -> list[Call]:
     """f <arg_key>key</arg_key> <arg_value>value</arg_value>: GLM 4.5."""
-    name = re.match(r"\s*([\w.-]+)\s*(?:<arg_key>|$)", text)
-    if not name:
-        raise ValueError("no name")
-    return [Call(name.group(1), {key: _value(value) for key, value in re.findall(ARGUMENT_PAIR, text, re.DOTALL)})]
+    pair = r"<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>"
+    return _read_tags(text, rf"([\w.-]+)((?:\s*{_without_groups(pair)})*)", pair)
+
+
+def _read_named_tags(text: str) -> list[Call]:
+    """<invoke name="f"><parameter name="key">value</parameter></invoke>: MiniMax, DeepSeek 3.2, MiniCPM 5, Muse."""
+    pair = r'<[^<>"]*?param(?:eter)? name="([^"]+)"[^<>]*>(.*?)</[^<>]*?param(?:eter)?>'
+    block = rf'<[^<>"]*?(?:invoke|function) name="([^"]+)"[^<>]*>((?:\s*{_without_groups(pair)})*)\s*</[^<>]*>'
+    calls = _read_tags(text, block, pair)
+    return [
+        call._replace(arguments={key: Unquoted(CDATA.sub(r"\1", value)) for key, value in call.arguments.items()})
+        for call in calls
+    ]
+
+
+def _without_groups(pattern: str) -> str:
+    return re.sub(r"(?<!\\)\((?!\?)", "(?:", pattern)
 
 
 def _value(text: str):
-    """Read an argument without quotes: a number, a list or an object as JSON, else a string."""
+    """Read an argument that has no quotes: JSON, or a word of Python, else a string."""
+    if text in PYTHON_WORDS:
+        return PYTHON_WORDS[text]
     try:
         found = json.loads(text)
     except ValueError:
-        return text
-    return text if isinstance(found, str) else found
+        return str(text)
+    return str(text) if isinstance(found, str) else found
 
 
 def _read_python_calls(text: str) -> list[Call]:
-    """[f(key="value")]: LFM2, Llama 4."""
+    """[f(key="value")]: LFM2, Llama 4. A string may hold a newline as it is."""
     calls = []
-    for node in ast.parse(text.strip(), mode="eval").body.elts:
+    for node in ast.parse(text.strip().replace("\n", "\\n"), mode="eval").body.elts:
         arguments = {keyword.arg: ast.literal_eval(keyword.value) for keyword in node.keywords}
         calls.append(Call(ast.unparse(node.func), arguments))
     return calls
 
 
 def _read_name_and_json(text: str) -> list[Call]:
-    """A name, a separator and JSON, as DeepSeek, Kimi, Mistral and gpt-oss write it."""
+    """A name, a separator and JSON, as DeepSeek, Kimi, Mistral, Solar and gpt-oss write it."""
     found = re.fullmatch(NAME_AND_JSON, text, re.DOTALL)
     if not found:
         raise ValueError("no name and JSON")
     return [Call(found.group(1), json.loads(found.group(2)))]
 
 
+def _read_gemma_call(text: str) -> list[Call]:
+    """call:f{key:<|"|>text<|"|>,other:[1,true]}: Gemma 4."""
+    found = re.fullmatch(r"\s*call:([\w.-]+)(\{.*\})\s*", text, re.DOTALL)
+    if not found:
+        raise ValueError("no call")
+    pieces = found.group(2).split(GEMMA_QUOTE)  # texts are the odd ones
+    bare = [re.sub(r"([{,]\s*)([^\s{}\[\],:\"]+)\s*:", r'\1"\2":', piece) for piece in pieces[::2]]
+    bare = [re.sub(r"\bNone\b", "null", piece) for piece in bare]
+    texts = [json.dumps(piece) for piece in pieces[1::2]]
+    written = "".join(itertools.chain.from_iterable(itertools.zip_longest(bare, texts, fillvalue="")))
+    return [Call(found.group(1), json.loads(written))]
+
+
+CDATA = re.compile(r"\A<!\[CDATA\[(.*)\]\]>\Z", re.DOTALL)
+GEMMA_QUOTE = '<|"|>'
+PYTHON_WORDS = {"True": True, "False": False, "None": None}
+MAX_ENDS = 100  # of a block that are tried
 NAME_AND_JSON = (
-    r"\s*(?:function<｜tool▁sep｜>)?(?:functions\.)?([\w.-]+?)(?::\d+)?\s*"
-    r"(?:<｜tool▁sep｜>|<\|tool_call_argument_begin\|>|\[ARGS\]|\s*(?:<\|channel\|>commentary)?\s*(?:<\|constrain\|>)?"
-    r"(?:json)?<\|message\|>|\n```json\n)\s*(?:```json\n)?(\{.*\})\s*(?:```)?\s*"
+    r"\s*(?:function<｜tool▁sep｜>)?(?:[\w-]*<\|tool_call:name\|>)?(?:functions\.)?([\w.-]+?)(?::\d+)?"
+    r"(?:\[CALL_ID\][\w-]*)?\s*"
+    r"(?:<｜tool▁sep｜>|<\|tool_call_argument_begin\|>|\[ARGS\]|<\|tool_call:args\|>|>|"
+    r"\s*(?:<\|channel\|>commentary)?\s*(?:<\|constrain\|>)?(?:json)?<\|message\|>|\n```json\n)"
+    r"\s*(?:```json\n)?(\{.*\})\s*(?:```)?\s*"
 )
 
+
+def _syntax(begin: str, end: str, *reads: Callable[[str], list[Call]]) -> list[Syntax]:
+    return [Syntax(re.compile(begin), re.compile(end), read) for read in reads]
+
+
 SYNTAXES = (
-    *(
-        Syntax(re.compile(r"\s*<tool_call>(.*?)</tool_call>", re.DOTALL), read)
-        for read in (_read_json, _read_function_tags, _read_argument_tags)
+    *_syntax(r"\s*<tool_call>", r"</tool_call>", _read_json, _read_function_tags, _read_argument_tags),
+    *_syntax(r"\s*<\|tool_call>", r"<tool_call\|>", _read_gemma_call),
+    *_syntax(r"\s*<｜tool▁call▁begin｜>", r"<｜tool▁call▁end｜>", _read_name_and_json),
+    *_syntax(r"\s*<\|tool_call_begin\|>", r"<\|tool_call_end\|>", _read_name_and_json),
+    *_syntax(r"\s*<\|tool_call:begin\|>", r"<\|tool_call:end\|>", _read_name_and_json),
+    *_syntax(r"\s*<\|tool_call_start\|>", r"<\|tool_call_end\|>", _read_python_calls),
+    *_syntax(r"\s*<tool_calls>", r"</tool_calls>", _read_json),
+    *_syntax(r"\s*<\|START_ACTION\|>", r"<\|END_ACTION\|>", _read_json),
+    *_syntax(r"\s*<\|tools_prefix\|>", r"<\|tools_suffix\|>|\Z", _read_json),
+    *_syntax(r"\s*<\|function_call\|>", r"<\|function_call\|>|\Z", _read_json),
+    *_syntax(r"\s*<[^<>\s]*(?:function|tool)_calls>", r"</[^<>\s]*(?:function|tool)_calls>", _read_named_tags),
+    *_syntax(
+        r"(?:<\|start\|>assistant)?\s*to=(?=functions\.)", r"(?=<\|start\|>assistant\s*to=)|\Z", _read_name_and_json
     ),
-    Syntax(re.compile(r"\s*<｜tool▁call▁begin｜>(.*?)<｜tool▁call▁end｜>", re.DOTALL), _read_name_and_json),
-    Syntax(re.compile(r"\s*<\|tool_call_begin\|>(.*?)<\|tool_call_end\|>", re.DOTALL), _read_name_and_json),
-    Syntax(re.compile(r"\s*<\|tool_call_start\|>(.*?)<\|tool_call_end\|>", re.DOTALL), _read_python_calls),
-    Syntax(
-        re.compile(r"(?:<\|start\|>assistant)?\s*to=(functions\..*?<\|message\|>.*)", re.DOTALL), _read_name_and_json
-    ),
-    Syntax(re.compile(r"\[TOOL_CALLS\]\s*(\[.*\])\s*$", re.DOTALL), _read_json),
-    Syntax(re.compile(r"\[TOOL_CALLS\]\s*([\w.-]+\s*\[ARGS\].*?)(?=\[TOOL_CALLS\]|$)", re.DOTALL), _read_name_and_json),
-    Syntax(re.compile(r"^\s*(?:<\|python_tag\|>)?(\{\s*\"name\".*\})\s*$", re.DOTALL), _read_json),
+    *_syntax(r"\[TOOL_CALLS\]\s*(?=\[)", r"\Z", _read_json),
+    *_syntax(r"\[TOOL_CALLS\]", r"(?=\[TOOL_CALLS\])|\Z", _read_name_and_json),
+    *_syntax(r"\s*(?=<function name=)", r"(?<=</function>)", _read_named_tags),
+    *_syntax(r"\s*<function=", r"</function>", _read_name_and_json),
+    *_syntax(r"\A\s*(?:<\|python_tag\|>)?(?=\{\s*\"name\")", r"\s*\Z", _read_json),
 )
 
 
@@ -223,7 +349,7 @@ def check_reply(reply: str, message: dict) -> None:
     """Raise RecordError where a rendered reply lacks its text, its thought or a call."""
     parts = {"the text": message.get("content") or "", "the thought": message.get("reasoning_content") or ""}
     for name, part in parts.items():
-        if not _is_in(part, reply):
+        if not _is_in(part, re.sub(r"</?\w+>", " ", reply) if name == "the thought" else reply):
             if name == "the thought":
                 raise RecordError("template", "the chat template has no place for a thought")
             where = "a reply beside a call" if message.get("tool_calls") else "a reply"

@@ -125,6 +125,15 @@ def test_a_template_that_writes_the_date_has_the_date_of_the_run(own):
     assert check_contract(renderer) == []  # on a later day too, as a resume is
 
 
+def test_words_behind_the_header_of_a_prompt_are_not_taken_for_the_header_of_the_reply(own):
+    """Apriel's prompts end in words that its history lacks; the header before them is in the prompt already."""
+    worded = PLAIN_TEMPLATE.replace("assistant\n{% endif %}", "assistant\nHere are my thoughts:\n{% endif %}")
+    renderer = own(worded)
+    row = renderer.render([TURNS[0], {"role": "assistant", "content": "Here you are."}])
+    assert renderer.tokenizer.decode(row.input_ids).endswith("Here are my thoughts:\nHere you are.<|im_end|>")
+    assert replies(renderer, row) == ["Here you are.<|im_end|>"]
+
+
 def test_the_saved_template_is_the_bases_byte_for_byte(own):
     assert own(PLAIN_TEMPLATE).chat_template == PLAIN_TEMPLATE
 

@@ -194,6 +194,39 @@ def test_every_prompt_is_a_servers_and_every_reply_ends_in_a_stop(name, family, 
     assert num_kept(renderer, CALLS, TOOLS) == CALLS_KEPT[name]
 
 
+MANY_KINDS = {"n": 3, "f": 1.5, "b": True, "z": None, "l": [1, "a"], "o": {"k": 'v <b> "q" \n'}, "city": "12"}
+MORE_CALLS = [
+    [user("x"), said("", tool_calls=calls(("get_weather", MANY_KINDS)))],
+    [user("x"), said("", tool_calls=calls(("get_weather", {})))],
+    [user("x"), said("", tool_calls=calls(("search_web", {"query": '</tool_call> {"name": "x"} <|im_end|>'})))],
+]
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_reply_as_the_template_writes_it_is_read_back_as_its_message(name, renderer_of):
+    renderer = renderer_of(name, "qwen2")
+    num_calls = 0
+    for messages in [*PLAIN, *THOUGHTS, *CALLS, *MORE_CALLS]:
+        tools = TOOLS if any("tool_calls" in message for message in messages) else None
+        for index, message in enumerate(messages):
+            if message["role"] != "assistant" or (name == "gptoss" and message["content"] == "Let me look."):
+                continue  # gpt-oss writes text beside a call as a thought
+            thinking = bool(message.get("reasoning_content"))
+            try:
+                (turn,) = renderer._own.turns(messages, tools, trained=[index])
+                prompt = renderer.prompt(messages[:index], tools=tools, thinking=thinking)
+            except RecordError:
+                continue
+            ids = renderer._backend.encode(renderer._to_encode(turn.reply), add_special_tokens=False).ids
+            opened = renderer.tokenizer.decode(prompt[-16:], skip_special_tokens=False)
+            expected = message | {"content": message["content"].strip()}
+            if thinking:
+                expected["reasoning_content"] = message["reasoning_content"].strip()
+            assert renderer.read_reply(ids, opened=opened, tools=tools) == expected
+            num_calls += "tool_calls" in message
+    assert num_calls >= {"lfm2": 0, "deepseekv3": 6}.get(name, min(6, CALLS_KEPT[name]))
+
+
 @pytest.mark.parametrize("name", ["qwen3", "qwen3_6", "gemma3", "glm4moe", "llama3_1", "deepseekv3"])
 def test_rows_in_bulk_are_those_of_one_by_one(name, renderer_of):
     renderer = renderer_of(name, "qwen2")

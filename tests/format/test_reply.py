@@ -52,11 +52,32 @@ def test_the_thought_is_separated_from_the_text(text, opened, expected):
         '{"a": "b", "n": 3}<|tool_call_end|><|tool_calls_section_end|>',
         "<|tool_call_start|>[f(a='b', n=3)]<|tool_call_end|>",
         '<|start|>assistant to=functions.f<|channel|>commentary json<|message|>{"a": "b", "n": 3}',
+        '<|tool_call>call:f{a:<|"|>b<|"|>,n:3}<tool_call|>',
+        '<minimax:tool_calls>\n<invoke name="f">\n<parameter name="a">b</parameter>\n'
+        '<parameter name="n">3</parameter>\n'
+        "</invoke>\n</minimax:tool_calls>",
+        '<function name="f"><param name="a"><![CDATA[b]]></param><param name="n">3</param></function>',
+        '<|START_ACTION|>[\n{"tool_call_id": "0", "tool_name": "f", "parameters": {"a": "b", "n": 3}}\n]<|END_ACTION|>',
+        '<|tools_prefix|>[{"f": {"a": "b", "n": 3}}]<|tools_suffix|>',
+        '[TOOL_CALLS]f[CALL_ID]call00000[ARGS]{"a": "b", "n": 3}',
+        '<function=f>{"a": "b", "n": 3}</function>',
     ],
 )
 def test_a_call_is_read_in_each_published_syntax(text):
     expected = {"role": "assistant", "content": "", "tool_calls": [call("f", {"a": "b", "n": 3})]}
     assert split_reply(text, opened="assistant\n") == expected
+
+
+def test_an_argument_without_quotes_is_a_text_where_the_definition_says_so():
+    text = "<tool_call>\n<function=f>\n<parameter=a>\n12\n</parameter>\n</function>\n</tool_call>"
+    tools = [{"function": {"name": "f", "parameters": {"properties": {"a": {"type": "string"}}}}}]
+    assert split_reply(text, tools=tools)["tool_calls"] == [call("f", {"a": "12"})]
+    assert split_reply(text)["tool_calls"] == [call("f", {"a": 12})]
+
+
+def test_an_argument_that_holds_the_end_of_a_call_is_read_whole():
+    text = '<tool_call>\n{"name": "f", "arguments": {"a": "</tool_call> <tool_call>"}}\n</tool_call>'
+    assert split_reply(text)["tool_calls"] == [call("f", {"a": "</tool_call> <tool_call>"})]
 
 
 def test_text_beside_parallel_calls_stays_and_the_thought_is_folded():
