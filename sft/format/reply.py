@@ -54,7 +54,7 @@ class Syntax(NamedTuple):
 
 
 class Frame(NamedTuple):
-    """The marks that a template writes around a reply: `before` its thought, `between` thought and text, and around a text."""
+    """The marks around a reply: `before` its thought, `between` thought and text, `head` and `tail` around a text."""
 
     before: str | None
     between: str
