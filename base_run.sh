@@ -28,7 +28,7 @@ if [ -z "${MODEL:-}" ]; then
     fi
     "$PYTHON" -m sft.tiny --family qwen2 --vocab_size 3072 --output_dir "$OUTPUT/base"
     MODEL="$OUTPUT/base"
-    : "${EPOCHS:=60}" "${LEARNING_RATE:=5e-3}" "${BATCH_SIZE:=1}" "${ACCUMULATION:=1}" "${MAX_LENGTH:=512}"
+    : "${EPOCHS:=50}" "${LEARNING_RATE:=5e-3}" "${BATCH_SIZE:=1}" "${ACCUMULATION:=1}" "${MAX_LENGTH:=896}"
     set -- --chat_format chatml --adam_beta2 0.95 --logging_steps 50 --eval_strategy steps --eval_steps 0.1 "$@"
 fi
 
