@@ -6,8 +6,8 @@
 #
 # Knobs by environment; flags of train.py at the end override them:
 #   MODEL          local folder or hub model            DATA           file, folder or glob; data_proj/opendata
-#   OUTPUT         folder of the run; runs/<time>       EPOCHS         times through the data; 3
-#   LEARNING_RATE  peak; 1e-5                           MAX_LENGTH     tokens per row; 2048
+#   OUTPUT         folder of the run; runs/<time>       EPOCHS         times through the data; train.py's default
+#   LEARNING_RATE  peak; train.py's default             MAX_LENGTH     tokens per row; train.py's default
 #   BATCH_SIZE     rows per process and step; 4         ACCUMULATION   steps per update; 8
 #   PYTHON         the interpreter; python3
 #   DRY_RUN        1 shows and checks what the run would do, on any machine, without reading the weights; 0

@@ -84,7 +84,7 @@ def _shallow_model(shape: Shape, layers: int, dtype, step: Step, lora: bool):
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if lora:
         model = adapters.add_lora(
-            model, rank=step.lora_rank, alpha=1, dropout=0.05, gradient_checkpointing=step.checkpointing
+            model, rank=step.lora_rank, alpha=1, dropout=step.lora_dropout, gradient_checkpointing=step.checkpointing
         )
     if step.packing:
         attention.isolate_documents(model)

@@ -157,6 +157,7 @@ def _heaviest_step(run: Run, rows: TrainingRows, trained: np.ndarray, *, on_gpu:
         accumulation=training.gradient_accumulation_steps,
         half=bool(training.bf16 or training.fp16 or training.gpu),
         lora_rank=run.settings.model.lora_rank,
+        lora_dropout=run.settings.model.lora_dropout,
         lora_variant=run.settings.model.lora_variant,
         device="cuda" if on_gpu else "cpu",
     )

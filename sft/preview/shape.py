@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass, field
 
+from sft.dataset.dataset import MAX_LENGTH
+from sft.model.adapters import DEFAULT_DROPOUT, DEFAULT_RANK
+
 FULL, LORA, QLORA = "all weights", "LoRA", "QLoRA"
 ONE, ZERO2, ZERO3 = "one process", "ZeRO-2", "ZeRO-3"
 WRONG_CONFIG = (ValueError, RuntimeError, ImportError, KeyError, TypeError, AttributeError, ZeroDivisionError)
@@ -32,14 +35,15 @@ class Step:
     """One forward and backward on one GPU: `rows` of `length` tokens, `trained` of them in the loss, and how."""
 
     rows: int = 1
-    length: int = 2048
-    trained: int = 2048
+    length: int = MAX_LENGTH
+    trained: int = MAX_LENGTH
     documents: tuple[int, ...] = ()  # lengths of the conversations in the batch; empty: one in each row
     packing: bool = True
     checkpointing: bool = True
     accumulation: int = 1
     half: bool = True  # bf16 or fp16 computing
-    lora_rank: int = 16
+    lora_rank: int = DEFAULT_RANK
+    lora_dropout: float = DEFAULT_DROPOUT
     lora_variant: str = "lora"
     device: str = "cuda"
 
