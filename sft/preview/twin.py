@@ -33,10 +33,11 @@ from sft.preview.report import Report, Section
 from sft.preview.shape import build_model
 from sft.train.losses import group_sources
 from sft.train.setup import Data, Run
+from sft.train.summary import store_base
 
 NUM_EXAMPLES, EXAMPLE_TOKENS = 6, 48  # of the data, the ends of the first ones; longer than a twin's windows
 NUM_REPLY_TOKENS = 4
-# Relative, of the reopened twin's logits from those of the trained one: in fp32, and where the trained one is in bf16.
+# Relative, of the reopened twin's logits from those of the trained one: in fp32, and where its weights are bf16.
 MAX_LOGIT_DISTANCE, MAX_LOGIT_DISTANCE_BF16 = 1e-4, 5e-2
 NEEDS_GPU = r"8bit|4bit|paged|bnb|apex|npu|anyprecision|rmsprop_bnb"  # optimizers
 REST = {  # flags of the run that a twin's single step leaves out
@@ -150,7 +151,9 @@ def _run_of_twin(run: Run, folder: str) -> Run:
     flags.load_in_4bit = False
     if "flash" in (flags.attn_implementation or ""):
         flags.attn_implementation = None
-    settings = replace(run.settings, training=training, model=flags)
+    data = copy.copy(run.settings.data)
+    data.cache_dir = f"{folder}/cache"
+    settings = replace(run.settings, training=training, model=flags, data=data)
     return replace(run, model_path=f"{folder}/base", settings=settings, output_dir=output)
 
 
@@ -191,6 +194,7 @@ def _go_through(run: Run, data: Data, guard: Guard, build_trainer: Callable, par
     sources = group_sources(data.with_source_names())
     trainer = build_trainer(run, data, guard=guard, fingerprint={}, sources=sources)
     trainer.pop_callback(PrinterCallback)
+    store_base(trainer, run)
     further = [
         name
         for name, has_it in (
@@ -204,20 +208,23 @@ def _go_through(run: Run, data: Data, guard: Guard, build_trainer: Callable, par
     parts.begin("saving")
     trainer.save_final()
     parts.begin("reopening")
-    chat = load_chat(run.output_dir, device="cpu", trust_remote_code=run.settings.model.trust_remote_code)
-    _compare_logits(trainer.model, chat.model, data.examples[0]["input_ids"])
+    trained = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    exact = all(weight.dtype == torch.float32 for weight in trained.parameters())
+    dtype = "float32" if exact else "bfloat16"
+    trust = run.settings.model.trust_remote_code
+    chat = load_chat(run.output_dir, device="cpu", dtype=dtype, trust_remote_code=trust)
+    _compare_logits(trained, chat.model, data.examples[0]["input_ids"], exact=exact)
     parts.begin("a reply")
     chat.reply([{"role": "user", "content": "Hello"}], replace(GREEDY, max_new_tokens=NUM_REPLY_TOKENS))
     parts.is_over = True
 
 
 @torch.no_grad()
-def _compare_logits(trained, reopened, ids: np.ndarray) -> None:
+def _compare_logits(trained, reopened, ids: np.ndarray, *, exact: bool) -> None:
     """Raise ValueError when the saved model is another one than the one that was trained."""
     tokens = torch.from_numpy(ids.astype(np.int64))[None]
     expected, found = (model.eval()(input_ids=tokens).logits.float() for model in (trained, reopened))
     apart = ((found - expected).norm() / expected.norm()).item()
-    exact = all(weight.dtype == torch.float32 for weight in trained.parameters())
     if not apart < (MAX_LOGIT_DISTANCE if exact else MAX_LOGIT_DISTANCE_BF16):
         name = type(reopened).__name__
         raise ValueError(f"{name}: the saved model's logits are {apart:.1e} from those of the trained one")
