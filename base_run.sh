@@ -6,8 +6,8 @@
 #
 # Knobs by environment; flags of train.py at the end override them:
 #   MODEL          local folder or hub model            DATA           file, folder or glob; data_proj/opendata
-#   OUTPUT         folder of the run; runs/<time>       EPOCHS         times through the data; train.py's default
-#   LEARNING_RATE  peak; train.py's default             MAX_LENGTH     tokens per row; train.py's default
+#   OUTPUT         folder of the run; runs/<time>       EPOCHS         times through the data; 3
+#   LEARNING_RATE  peak; 1e-5                           MAX_LENGTH     tokens per row; 2048
 #   BATCH_SIZE     rows per process and step; 4         ACCUMULATION   steps per update; 8
 #   PYTHON         the interpreter; python3
 #   DRY_RUN        1 shows and checks what the run would do, on any machine, without reading the weights; 0
@@ -28,7 +28,7 @@ if [ -z "${MODEL:-}" ]; then
     fi
     "$PYTHON" -m sft.tiny --family qwen2 --vocab_size 3072 --output_dir "$OUTPUT/base"
     MODEL="$OUTPUT/base"
-    : "${EPOCHS:=50}" "${LEARNING_RATE:=5e-3}" "${BATCH_SIZE:=1}" "${ACCUMULATION:=1}" "${MAX_LENGTH:=896}"
+    : "${EPOCHS:=60}" "${LEARNING_RATE:=5e-3}" "${BATCH_SIZE:=1}" "${ACCUMULATION:=1}" "${MAX_LENGTH:=512}"
     set -- --chat_format chatml --adam_beta2 0.95 --logging_steps 50 --eval_strategy steps --eval_steps 0.1 "$@"
 fi
 

@@ -9,12 +9,12 @@
 #   OFFLOAD   1 keeps the optimizer's state in the machine's memory, under ZERO=3 the weights too; 0
 #   SEQUENCE_PARALLEL  GPUs that share each packed row, for rows that are too long for one; 1
 #   NUM_GPUS  processes on this machine; all GPUs, or two CPU processes where there are none
-#   GRACE     seconds to save a checkpoint in after TERM, INT, HUP or USR1, before KILL
+#   GRACE     seconds to save a checkpoint in after TERM, INT, HUP or USR1, before KILL; 60
 # Several machines, which see the same folders; MODEL and OUTPUT must be named:
 #   HOSTFILE  a line for each machine: "name slots=8"; started from one of them, needs ssh to the others
 #   srun sh ds_all.sh under Slurm, one task per machine; or by hand on each, with NNODES, NODE_RANK and MASTER_ADDR
-#   MASTER_PORT   where they meet; a fixed one by hand, under Slurm from the job's number, else a free one
-#   NODE_TIMEOUT  seconds to wait for another machine, at the start or when it falls silent
+#   MASTER_PORT   where they meet; by hand 29500, under Slurm from the job's number, else a free one
+#   NODE_TIMEOUT  seconds to wait for another machine, at the start or when it falls silent; 300
 set -eu
 cd "$(dirname "$0")"
 

@@ -83,13 +83,9 @@ class ModelArguments:
     attn_implementation: str | None = flag(None, "eager, sdpa or flash_attention_2.", resume="same")
     trust_remote_code: bool = flag(False, "Run code that comes with the model.")
     lora: bool = flag(False, "Train LoRA adapters on the layers' matrices instead of all weights.", resume="same")
-    lora_rank: int = flag(adapters.DEFAULT_RANK, "Rank of the adapters.", at_least=1, resume="same")
-    lora_alpha: int = flag(
-        adapters.DEFAULT_ALPHA, "Scale of the adapters; twice the rank is usual.", at_least=1, resume="same"
-    )
-    lora_dropout: float = flag(
-        adapters.DEFAULT_DROPOUT, "Dropout in the adapters.", at_least=0, at_most=1, resume="same"
-    )
+    lora_rank: int = flag(16, "Rank of the adapters.", at_least=1, resume="same")
+    lora_alpha: int = flag(32, "Scale of the adapters; twice the rank is usual.", at_least=1, resume="same")
+    lora_dropout: float = flag(0.05, "Dropout in the adapters.", at_least=0, at_most=1, resume="same")
     lora_variant: str = flag("lora", "lora, rslora (scale alpha / sqrt(rank)) or dora.", resume="same unless default")
     lora_router: bool = flag(False, "Adapt the routers of a mixture of experts too.", resume="same unless default")
     load_in_4bit: bool = flag(False, "QLoRA: keep the frozen base in 4 bits (CUDA).", resume="same")

@@ -32,7 +32,6 @@ from sft.model.load import (
     from_pretrained,
     load_tokenizer,
     repair_peft,
-    unpacked,
 )
 
 PROMPT_END_TOKENS = 16  # that may hold the start of a thought
@@ -237,7 +236,6 @@ def load_chat(
     if (Path(model_path) / ADAPTER).is_file():
         if base := base_of_adapter(model_path):
             check_base(model_path, base)
-            options |= {} if load_in_4bit else unpacked(base, trust_remote_code=trust_remote_code)
         from peft import AutoPeftModelForCausalLM as Model
 
         repair_peft()

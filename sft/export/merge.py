@@ -10,7 +10,7 @@ from sft.chat.reply import Chat, load_chat
 from sft.checkpoint.weights import saved_shapes, verify_saved
 from sft.export.output import stage_output
 from sft.files import MAX_SHARD_SIZE, write_json
-from sft.format.contract import check_saved, own_chat_template, saved_run
+from sft.format.contract import check_saved, saved_run
 from sft.model.load import set_generation_config
 
 PRECISIONS = ("float32", "bfloat16", "float16")
@@ -33,7 +33,6 @@ def export_merged(
     """
     with stage_output(output_dir) as staged:
         chat = load_chat(model_path, device="cpu", dtype="float32")
-        has_template = own_chat_template(chat.renderer.tokenizer) is not None
         if is_adapter(model_path):
             expected = compute_logits(chat)
             chat.model = chat.model.merge_and_unload(safe_merge=True)
@@ -43,9 +42,7 @@ def export_merged(
         chat.model = None  # one copy in memory at a time
         written = load_chat(str(staged), device="cpu", dtype="float32")
         _check_logits(written, expected, "the written model's logits differ from those of the model in memory")
-        # A base without a chat template is written without one.
-        problems = check_saved(written.renderer.tokenizer, chat.renderer) if has_template else []
-        if problems:
+        if problems := check_saved(written.renderer.tokenizer, chat.renderer):
             raise ValueError(f"the written tokenizer is another one: {'; '.join(problems[:3])}; no folder was written")
     return Path(output_dir)
 

@@ -11,7 +11,6 @@ from typing import NamedTuple
 from sft.model.load import repair_peft
 
 VARIANTS = ("lora", "rslora", "dora")
-DEFAULT_RANK, DEFAULT_ALPHA, DEFAULT_DROPOUT = 16, 32, 0.05
 MAX_LOGIT_DISTANCE = 1e-4  # relative, of a twin's merged logits in fp32; a wrong merge is above 1e-2
 # Parameters with two or three dimensions that no token is multiplied with.
 NO_MATRIX = r"bias|A_log|(^|_)D$|norm|sink|scale|slope|conv|position|embed"

@@ -97,11 +97,9 @@ def from_pretrained(model_class, path: str, **options):
 
     wrong = (OSError, ValueError, RuntimeError, ImportError, KeyError, TypeError, AttributeError)
     try:
-        loaded = model_class.from_pretrained(path, **options)
+        return model_class.from_pretrained(path, **options)
     except (*wrong, SafetensorError, StrictDataclassError) as error:
         raise unloadable(path, "model", error) from error
-    _forget_packing(loaded)
-    return loaded
 
 
 def unloadable(path: str, what: str, error: Exception) -> ValueError:
@@ -155,33 +153,11 @@ def load_model(
     options = {"dtype": getattr(torch, dtype), "trust_remote_code": trust_remote_code}
     if attn_implementation:
         options["attn_implementation"] = attn_implementation
-    options |= four_bit(compute) if load_in_4bit else unpacked(path, trust_remote_code=trust_remote_code)
+    if load_in_4bit:
+        options |= four_bit(compute)
     model = from_pretrained(AutoModelForCausalLM, path, **options)
     model.config.use_cache = False
     return model
-
-
-def unpacked(path: str, *, trust_remote_code: bool = False) -> dict:
-    """Return what `from_pretrained` takes to unpack MXFP4 weights (gpt-oss).
-
-    transformers keeps them packed where a GPU has kernels for them, and packed weights can't be adapted.
-    """
-    from transformers import Mxfp4Config
-
-    stored = getattr(load_config(path, trust_remote_code=trust_remote_code), "quantization_config", None)
-    is_mxfp4 = isinstance(stored, dict) and stored.get("quant_method") == "mxfp4"
-    return {"quantization_config": Mxfp4Config(dequantize=True)} if is_mxfp4 else {}
-
-
-def _forget_packing(model) -> None:
-    """Let a model be saved as it is: transformers 5.23 saves unpacked weights under the names of the packed ones."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if conversions := getattr(base, "_weight_conversions", None):
-        base._weight_conversions = [
-            conversion
-            for conversion in conversions
-            if not any("Dequantize" in type(operation).__name__ for operation in getattr(conversion, "operations", ()))
-        ]
 
 
 def four_bit(compute: str) -> dict:

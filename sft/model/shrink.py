@@ -2,6 +2,7 @@
 
 import copy
 import re
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -52,6 +53,7 @@ COUNTS = (
 )
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_blocks")
 LAYER_NUMBERS = r"moe_layers|.*_idxs|.*_indices|.*layer_ids|cross_attention_layers|mlp_only_layers"
+DENSE_COUNTS = ("first_k_dense_replace", "num_dense_layers")  # the first layers, without experts
 NUM_HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
 NUM_KEY_HEADS = r"(swa_|global_)?num_(global_)?key_value_heads|num_kv_heads|kv_n_heads"
 PARTS = ("attn_config", "ffn_config")  # of dbrx's config
@@ -132,25 +134,51 @@ def count_layers(settings: dict) -> int:
 
 
 def choose_layers(settings: dict, most: int) -> list[int]:
-    """Return the numbers of the layers that stay: the first `most` of each kind, as lists and periods tell kinds."""
+    """Return the numbers of the layers that stay: the first `most` of each kind."""
+    chosen, seen = [], Counter()
+    for layer, kind in enumerate(kinds_of_layers(settings)):
+        seen[kind] += 1
+        if seen[kind] <= most:
+            chosen.append(layer)
+    return chosen
+
+
+def kinds_of_layers(settings: dict) -> list[str]:
+    """Return a text for each layer that tells its kind, as the lists and periods of a config do."""
     count = count_layers(settings)
-    if settings.get("block_types"):  # recurrent_gemma: a pattern that repeats
-        return list(range(min(count, most * len(settings["block_types"]))))
+    if pattern := settings.get("block_types"):  # recurrent_gemma: a pattern that repeats
+        return [str(layer % len(pattern)) for layer in range(count)]
     numbers = [settings[name] for name in settings if _is_layer_numbers(name, settings[name])]
     lists = [value for name, value in settings.items() if _is_by_layer(name, value, count)]
     periods = [settings[name] for name in settings if name.endswith(("_period", "_step", "_interval"))]
     periods = [] if lists else [period for period in periods if isinstance(period, int) and period > 1]
-    dense = max(settings.get(name) or 0 for name in ("first_k_dense_replace", "num_dense_layers"))
+    dense = max(settings.get(name) or 0 for name in DENSE_COUNTS)
     shared = count - (settings.get("num_kv_shared_layers") or 0)
-    chosen = []
-    seen: dict[str, int] = {}
+    kinds = []
     for layer in range(count):
         flags = [layer < dense, layer >= shared, *(layer in value for value in numbers)]
-        kind = repr([flags, [value[layer] for value in lists], [layer % period for period in periods]])
-        seen[kind] = seen.get(kind, 0) + 1
-        if seen[kind] <= most:
-            chosen.append(layer)
-    return chosen
+        kinds.append(repr([flags, [value[layer] for value in lists], [layer % period for period in periods]]))
+    return kinds
+
+
+def keep_layers(config, layers: list[int]) -> None:
+    """Cut a config, in place, to these of its layers; all sizes stay."""
+    config = config.get_text_config()
+    settings = config.to_dict()
+    count = count_layers(settings)
+    kept = {}
+    for name, value in settings.items():
+        if name in LAYER_COUNTS:
+            kept[name] = len(layers)
+        elif _is_layer_numbers(name, value):
+            kept[name] = [layers.index(layer) for layer in value if layer in layers]
+        elif _is_by_layer(name, value, count):
+            kept[name] = [value[layer] for layer in layers]
+        elif name in DENSE_COUNTS and isinstance(value, int):
+            kept[name] = sum(layer < value for layer in layers)
+        elif name == "num_kv_shared_layers" and isinstance(value, int):
+            kept[name] = sum(layer >= count - value for layer in layers)
+    _set(config, settings, kept)
 
 
 def _is_layer_numbers(name: str, value) -> bool:
@@ -186,8 +214,11 @@ def _shrink_part(config, settings: dict, layers: list[int], *, window: int, keep
             small[name] = _shrink_rope(value)
         else:
             small[name] = _shrink_setting(name, value, num_heads, window)
-    small |= _settings_that_follow(settings, small)
-    for name, value in small.items():
+    _set(config, settings, small | _settings_that_follow(settings, small))
+
+
+def _set(config, settings: dict, changed: dict) -> None:
+    for name, value in changed.items():
         if value != settings[name]:
             try:
                 setattr(config, name, value)

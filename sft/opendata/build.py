@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from sft.files import exchange, lock_stream, move_files, open_whole, sync_folder
+from sft.files import lock_stream, move_files, open_whole, sync_folder
 from sft.opendata.cleaning import RULES, NearDuplicates, Outcome, process_batch
 from sft.opendata.fields import FieldCounts, check_choices
 from sft.opendata.files import (
@@ -295,9 +295,10 @@ def _run(
 
 def _train_on_all(folder: str, files: dict[str, FileLedger], outputs: dict[str, dict]) -> None:
     """Train on what is held out, where so little was kept that nothing else is left."""
-    train = Path(folder, TRAIN)
-    held_out = Path(folder, EVAL)
-    exchange(train, held_out)
+    train, held_out = os.path.join(folder, TRAIN), os.path.join(folder, EVAL)
+    os.replace(train, f"{train}.empty")
+    os.replace(held_out, train)
+    os.replace(f"{train}.empty", held_out)
     outputs[TRAIN], outputs[EVAL] = outputs[EVAL], outputs[TRAIN]
     for ledger in files.values():
         ledger.counts["train"] = ledger.counts.pop("eval", 0)

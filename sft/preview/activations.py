@@ -1,17 +1,21 @@
-"""Bytes of the activations of a step: one and two layers run on tensors without memory, and all others follow.
+"""Bytes of the activations of a step: a few layers of each kind run on tensors without memory, all others follow.
 
-The layers run as they are trained (packed rows, autocast, checkpointing, adapters), and the bytes that are alive are
-added up: any family of transformers is counted the same way.
+The layers run as they are trained (packed rows, autocast, checkpointing, adapters, experts), and the bytes that are
+alive are added up: any family of transformers is counted the same way.
 """
 
 import copy
+import itertools
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
+from sft.model.shrink import choose_layers, keep_layers, kinds_of_layers
 from sft.preview.shape import FULL, ONE, WRONG_CONFIG, Plan, Shape, Step, build_model
+
+SHORT_TOKENS = 64  # of a row that stands for a long one
 
 
 @dataclass(frozen=True)
@@ -23,68 +27,221 @@ class Activations:
     last: int
 
 
-def activations(shape: Shape, step: Step, plan: Plan) -> Activations:
-    """Count what all layers keep, from a model of one layer and one of two; 0 where that depends on the data."""
-    if any("experts" in name for name in shape.config.get_text_config().to_dict()):
-        return Activations(0, 0, 0)  # how many tokens an expert takes is up to the router
+def activations(shape: Shape, step: Step, plan: Plan) -> Activations | None:
+    """Count what all layers keep, from the first two of each kind; None where that depends on the data."""
     return _activations(shape, replace(step, trained=0, accumulation=1), plan.method != FULL, plan.launcher != ONE)
 
 
 @lru_cache(256)
-def _activations(shape: Shape, step: Step, lora: bool, spread: bool) -> Activations:
-    one, two = (_trace(shape, layers, step, lora, spread) for layers in (1, 2))
-    return Activations(*(a + (shape.layers - 1) * (b - a) for a, b in zip(one, two, strict=True)), last=one[1])
+def _activations(shape: Shape, step: Step, lora: bool, spread: bool) -> Activations | None:
+    settings = shape.config.get_text_config().to_dict()
+    kinds, chosen = kinds_of_layers(settings), choose_layers(settings, 2)
+    places = {kinds[layer]: place for place, layer in enumerate(chosen)}
+    if chosen[-1] + 1 < len(kinds):  # the last layer of a model frees less than the others
+        chosen.append(chosen[-1] + 1)
+    trace = _trace(shape, chosen, step, lora, spread)
+    if trace is None:
+        return None
+    # The first layer of the model makes masks for the others; the second of a kind stands for all further ones.
+    places = {kinds[layer]: place for place, layer in enumerate(chosen)}
+    return trace.add_up(
+        [chosen.index(layer) if layer in chosen else places[kinds[layer]] for layer in range(len(kinds))]
+    )
 
 
-def _trace(shape: Shape, layers: int, step: Step, lora: bool, spread: bool) -> tuple[int, int]:
-    """Run a model of a few layers on fake tensors; return the live bytes after the forward pass and the highest."""
+@dataclass
+class Trace:
+    """Bytes of a model of a few layers; the last number of each list is that of what comes after the layers.
+
+    `before` the first layer, `kept` by each in the forward pass; `begin` of the backward pass of the first layer,
+    the `rise` of that of each above its beginning, and what is `freed` by its end.
+    """
+
+    before: int
+    kept: list[int]
+    begin: int
+    rise: list[int]
+    freed: list[int]
+
+    def add_up(self, layers: Sequence[int]) -> Activations:
+        """Walk a model whose layers are those at these places of the trace."""
+        layers = [*layers, len(self.kept) - 1]
+        forward = self.before + sum(self.kept[place] for place in layers)
+        live, last = self.begin, self.begin + self.rise[layers[0]]
+        most = max(forward, last)
+        for place in layers[1:]:
+            live += self.freed[place]
+            most = max(most, live + self.rise[place])
+        return Activations(forward, most, last)
+
+
+def _trace(shape: Shape, layers: Sequence[int], step: Step, lora: bool, spread: bool) -> Trace | None:
+    """Trace a step of a model of these layers; None where the layers' work depends on the data.
+
+    Linear attention and Mamba loop over the tokens where their kernels are missing: two short rows stand for a long
+    one, as all that these layers keep grows with the number of tokens.
+    """
+    settings = shape.config.get_text_config().to_dict()
+    chunk = max(settings.get(name) or 0 for name in ("chunk_size", "mamba_chunk_size", "linear_chunk_size"))
+    sizes = [size * max(SHORT_TOKENS, chunk) for size in (1, 2)]
+    tokens = step.rows * step.length
+    if tokens <= sizes[1] or not _has_mixers(shape, tuple(layers), step):
+        return _trace_whole(shape, layers, step, lora, spread)
+    steps = [replace(step, rows=1, length=size, documents=(size,)) for size in sizes]
+    short, longer = (_trace_whole(shape, layers, each, lora, spread) for each in steps)
+    if short is None or longer is None:
+        return None
+
+    def extend(small: int, large: int) -> int:
+        return small + (large - small) * (tokens - sizes[0]) // (sizes[1] - sizes[0])
+
+    kept, rise, freed = (
+        [extend(*pair) for pair in zip(getattr(short, name), getattr(longer, name), strict=True)]
+        for name in ("kept", "rise", "freed")
+    )
+    return Trace(extend(short.before, longer.before), kept, extend(short.begin, longer.begin), rise, freed)
+
+
+def _has_mixers(shape: Shape, layers: tuple[int, ...], step: Step) -> bool:
     import torch
-    from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+
+    from sft.model.mixers import RunByDocument
+    from sft.model.shrink import not_sharded
+
+    with torch.device("meta"), not_sharded():
+        model = _shallow_model(shape, layers, torch.float32, replace(step, packing=True), lora=False)
+    return any(isinstance(module, RunByDocument) for module in model.modules())
+
+
+def _trace_whole(shape: Shape, layers: Sequence[int], step: Step, lora: bool, spread: bool) -> Trace | None:
+    """Run a model of these layers on fake tensors."""
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
 
     from sft.model.shrink import not_sharded
 
     half, kind = torch.bfloat16 if step.half else torch.float32, shape.config.model_type
     with torch.device("meta"), not_sharded():
         model = _shallow_model(shape, layers, half if lora or spread else torch.float32, step, lora)
-    with FakeTensorMode():
+    with FakeTensorMode(allow_non_fake_inputs=True):
         _make_fake(model, half if spread else None)
         weights = [*model.parameters(), *model.buffers()]
         for weight in model.parameters():
             weight.grad = torch.zeros_like(weight) if weight.requires_grad else None
         weights += [weight.grad for weight in model.parameters() if weight.grad is not None]
         base = model.get_base_model() if lora else model
-        dtype = base.get_input_embeddings().weight.dtype
-        size = base.get_input_embeddings().weight.shape[1]
-        embedded = torch.zeros(step.rows, step.length, size, dtype=dtype, requires_grad=True)
+        embedding = base.get_input_embeddings().weight
+        size = (step.rows, step.length, embedding.shape[1])
+        embedded = torch.zeros(size, dtype=embedding.dtype, requires_grad=True)
         positions = torch.zeros(step.rows, step.length, dtype=torch.long)
         try:
             with _as_on(step), _Meter([*weights, embedded]) as meter:
+                marks = _Marks(base, len(layers), meter)
                 with torch.autocast("cpu", dtype=torch.bfloat16, enabled=step.half and not spread):
                     hidden = base.base_model(inputs_embeds=embedded, position_ids=positions, use_cache=False)[0]
-                    forward = meter.live
-                meter.peak = meter.live
+                    marks.end_forward()
+                marks.begin_backward()  # autocast's copies of the weights are gone
                 hidden.backward(torch.zeros_like(hidden))
-        except (DataDependentOutputException, DynamicOutputShapeException) as error:
-            raise ValueError(f"{kind}: its activations depend on the data and can't be counted") from error
+        except _cannot_be_traced():
+            return None
         except WRONG_CONFIG as error:
             raise ValueError(f"{kind}: a step of a model of this config fails: {error}") from error
-    return forward, meter.peak
+    return marks.trace()
 
 
-def _shallow_model(shape: Shape, layers: int, dtype, step: Step, lora: bool):
+def _cannot_be_traced() -> tuple[type[Exception], ...]:
+    from torch._subclasses import fake_tensor as fake
+
+    return (
+        fake.DataDependentOutputException,
+        fake.DynamicOutputShapeException,
+        fake.UnsupportedFakeTensorException,
+        fake.UnsupportedOperatorException,
+        NotImplementedError,
+    )
+
+
+class _Marks:
+    """Notes the live bytes at the edges of the layers, forwards and backwards."""
+
+    def __init__(self, base, num_layers: int, meter):
+        from torch.nn.modules.module import register_module_forward_pre_hook
+
+        self.meter, self.num_layers, self.is_past = meter, num_layers, False
+        self.forward: list[int] = []  # live bytes when each layer begins, and when what comes after them does
+        self.backward: list[tuple[int, int]] = []  # of each part, the last first: most bytes, and those at its end
+        layers = _find_layers(base, num_layers)
+        for layer in layers:
+            layer.register_forward_pre_hook(self._begin, with_kwargs=True)
+        for layer in layers[-1:]:
+            layer.register_forward_hook(self._leave_last)
+        self.handle = register_module_forward_pre_hook(lambda module, args: self._begin_rest(args))
+
+    def _begin(self, _layer, args, kwargs) -> None:
+        if len(self.forward) < self.num_layers:  # else it is computed again in the backward pass
+            self._note((*args, *kwargs.values()))
+
+    def _leave_last(self, _layer, _args, _output) -> None:
+        self.is_past = True
+
+    def _begin_rest(self, args) -> None:
+        if self.is_past and len(self.forward) == self.num_layers:
+            self._note(args)
+
+    def _note(self, tensors) -> None:
+        self.forward.append(self.meter.live)
+        states = next((each for each in tensors if getattr(each, "requires_grad", False)), None)
+        if states is not None:
+            states.register_hook(self._end_backward)
+
+    def _end_backward(self, _gradient) -> None:
+        self.backward.append((self.meter.peak, self.meter.live))
+        self.meter.peak = self.meter.live
+
+    def end_forward(self) -> None:
+        self.handle.remove()
+        self.forward.append(self.meter.live)
+
+    def begin_backward(self) -> None:
+        self.backward.append((self.meter.peak, self.meter.live))
+        self.meter.peak = self.meter.live
+
+    def trace(self) -> Trace | None:
+        """Return what was noted; None where the model calls its layers in another way."""
+        if len(self.forward) != self.num_layers + 2 or len(self.backward) != self.num_layers + 2:
+            return None
+        kept = [after - before for before, after in itertools.pairwise(self.forward)]
+        spans = [(begin, peak, end) for (_peak, begin), (peak, end) in itertools.pairwise(self.backward)]
+        rise = [peak - begin for begin, peak, _end in reversed(spans)]
+        freed = [begin - end for begin, _peak, end in reversed(spans)]
+        return Trace(self.forward[0], kept, spans[-1][0], rise, freed)
+
+
+def _find_layers(base, num_layers: int) -> Sequence:
+    """Return the largest list of layers of a model."""
+    from torch import nn
+
+    lists = [module for module in base.modules() if isinstance(module, nn.ModuleList) and len(module) == num_layers]
+    return max(lists, key=lambda found: sum(weight.numel() for weight in found.parameters()), default=())
+
+
+def _shallow_model(shape: Shape, layers: Sequence[int], dtype, step: Step, lora: bool):
     from sft.model import adapters, attention
 
     config = copy.deepcopy(shape.config)
-    text = config.get_text_config()
-    text.num_hidden_layers = layers
-    if getattr(text, "layer_types", None):
-        text.layer_types = (list(text.layer_types) * layers)[:layers]
+    keep_layers(config, list(layers))
     model = build_model(config, dtype, shape.trusted)
     if step.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if lora:
         model = adapters.add_lora(
-            model, rank=step.lora_rank, alpha=1, dropout=step.lora_dropout, gradient_checkpointing=step.checkpointing
+            model,
+            plan=shape.adapters,
+            variant=step.lora_variant,
+            rank=step.lora_rank,
+            alpha=1,
+            dropout=step.lora_dropout,
+            gradient_checkpointing=step.checkpointing,
         )
     if step.packing:
         attention.isolate_documents(model)
@@ -111,8 +268,9 @@ def _as_on(step: Step) -> Iterator[None]:
     """Give packed attention the step's documents; for a GPU, as the fused kernels that keep no scores."""
     import torch
     from torch.nn.functional import scaled_dot_product_attention
+    from transformers.integrations import moe
 
-    from sft.model import attention, kernels
+    from sft.model import attention, kernels, mixers
 
     def fused(query, key, value, documents, *, scale, dropout=0.0, alibi=None):
         states = [state.to(value.dtype).transpose(0, 1)[None] for state in (query, key, value)]
@@ -121,16 +279,46 @@ def _as_on(step: Step) -> Iterator[None]:
 
     lengths = list(step.documents) or [step.length] * step.rows
     edges = torch.zeros(len(lengths) + 1, dtype=torch.int32)
-    before, on_cpu = (
-        kernels.current_documents.set(kernels.Documents(edges, lengths) if step.packing else None),
-        attention.attend,
-    )
-    attention.attend = fused if step.device == "cuda" else on_cpu
+    documents = kernels.Documents(edges, lengths, made={("groups", False): _static_groups(lengths)})
+    before = kernels.current_documents.set(documents if step.packing else None)
+    replaced = [(mixers, "take_tokens", _take_first_tokens)]
+    if step.device == "cuda":
+        replaced.append((attention, "attend", fused))
+    if hasattr(moe, "_can_use_grouped_mm"):  # torch 2.13 infers the shapes of its grouped product in bf16 alone
+        replaced.append((moe, "_can_use_grouped_mm", lambda *_tensors: False))
     try:
-        yield
+        with ExitStack() as stack:
+            for module, name, function in replaced:
+                stack.callback(setattr, module, name, getattr(module, name))
+                setattr(module, name, function)
+            yield
     finally:
-        attention.attend = on_cpu
         kernels.current_documents.reset(before)
+
+
+def _static_groups(lengths: Sequence[int]) -> tuple[list, object]:
+    """Return what `mixers.document_groups` returns, with numbers of tokens in place of masks."""
+    import torch
+
+    from sft.model.mixers import group_lengths
+
+    groups = []
+    for members in group_lengths(lengths, one_group=False):
+        index = torch.zeros(len(members), max(lengths[member] for member in members), dtype=torch.long)
+        groups.append((index, (index.shape, sum(lengths[member] for member in members))))
+    return groups, torch.zeros(sum(lengths), dtype=torch.long)
+
+
+def _take_first_tokens(leaf, group: tuple[Sequence[int], int]):
+    """As `mixers.take_tokens`, for a number of tokens: a mask's would depend on the data."""
+    from sft.model.mixers import Flat
+
+    shape, count = group
+    if not hasattr(leaf, "shape"):
+        return leaf
+    if leaf.shape[:2] == shape:
+        return leaf.flatten(0, 1)[:count].clone()
+    return Flat(leaf[:count].clone()) if leaf.dim() and leaf.shape[0] == shape.numel() else leaf
 
 
 def _Meter(known: Sequence):

@@ -20,6 +20,7 @@ from sft.dataset.dataset import TrainingRows
 from sft.dataset.sampler import Updates
 from sft.launch.processes import Guard
 from sft.model import load as models
+from sft.model.adapters import untrained_ids
 from sft.opendata.files import EVAL, describe_skipped, split_suffix
 from sft.preview.data import describe_all_data, describe_tokenizer, heaviest_rows
 from sft.preview.memory import (
@@ -157,8 +158,9 @@ def _heaviest_step(run: Run, rows: TrainingRows, trained: np.ndarray, *, on_gpu:
         accumulation=training.gradient_accumulation_steps,
         half=bool(training.bf16 or training.fp16 or training.gpu),
         lora_rank=run.settings.model.lora_rank,
-        lora_dropout=run.settings.model.lora_dropout,
         lora_variant=run.settings.model.lora_variant,
+        lora_dropout=run.settings.model.lora_dropout,
+        lora_token_rows=len(untrained_ids(run.renderer.tokenizer, run.renderer)),
         device="cuda" if on_gpu else "cpu",
     )
 
@@ -291,7 +293,9 @@ def describe_memory(report: Report, shape: Shape, step: Step, plan: Plan, gpus: 
     table += [[part.name, gib(part.bytes), part.formula] for part in parts]
     table += [[f"{part.name}, in RAM", gib(part.bytes), part.formula] for part in host]
     if not any(part.name == "activations" for part in parts):
-        report.notes.append("memory: the activations of experts are not counted; --probe_steps measures them")
+        report.notes.append(
+            "memory: the activations of this type depend on the data, and are not counted; --probe_steps measures them"
+        )
     full = full_logits(shape, step)
     checkpointing = "with" if step.checkpointing else "without"
     lines = [

@@ -7,7 +7,7 @@ No file is downloaded or read and no memory allocated: the parameters are counte
 from collections.abc import Sequence
 from dataclasses import replace
 
-from sft.preview.activations import activations
+from sft.preview.activations import Activations, activations
 from sft.preview.shape import FULL, LORA, ONE, QLORA, ZERO2, ZERO3, Part, Plan, Shape, Step
 from sft.train.checks import GIB
 
@@ -20,13 +20,15 @@ ZERO2_BUCKETS, ZERO3_LIVE = 2 * 5e8, 1e9
 
 
 def adapter_parameters(shape: Shape, step: Step) -> int:
-    return shape.adapters.count_parameters(step.lora_rank, step.lora_variant)
+    """Count the adapters' weights, and the rows of embedding and head that are trained beside them."""
+    rows = step.lora_token_rows * shape.hidden * (1 if shape.tied else 2)
+    return shape.adapters.count_parameters(step.lora_rank, step.lora_variant) + rows
 
 
 def estimate(shape: Shape, step: Step, plan: Plan) -> tuple[list[Part], list[Part]]:
     """Return the parts on each GPU, their sum with what is not there at the same time taken out, and those in RAM."""
     trained = shape.parameters if plan.method == FULL else adapter_parameters(shape, step)
-    counted = activations(shape, step, plan)
+    counted = activations(shape, step, plan) or Activations(0, 0, 0)
     loss = loss_part(shape, step, plan)
     weights, gradients, optimizer, buffers, host = _states(shape, step, plan, trained)
     peak = max(counted.forward + loss.bytes, counted.backward)

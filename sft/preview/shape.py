@@ -2,9 +2,6 @@
 
 from dataclasses import dataclass, field
 
-from sft.dataset.dataset import MAX_LENGTH
-from sft.model.adapters import DEFAULT_DROPOUT, DEFAULT_RANK
-
 FULL, LORA, QLORA = "all weights", "LoRA", "QLoRA"
 ONE, ZERO2, ZERO3 = "one process", "ZeRO-2", "ZeRO-3"
 WRONG_CONFIG = (ValueError, RuntimeError, ImportError, KeyError, TypeError, AttributeError, ZeroDivisionError)
@@ -35,16 +32,17 @@ class Step:
     """One forward and backward on one GPU: `rows` of `length` tokens, `trained` of them in the loss, and how."""
 
     rows: int = 1
-    length: int = MAX_LENGTH
-    trained: int = MAX_LENGTH
+    length: int = 2048
+    trained: int = 2048
     documents: tuple[int, ...] = ()  # lengths of the conversations in the batch; empty: one in each row
     packing: bool = True
     checkpointing: bool = True
     accumulation: int = 1
     half: bool = True  # bf16 or fp16 computing
-    lora_rank: int = DEFAULT_RANK
-    lora_dropout: float = DEFAULT_DROPOUT
+    lora_rank: int = 16
     lora_variant: str = "lora"
+    lora_dropout: float = 0.0
+    lora_token_rows: int = 0  # of embedding and head each, trained beside the adapters
     device: str = "cuda"
 
 

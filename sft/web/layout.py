@@ -50,9 +50,7 @@ def _pane(handlers: Handlers, index: int) -> tuple:
     with gr.Column():
         names, picker = list(handlers.models), None
         if len(names) > 1:
-            picker = gr.Dropdown(
-                names, value=names[index], label=I18N("picker"), show_label=False, container=False, filterable=False
-            )
+            picker = gr.Dropdown(names, value=names[index], show_label=False, container=False, filterable=False)
         else:
             gr.HTML(f'<div class="model-name">{html.escape(names[0])}</div>', js_on_load=None)
         shown = new_pane(has_feedback=handlers.feedback is not None, has_picker=picker is not None)

@@ -13,7 +13,6 @@ TEXTS = {
     "repetition_penalty": ("Repetition penalty", "重复惩罚"),
     "max_new_tokens": ("Longest reply, in tokens", "回复最多的词元数"),
     "thinking": ("Think before the reply", "先思考再回答"),
-    "picker": ("Model", "模型"),
     "export": ("Export the conversation", "导出对话"),
     "clear": ("New conversation", "新对话"),
 }

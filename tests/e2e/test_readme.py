@@ -35,14 +35,8 @@ def test_the_first_command_ends_as_the_readme_says(finished, name):
     (last,) = re.findall(r"^done: (.*)$", said, re.MULTILINE)
     pattern = r"(\w+) [\d.e+-]+"
     assert re.findall(pattern, summary.replace("\n", " ")) == re.findall(pattern, last)
-    for fact in ("steps 1000", "stop_rate 1", "tokens_seen 885750", "replies_as_in_data 15 of 15"):
+    for fact in ("steps 1980", "stop_rate 1", "tokens_seen 982500", "replies_as_in_data 15 of 15"):
         assert fact in last and fact in summary
-
-
-def test_the_first_command_trains_every_conversation_of_the_sample_whole(finished):
-    _folder, said = finished
-    assert "data: 351 conversations in 1 files, 351 kept\n" in said
-    assert not re.findall(r"(kept without their last turns|answer cut|lost, .*)", said)
 
 
 def test_the_notebook_shows_its_committed_outputs(finished, monkeypatch):

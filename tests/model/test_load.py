@@ -3,12 +3,9 @@
 import json
 import sys
 import types
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from sft.format.render import Renderer
 from sft.model.adapters import untrained_ids
@@ -23,7 +20,6 @@ from sft.model.load import (
     load_model,
     load_tokenizer,
     set_generation_config,
-    unpacked,
     use_liger_kernels,
 )
 
@@ -128,40 +124,6 @@ def test_a_broken_model_is_one_line_that_names_the_path(tmp_path, tiny_base):
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(ValueError, match=f"{tmp_path}: the tokenizer can't be loaded: "):
         load_tokenizer(str(tmp_path))
-
-
-@pytest.fixture
-def packed_base(tmp_path) -> Path:
-    """The folder of a tiny gpt-oss whose experts are stored in MXFP4, as the published ones are."""
-    settings = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_local_experts": 4}
-    settings |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 256}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt_oss", **settings, eos_token_id=1))
-    model.save_pretrained(tmp_path / "packed")
-    file, weights = tmp_path / "packed" / "model.safetensors", {}
-    for name, weight in load_file(file).items():
-        if name.endswith("_proj") and "experts" in name:
-            experts, size, outputs = weight.shape
-            weights[f"{name}_blocks"] = torch.randint(256, (experts, outputs, size // 32, 16), dtype=torch.uint8)
-            weights[f"{name}_scales"] = torch.full((experts, outputs, size // 32), 120, dtype=torch.uint8)
-        else:
-            weights[name] = weight
-    save_file(weights, file, metadata={"format": "pt"})
-    config = tmp_path / "packed" / "config.json"
-    stored = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"quantization_config": stored}))
-    return tmp_path / "packed"
-
-
-def test_experts_in_mxfp4_are_unpacked_and_saved_under_their_own_names(packed_base, tmp_path):
-    assert unpacked(str(packed_base))["quantization_config"].dequantize
-    model = load_model(str(packed_base), lora=True, compute="float32")
-    experts = model.model.layers[0].mlp.experts
-    assert experts.gate_up_proj.shape == (4, 64, 128) and experts.gate_up_proj.any()
-    model.save_pretrained(tmp_path / "saved")
-    again = load_model(str(tmp_path / "saved"))
-    tokens = torch.arange(8)[None]
-    assert torch.equal(model(tokens).logits, again(tokens).logits)
-    assert unpacked(str(tmp_path / "saved")) == {}
 
 
 def test_parameters_are_counted_once_where_they_are_tied(tiny_base):

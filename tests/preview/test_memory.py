@@ -3,6 +3,7 @@
 import pytest
 from transformers import AutoConfig
 
+from sft.model.shrink import choose_layers
 from sft.preview import activations, memory
 from sft.preview.shape import FULL, LORA, ONE, QLORA, ZERO2, ZERO3, Plan, Shape, Step, read_shape
 from sft.train.checks import GIB
@@ -136,24 +137,69 @@ def test_weights_gradients_and_optimizer_are_shared_out_as_zero_does_it():
     }
 
 
-def test_adapters_are_counted_as_peft_makes_them(tiny_base):
-    from sft.model.adapters import add_lora
-    from sft.model.load import load_model
+@pytest.mark.parametrize("kind", ["falcon", "qwen3_moe"])
+def test_adapters_and_token_rows_are_counted_as_peft_makes_them(kind, tiny_base):
+    import torch
+    from transformers import AutoModelForCausalLM
 
-    model = load_model(str(tiny_base("falcon")), lora=True)
-    shape = read_shape(model.config)
-    model = add_lora(model, rank=4, alpha=8, dropout=0.0)
+    from sft.model.adapters import add_lora
+
+    config = AutoConfig.from_pretrained(tiny_base("falcon"))
+    if kind == "qwen3_moe":
+        config = AutoConfig.for_model(kind, **COMMON, **MIXED[kind])
+    shape = read_shape(config)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = add_lora(model, rank=4, alpha=8, dropout=0.0, plan=shape.adapters, untrained_ids=[3, 5, 7])
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    assert memory.adapter_parameters(shape, Step(lora_rank=4)) == trained
+    assert memory.adapter_parameters(shape, Step(lora_rank=4, lora_token_rows=3)) == trained
+
+
+COMMON = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 128}
+EXPERTS = {"moe_intermediate_size": 48, "num_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 96}
+DELTA = {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 16, "linear_value_head_dim": 16}
+MIXED = {
+    "mixtral": {"num_hidden_layers": 5, "num_local_experts": 4, "intermediate_size": 96},
+    "qwen3_moe": {"num_hidden_layers": 5, **EXPERTS, "mlp_only_layers": [0, 3]},
+    "gpt_oss": {"num_hidden_layers": 6, "num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 64},
+    "qwen3_5_text": {"num_hidden_layers": 8, **DELTA, "intermediate_size": 96},
+}
 
 
 @pytest.mark.slow
-def test_a_trace_of_two_layers_predicts_many(family, tiny_base):
-    shape = read_shape(AutoConfig.from_pretrained(tiny_base(family)))
+@pytest.mark.parametrize("kind", MIXED)
+def test_two_layers_of_each_kind_predict_all_others(kind):
+    shape = read_shape(AutoConfig.for_model(kind, **COMMON, **MIXED[kind]))
+    assert len(choose_layers(shape.config.to_dict(), 2)) < shape.layers
     for checkpointing, lora in ((True, False), (False, True)):
-        step = Step(rows=2, length=64, trained=0, checkpointing=checkpointing)
-        one, two, four = (activations._trace(shape, layers, step, lora, False) for layers in (1, 2, 4))
-        assert [a + 3 * (b - a) for a, b in zip(one, two, strict=True)] == list(four)
+        step = Step(rows=1, length=96, documents=(64, 32), trained=0, checkpointing=checkpointing)
+        walked = activations._trace(shape, range(shape.layers), step, lora, False).add_up(range(shape.layers))
+        found = activations._activations(shape, step, lora, False)
+        for name in ("forward", "backward", "last"):
+            assert abs(getattr(found, name) / getattr(walked, name) - 1) < 0.02, (name, found, walked)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["qwen3", *MIXED])
+def test_the_counted_bytes_are_those_of_a_real_step(kind):
+    """The model runs with real weights, tokens and routes in fp32, and its live storages are added up."""
+    import torch
+
+    settings = MIXED.get(kind, {"num_hidden_layers": 5, "intermediate_size": 96})
+    shape = read_shape(AutoConfig.for_model(kind, **COMMON, **settings))
+    step = Step(rows=1, length=96, documents=(64, 32), checkpointing=False, half=False, device="cpu")
+    torch.manual_seed(0)
+    model = activations._shallow_model(shape, range(shape.layers), torch.float32, step, lora=False)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.normal_(std=0.02)
+    positions = torch.cat([torch.arange(size) for size in step.documents])[None]
+    embedded = torch.randn(1, 96, 64, requires_grad=True)
+    known = [*model.parameters(), *model.buffers(), embedded, positions]
+    with activations._Meter(known) as meter:
+        hidden = model(inputs_embeds=embedded, position_ids=positions, logits_to_keep=1).logits
+    counted = activations.activations(shape, step, Plan()).forward
+    assert hidden.requires_grad
+    assert abs(counted / meter.live - 1) < 0.08
 
 
 def test_checkpointing_takes_less_and_packed_rows_on_a_gpu_keep_no_scores(tiny_base):
