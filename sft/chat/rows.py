@@ -147,7 +147,8 @@ class RowModel:
         mask = rows.mask[:, :end]
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         given = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "logits_to_keep": 1}
-        given |= {"use_cache": True, "past_key_values": rows.cache}
+        # With the routers' loss on, transformers 5.23 takes a mask of the new tokens alone.
+        given |= {"use_cache": True, "past_key_values": rows.cache, "output_router_logits": False}
         output = self.model(**{name: value for name, value in given.items() if name in self.accepted})
         if not self.joins_rows:
             rows.cache = getattr(output, "past_key_values", None)

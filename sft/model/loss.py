@@ -19,6 +19,7 @@ from transformers.utils import ModelOutput
 from sft.format.tokens import IGNORE_INDEX
 from sft.model import kernels
 from sft.model.load import family_model
+from sft.model.mixers import mask_labelled_documents
 
 FULL_LOGIT_BYTES = 12  # that a plain loss takes for each logit: logits, log-softmax and gradient in fp32
 FP32_SLICE = 1024  # rows of the head on which the self-test compares gradients in fp32
@@ -75,8 +76,7 @@ def use_chunked_loss(model) -> str:
     """
     base = family_model(model)
     if not isinstance(base, _ChunkedLoss):
-        reason = _reason_against(base)
-        if reason:
+        if reason := _reason_against(base):
             return _note_of_full_logits(base, reason)
         shape = measure_logit_shape(base)
         base.__class__ = _with_chunked_loss(type(base))
@@ -242,16 +242,17 @@ def _takes(layers_class: type, name: str) -> bool:
 
 def _add_router_loss(model, result: LossOutput, output, labels, num_items, kwargs: dict) -> None:
     """Add the load-balancing loss that the family's own forward computes, weighted by this batch's share of labels."""
-    if getattr(output, "router_logits", None) is None:
+    num_labels = (labels[:, 1:] != IGNORE_INDEX).sum()
+    if getattr(output, "router_logits", None) is None or not num_labels:
         return
-    options = {name: kwargs[name] for name in ("attention_mask", "output_router_logits") if name in kwargs}
+    given = {name: kwargs[name] for name in ("attention_mask", "output_router_logits") if kwargs.get(name) is not None}
+    options = {"attention_mask": mask_labelled_documents(labels), **given}
     found = _own_logits(model, output[0][:, :1], raw=output[0].new_zeros(1, 1, 1), others=output, **options)
     router_loss = getattr(found, "aux_loss", None)
-    if router_loss is None or isinstance(router_loss, int):
+    if not torch.is_tensor(router_loss):
         return
-    config = model.config.get_text_config()
-    weight = getattr(config, "router_aux_loss_coef", None) or getattr(config, "aux_loss_coef", 0.0)
-    num_labels = (labels[:, 1:] != IGNORE_INDEX).sum()
+    settings = model.config.get_text_config().to_dict()
+    weight = settings.get("router_aux_loss_coef", settings.get("aux_loss_coef", 0.0))
     share = 1.0 if num_items is None else (num_labels / torch.as_tensor(num_items).clamp(min=1)).to(router_loss.device)
     result.router_loss = router_loss.detach()
     result.loss = result.loss + (weight * share * router_loss).to(result.loss.device)
@@ -317,9 +318,8 @@ class _OwnHead:
 
 
 def _sum_through_module(head, hidden, targets, predict: bool, vocab_size: int):
-    """Return the summed loss, that of each token, and the predictions.
+    """Return the summed loss, that of each token, and the predictions; backward computes each chunk's logits again.
 
-    In backward each chunk's logits are computed again.
     Under ZeRO-3 every call of the head gathers on all ranks, which have other numbers of labels: one chunk there.
     """
     rows = kernels.rows_at_a_time(vocab_size * 4, hidden.device.type)
@@ -345,8 +345,8 @@ def _chunk_loss(head, states, targets, predict: bool):
 def self_test(model, *, exact: bool = True) -> float:
     """Return how far the loss in chunks is from the plain one on a few tokens; raise ValueError when it is another.
 
-    `exact` says that the model computes in fp32. From the same hidden states the chunks must make the logits of the
-    model's forward, and in fp32 its gradient, on a slice of the head's rows.
+    `exact` says that the model computes in fp32. From the same hidden states the chunks must make the model's logits,
+    and in fp32 their gradient, on a slice of the head's rows.
     """
     device, was_training, base = next(model.parameters()).device, model.training, family_model(model)
     is_chunked, hidden = isinstance(base, _ChunkedLoss), []

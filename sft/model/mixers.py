@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
+from sft.format.tokens import IGNORE_INDEX
 from sft.model.kernels import Documents, current_documents
 
 # Documents share a padded batch while it has at most this many times their tokens.
@@ -242,6 +243,22 @@ def merge_groups(leaves: Sequence, order: torch.Tensor, shape: torch.Size):
         return tokens[0]
     merged = torch.cat(tokens)[order]
     return merged if all(isinstance(leaf, Flat) for leaf in leaves) else merged.unflatten(0, tuple(shape))
+
+
+def mask_labelled_documents(labels: torch.Tensor) -> torch.Tensor | None:
+    """Mark the tokens of a packed batch's documents that have a label, (rows, length): what pads a row has none.
+
+    Returns None outside a packed batch.
+    """
+    documents = current_documents.get()
+    if documents is None:
+        return None
+    numbers = torch.arange(len(documents.lengths), device=labels.device).repeat_interleave(
+        torch.tensor(documents.lengths, device=labels.device)
+    )
+    counts = torch.zeros(len(documents.lengths), dtype=torch.long, device=labels.device)
+    counts = counts.index_add(0, numbers, (labels != IGNORE_INDEX).flatten().long())
+    return (counts > 0)[numbers].long().view_as(labels)
 
 
 # --- which modules mix --------------------------------------------------------------------------------------------

@@ -86,7 +86,7 @@ def summarise(log_history: list[dict]) -> dict:
         return [value for _step, value in points_of(log_history, key)]
 
     losses, speeds, shares = values("loss"), values("tokens_per_second"), values("mfu")
-    last = ("eval_loss", "eval_perplexity", "eval_token_accuracy", "stop_rate", "repetition_rate")
+    last = ("router_loss", "eval_loss", "eval_perplexity", "eval_token_accuracy", "stop_rate", "repetition_rate")
     return {
         "first_loss": losses[0] if losses else None,
         "last_loss": losses[-1] if losses else None,

@@ -26,6 +26,9 @@ class Restore(TrainerCallback):
         if trainer.source_losses and progress.by_source:
             total = {} if args.process_index else sum_by_source(progress.by_source)
             trainer.source_losses.sums = progress.by_source[args.process_index] if same else total
+        if progress.router:
+            total = {} if args.process_index else sum_by_source(progress.router)
+            trainer.router_losses.sums = progress.router[args.process_index] if same else total
         trainer._total_loss_scalar, trainer._globalstep_last_logged = progress.total_loss, progress.last_logged
         self.take_new_flags(args)
         if progress.evaluate and trainer.eval_dataset is not None:

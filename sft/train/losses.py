@@ -97,10 +97,14 @@ class SourceLosses:
                 self.sums[name] = [before[0] + float(added), before[1] + int(tokens)]
         self._pending = []
 
+    def read_sums(self) -> dict[str, list]:
+        """Return the sums, the remembered losses among them."""
+        self.read_pending()
+        return self.sums
+
     def take_means(self, gather: Callable[[dict], list[dict]]) -> dict[str, float]:
         """Return the mean losses since the last log line, over all ranks (`gather`), and begin anew."""
-        self.read_pending()
-        total = sum_by_source(gather(self.sums))
+        total = sum_by_source(gather(self.read_sums()))
         self.sums = {}
         return _means("loss", total, *zip(*total.values(), strict=True)) if total else {}
 
@@ -115,13 +119,15 @@ class SourceLosses:
 def statistics_of_rows(outputs, labels: torch.Tensor) -> torch.Tensor:
     """Return of each row, (rows, 3): its summed loss, right guesses, trained tokens; labels (rows, length), unshifted.
 
-    `outputs`: losses and guesses, each (rows, length), of the loss in chunks; else logits (rows, length, tokens).
+    `outputs`: losses and guesses, each (rows, length), of the loss in chunks; else logits (rows, length, tokens). The
+    rest, as the loss of routers, is left out.
     """
-    if not isinstance(outputs, tuple):
+    if not isinstance(outputs, tuple) or outputs[0].dim() == 3:
+        outputs = outputs[0] if isinstance(outputs, tuple) else outputs
         targets = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
         losses = torch.nn.functional.cross_entropy(outputs.float().mT, targets, reduction="none")
         outputs = losses, outputs.argmax(-1)
-    losses, guesses = (values[:, :-1] for values in outputs)
+    losses, guesses = (values[:, :-1] for values in outputs[:2])
     in_loss = labels[:, 1:] != IGNORE_INDEX
     right = in_loss & (guesses == labels[:, 1:])
     return torch.stack([losses.where(in_loss, 0.0).double().sum(1), right.sum(1), in_loss.sum(1)], 1)
@@ -136,6 +142,37 @@ def _means(key: str, names: Iterable[str], sums: Sequence[float], tokens: Sequen
     """Return {key/name: mean} of each source that had a trained token."""
     found = zip(names, sums, tokens, strict=True)
     return {f"{key}/{name}": float(total / number) for name, total, number in found if number}
+
+
+# --- of routers ---------------------------------------------------------------------------------------------------
+
+
+class RouterLosses:
+    """Sums the load-balancing loss of a mixture's routers, without its weight, between two log lines.
+
+    `sums` is {"router_loss": [sum, labelled batches]} of this rank, and empty where the config asks for no such loss.
+    """
+
+    def __init__(self):
+        self.sums: dict[str, list] = {}
+
+    def add(self, outputs) -> None:
+        found = outputs.get("router_loss", outputs.get("aux_loss"))
+        if torch.is_tensor(found):
+            total, count = self.sums.get("router_loss", (0.0, 0))
+            self.sums["router_loss"] = [total + found.detach().float(), count + 1]
+
+    def read_sums(self) -> dict[str, list]:
+        """Return the sums as numbers."""
+        return {name: [float(total), count] for name, (total, count) in self.sums.items()}
+
+    def take_mean(self, gather: Callable[[dict], list[dict]]) -> dict[str, float]:
+        """Return the mean since the last log line, over all ranks (`gather`), and begin anew."""
+        if not self.sums:
+            return {}
+        total = sum_by_source(gather(self.read_sums()))
+        self.sums = {}
+        return {name: loss / count for name, (loss, count) in total.items()}
 
 
 # --- finite -------------------------------------------------------------------------------------------------------

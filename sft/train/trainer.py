@@ -36,7 +36,7 @@ from sft.files import write_json
 from sft.launch.processes import Guard, Stopped, UserError
 from sft.report.text import say
 from sft.train.callbacks import ProgressWithSpeed, Restore
-from sft.train.losses import FiniteCheck, SourceLosses, Sources, statistics_of_rows
+from sft.train.losses import FiniteCheck, RouterLosses, SourceLosses, Sources, statistics_of_rows
 
 
 @dataclass
@@ -51,6 +51,7 @@ class Progress:
     total_loss: float = 0.0
     last_logged: int = 0
     by_source: list[dict] = field(default_factory=list)  # as `losses`: {source: [sum, trained tokens]} of each rank
+    router: list[dict] = field(default_factory=list)  # as `by_source`: {"router_loss": [sum, batches]} of each rank
     evaluate: bool = False  # an evaluation was due, and cut off by a signal
 
 
@@ -76,6 +77,7 @@ class Trainer(transformers.Trainer):
         parts = self.args.sequence_parallel_size  # processes that share a row, neighbours in rank
         group, part = divmod(self.args.process_index, parts)
         self.source_losses = SourceLosses(sources, parts=parts, part=part) if sources else None
+        self.router_losses = RouterLosses()
         self._token_losses: list[torch.Tensor | None] = []  # of the update's batches so far
         self.guard, self.fingerprint = guard, fingerprint
         self.run, self.progress, self.shift = guard.broadcast(uuid.uuid4().hex), Progress(), 0
@@ -242,8 +244,9 @@ class Trainer(transformers.Trainer):
         return None if self._is_evaluating else super()._get_num_items_in_batch(batch_samples, device)
 
     def log(self, logs: dict, start_time: float | None = None) -> None:
-        if "loss" in logs and self.source_losses:
-            logs |= self.source_losses.take_means(self.guard.all_gather)
+        if "loss" in logs:
+            logs |= self.router_losses.take_mean(self.guard.all_gather)
+            logs |= self.source_losses.take_means(self.guard.all_gather) if self.source_losses else {}
         if "eval_loss" in logs:
             logs["eval_perplexity"] = math.exp(min(logs["eval_loss"], 700))
         super().log(logs, start_time)
@@ -257,6 +260,7 @@ class Trainer(transformers.Trainer):
         if model.training:
             self.finite.losses.append(loss.detach())
             self._token_losses.append(outputs.get("losses"))
+            self.router_losses.add(outputs)
             if self.is_deepspeed_enabled and self.accelerator.sync_gradients:  # its backward makes the update, too
                 self.finite.check(norm=0.0)
         return (loss, outputs) if return_outputs else loss
@@ -317,11 +321,10 @@ class Trainer(transformers.Trainer):
         return sum(size * (12 if self.is_deepspeed_enabled else 8) + size * 4 for size, trained in sizes if trained)
 
     def _write_progress(self, folder: Path) -> None:
-        if self.source_losses:
-            self.source_losses.read_pending()
         progress = {
             "losses": self.guard.all_gather(self._tr_loss.item()),
-            "by_source": self.guard.all_gather(self.source_losses.sums if self.source_losses else {}),
+            "by_source": self.guard.all_gather(self.source_losses.read_sums() if self.source_losses else {}),
+            "router": self.guard.all_gather(self.router_losses.read_sums()),
             "total_loss": self._total_loss_scalar,
             "last_logged": self._globalstep_last_logged,
         }

@@ -313,18 +313,54 @@ def test_a_family_with_another_way_to_its_head_has_its_loss_and_gradients_in_chu
     assert run_self_test(model) < 1e-5
 
 
-def test_the_router_loss_of_a_mixture_is_added_as_the_family_adds_it_and_reported():
+def mixture():
+    """A small mixture of experts whose config asks for the loss of its routers."""
     from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
     from sft.model.shrink import shrink_config
 
-    def model_of():
-        torch.manual_seed(0)
-        config = shrink_config(Qwen3MoeConfig(output_router_logits=True, router_aux_loss_coef=0.1))
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    torch.manual_seed(0)
+    config = shrink_config(Qwen3MoeConfig(output_router_logits=True, router_aux_loss_coef=0.1))
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
-    batch = {**batch_of(), "input_ids": batch_of()["input_ids"] % 500, "labels": batch_of()["labels"].clamp(max=499)}
-    plain, model = model_of(), model_of()
+
+def mixture_batch(**options) -> dict[str, torch.Tensor]:
+    batch = batch_of(**options)
+    return {**batch, "input_ids": batch["input_ids"] % 500, "labels": batch["labels"].clamp(max=499)}
+
+
+def test_padding_counts_in_no_router_loss_packed_or_not():
+    batch, model = mixture_batch(rows=2), mixture()
+    isolate_documents(model)
+    use_chunked_loss(model)
+    tokens = {name: value.view(1, 48) for name, value in batch.items() if name != "attention_mask"}
+    packed = {**tokens, "position_ids": torch.arange(24).repeat(2)[None]}
+    padded = {**batch, "attention_mask": batch["attention_mask"].clone()}
+    fill = {"input_ids": 7, "labels": IGNORE_INDEX, "attention_mask": 0}
+    padded = {name: torch.nn.functional.pad(value, (0, 9), value=fill[name]) for name, value in padded.items()}
+    filled = {name: torch.nn.functional.pad(tokens[name], (0, 9), value=fill[name]) for name in tokens}
+    filled["position_ids"] = torch.cat([packed["position_ids"], torch.arange(9)[None]], 1)
+    expected = run(model, batch)
+    for given in (packed, padded, filled):
+        assert_same(run(model, given), expected)
+        assert model(**given).router_loss.item() == pytest.approx(model(**batch).router_loss.item(), rel=1e-5)
+
+
+def test_accumulated_router_losses_are_weighted_by_their_labels():
+    model, batches = mixture(), [mixture_batch(seed=1), mixture_batch(rows=1, seed=2)]
+    use_chunked_loss(model)
+    counts = [int((batch["labels"][:, 1:] != IGNORE_INDEX).sum()) for batch in batches]
+    alone = [run(model, batch) for batch in batches]
+    found = [run(model, batch, num_items_in_batch=torch.tensor(sum(counts))) for batch in batches]
+    for name in alone[0][1]:
+        expected = sum(gradients[name] * count for (_, gradients), count in zip(alone, counts, strict=True))
+        summed = sum(gradients[name] for _, gradients in found) * sum(counts)
+        assert float((summed - expected).norm() / expected.norm().clamp(min=1e-8)) < 1e-4, name
+
+
+def test_the_router_loss_of_a_mixture_is_added_as_the_family_adds_it_and_reported():
+    batch = mixture_batch()
+    plain, model = mixture(), mixture()
     expected = run(plain, batch)
     assert use_chunked_loss(model) == "loss in chunks"
     assert_same(run(model, batch), expected)

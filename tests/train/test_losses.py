@@ -1,6 +1,7 @@
 """Sums of the training loop beside the loss of a step."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -72,3 +73,29 @@ def test_losses_by_source_are_the_same_on_two_processes_and_add_up_to_that_of_al
         found[0].keys() == found[1].keys() >= {"loss/a", "loss/中_文", "eval_loss/a", "eval_loss/b", "eval_loss/中_文"}
     )
     assert found[0] == pytest.approx(found[1], rel=1e-4)
+
+
+def test_the_router_loss_of_a_mixture_is_logged_summed_up_and_leaves_evaluation_alone(tiny_base, tmp_path):
+    from transformers import AutoConfig, AutoModelForCausalLM, Qwen3MoeConfig
+
+    import train
+    from sft.model.shrink import shrink_config
+
+    base = shutil.copytree(tiny_base("qwen2"), tmp_path / "base", ignore=shutil.ignore_patterns("*.safetensors"))
+    config = shrink_config(Qwen3MoeConfig(output_router_logits=True, router_aux_loss_coef=0.5))
+    config.vocab_size = AutoConfig.from_pretrained(base).vocab_size
+    AutoModelForCausalLM.from_config(config).save_pretrained(base)
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "word " * 9}]
+    line = json.dumps({"id": "", "source": "s", "messages": turns}) + "\n"
+    for name, times in (("train.json", 9), ("eval.json", 2)):
+        (tmp_path / name).write_text(line * times)
+    settings = {"model_name_or_path": base, "data_path": tmp_path / "train.json", "output_dir": tmp_path / "run"}
+    settings |= {"eval_data_path": tmp_path / "eval.json", "max_steps": 2, "logging_steps": 1, "max_new_tokens": 2}
+    settings |= {"num_reply_prompts": 0, "cache_dir": tmp_path / "cache", "gradient_accumulation_steps": 2}
+    train.main([word for name, value in settings.items() for word in (f"--{name}", str(value))])
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    logged = [entry["router_loss"] for entry in record["log_history"] if "router_loss" in entry]
+    assert len(logged) == 2 and all(1.9 < value < 3 for value in logged)  # 2 of 8 experts, evenly: 2
+    assert record["metrics"]["router_loss"] == logged[-1]
+    evaluated = [entry for entry in record["log_history"] if "eval_loss" in entry]
+    assert evaluated[-1]["eval_tokens"] > 0 and "eval_router_loss" not in evaluated[-1]
