@@ -28,13 +28,13 @@ import torch
 import transformers
 from transformers import set_seed
 
-from sft.checkpoint.resume import check_unchanged
+from sft.checkpoint.resume import check_unchanged, describe_resume
 from sft.dataset.collate import Collator
 from sft.dataset.dataset import MAX_LENGTH, prepare
 from sft.dataset.ledger import check_losses, find_thinking_default
 from sft.files import CACHE_DIR, MAX_SHARD_SIZE
 from sft.launch.processes import LOST, STOPPED, Guard, Stopped
-from sft.model import adapters, attention, fusion, loss
+from sft.model import adapters, attention, fusion, kernels, loss
 from sft.preview.dry_run import show_run
 from sft.preview.measure import measure_steps
 from sft.preview.report import Report
@@ -232,6 +232,9 @@ def train(run: Run, data: Data, checkpoint: str | None, guard: Guard, *, started
     fingerprint = fingerprint_of(run)
     check_base_of_adapter(run, checkpoint, guard)
     changed = check_unchanged(checkpoint, fingerprint, run.settings.training.allow_changed, say)
+    if checkpoint:
+        deterministic = run.settings.training.full_determinism
+        say(describe_resume(changed, on_gpu=run.settings.training.n_gpu > 0, deterministic=deterministic))
     trainer = build_trainer(
         run, data, guard=guard, fingerprint=fingerprint, sources=group_sources(data.with_source_names())
     )
@@ -280,6 +283,8 @@ def build_trainer(run: Run, data: Data, **options) -> Trainer:
         processing_class=tokenizer,
         **options,
     )
+    if settings.training.full_determinism:
+        kernels.make_determinism_fast()
     trainer.add_callback(SelfTest(trainer, notes, packing=settings.data.packing))
     return trainer
 

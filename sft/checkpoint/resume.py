@@ -72,6 +72,18 @@ def check_unchanged(checkpoint: str | None, new: dict, allow_changed: str | None
     return [name for name in allowed if old["exact"].get(name) != new["exact"].get(name)]
 
 
+def describe_resume(changed: Sequence[str], *, on_gpu: bool, deterministic: bool) -> str:
+    """Return how equal a resumed run will be to one that never stopped."""
+    if changed:
+        return f"the resumed run will differ from one that never stopped: changed {', '.join(changed)}"
+    if on_gpu and not deterministic:
+        return (
+            "the resumed run will equal one that never stopped but for rounding: on a GPU attention sums gradients in "
+            "any order; runs with --full_determinism are equal to the bit"
+        )
+    return "the resumed run will equal one that never stopped to the bit"
+
+
 def read_fingerprint(checkpoint: str) -> dict:
     return json.loads((Path(checkpoint) / FINGERPRINT).read_text(encoding="utf-8"))
 

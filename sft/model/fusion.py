@@ -15,7 +15,7 @@ from importlib import util
 import torch
 from torch import nn
 
-from sft.model.kernels import HALF_DTYPES, read_documents, use_master_products
+from sft.model.kernels import HALF_DTYPES, MasterLinear, SharedRounding, read_documents
 from sft.model.load import has_liger, use_liger_kernels, with_globals
 from sft.model.mixers import documents_set_to
 
@@ -98,6 +98,33 @@ def _reason_for_none(facts: Circumstances) -> str:
 
 def _base_of(model):
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def use_master_products(model, *, accumulation: int, alone: bool) -> int:
+    """Let the linear layers of a model that is trained whole be MasterLinear; return their number.
+
+    `alone`: one process without DeepSpeed, so that no other code waits for each gradient.
+    """
+    rounding, head, changed = SharedRounding(), model.get_output_embeddings(), 0
+    for module in model.modules():
+        is_plain = type(module) is nn.Linear or (type(module).__name__ == "FalconLinear" and module.bias is None)
+        if module is head or not is_plain or "forward" in vars(module):
+            continue
+        plain_class = type(module)
+        module.__class__ = _master_class(plain_class)
+        module.rounding, module.keeps_rounded, module.adds_gradients = rounding, accumulation > 1, alone
+        changed += 1
+    return changed
+
+
+@functools.cache
+def _master_class(plain_class: type) -> type:
+    members = {
+        "plain_class": plain_class,
+        "__module__": plain_class.__module__,
+        "__qualname__": plain_class.__qualname__,
+    }
+    return type(plain_class.__name__, (MasterLinear, plain_class), members)
 
 
 # --- compiled functions -----------------------------------------------------------------------------------------------

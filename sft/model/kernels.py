@@ -3,6 +3,7 @@
 import functools
 import inspect
 import math
+import os
 import weakref
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -59,13 +60,30 @@ def attend(query, key, value, documents: Documents, *, scale, dropout: float = 0
     query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast, rotary embeddings leave them in fp32
     if documents.shared is not None:
         return documents.shared.attend(attend, query, key, value, documents, scale=scale, dropout=dropout, alibi=alibi)
-    if value.device.type != "cuda" or dropout:
-        return attend_one_by_one(query, key, value, documents, scale=scale, dropout=dropout, alibi=alibi)
-    if alibi is not None:
+    way = choose_attention(value.device.type, value.dtype, dropout=dropout, alibi=alibi is not None)
+    if way == "flex":
         return attend_flex(query, key, value, documents, scale=scale, alibi=alibi)
-    if value.dtype in HALF_DTYPES:
+    if way == "varlen":
         return attend_varlen(query, key, value, documents, scale=scale)
-    return attend_one_by_one(query, key, value, documents, scale=scale)
+    return attend_one_by_one(query, key, value, documents, scale=scale, dropout=dropout, alibi=alibi)
+
+
+def choose_attention(device: str, dtype: torch.dtype, *, dropout: float, alibi: bool) -> str:
+    """Return one by one, varlen or flex. On a GPU flex attention's backward alone is deterministic (dev/LOG.md)."""
+    if device != "cuda" or dropout:
+        return "one by one"
+    if alibi or torch.are_deterministic_algorithms_enabled():
+        return "flex"
+    return "varlen" if dtype in HALF_DTYPES else "one by one"
+
+
+def make_determinism_fast() -> None:
+    """Undo what is slow in transformers' settings for determinism and not needed for equal bits.
+
+    transformers 5.23 gives cuBLAS workspaces of 16 KiB and waits for each kernel. Must be called before the first
+    matrix product on the GPU, as cuBLAS reads its setting then.
+    """
+    os.environ |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "CUDA_LAUNCH_BLOCKING": "0"}
 
 
 def attend_one_by_one(query, key, value, documents: Documents, *, scale, dropout: float = 0.0, alibi=None):
@@ -130,20 +148,20 @@ def _varlen_kernel():
     return varlen_attn, True
 
 
-def attend_flex(query, key, value, documents: Documents, *, scale, alibi):
+def attend_flex(query, key, value, documents: Documents, *, scale, alibi=None):
     """flex_attention with the bias and the documents computed on the fly: no (length x length) tensor."""
-    assert documents.window is None, "no family has both ALiBi and a sliding window"
-    if "flex" not in documents.made:
-        documents.made["flex"] = _block_mask(documents)
-    block_mask, position = documents.made["flex"]
-    alibi = alibi.float()
+    name = "flex", documents.window
+    if name not in documents.made:
+        documents.made[name] = _block_mask(documents)
+    block_mask, position = documents.made[name]
+    bias = None if alibi is None else alibi.float()
 
     def add_alibi(score, batch, head, query_index, key_index):
-        return score + (alibi[head, position[key_index]] - alibi[head, position[query_index]])
+        return score + (bias[head, position[key_index]] - bias[head, position[query_index]])
 
     output = _flex_kernel(query.device.type)(
         *(states.transpose(0, 1)[None] for states in (query, key, value)),
-        score_mod=add_alibi,
+        score_mod=None if alibi is None else add_alibi,
         block_mask=block_mask,
         scale=scale,
         enable_gqa=query.shape[1] != key.shape[1],
@@ -172,11 +190,16 @@ def _block_mask(documents: Documents):
     document = torch.bucketize(token, edges[1:], right=True)
     first, last = document[::BLOCK_TOKENS], document[(token[::BLOCK_TOKENS] + BLOCK_TOKENS - 1).clamp(max=total - 1)]
     earlier = torch.ones(len(first), len(first), dtype=torch.bool, device=edges.device).tril(-1)
-    whole = earlier & (first[None, :] == last[:, None])
+    window = documents.window or total
+    block = torch.arange(len(first), device=edges.device)
+    apart = (block[:, None] - block[None, :]) * BLOCK_TOKENS  # from a block of keys to one of queries, in tokens
+    earlier &= apart - BLOCK_TOKENS < window - 1
+    whole = earlier & (first[None, :] == last[:, None]) & (apart + BLOCK_TOKENS <= window)
     some = ((last[None, :] >= first[:, None]) & earlier | torch.eye(len(first), device=edges.device).bool()) & ~whole
 
     def same_document(batch, head, query_index, key_index):
-        return (document[query_index] == document[key_index]) & (query_index >= key_index)
+        distance = query_index - key_index
+        return (document[query_index] == document[key_index]) & (distance >= 0) & (distance < window)
 
     blocks = []
     for mask in (some, whole):
@@ -370,30 +393,3 @@ def _product(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> tor
     if left.dtype != dtype and left.device.type == "cuda":
         return torch.mm(left, right, out_dtype=dtype)
     return (left @ right).to(dtype)
-
-
-def use_master_products(model, *, accumulation: int, alone: bool) -> int:
-    """Let the linear layers of a model that is trained whole be MasterLinear; return their number.
-
-    `alone`: one process without DeepSpeed, so that no other code waits for each gradient.
-    """
-    rounding, head, changed = SharedRounding(), model.get_output_embeddings(), 0
-    for module in model.modules():
-        is_plain = type(module) is nn.Linear or (type(module).__name__ == "FalconLinear" and module.bias is None)
-        if module is head or not is_plain or "forward" in vars(module):
-            continue
-        plain_class = type(module)
-        module.__class__ = _master_class(plain_class)
-        module.rounding, module.keeps_rounded, module.adds_gradients = rounding, accumulation > 1, alone
-        changed += 1
-    return changed
-
-
-@functools.cache
-def _master_class(plain_class: type) -> type:
-    members = {
-        "plain_class": plain_class,
-        "__module__": plain_class.__module__,
-        "__qualname__": plain_class.__qualname__,
-    }
-    return type(plain_class.__name__, (MasterLinear, plain_class), members)

@@ -37,6 +37,7 @@ OF_TRANSFORMERS = {
             *("tf32", "use_liger_kernel"),
         )
     },
+    "full_determinism": {RESUME: "same unless default"},
 }
 
 

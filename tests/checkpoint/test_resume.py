@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 import train
 from sft.checkpoint.consolidate import consolidate
 from sft.checkpoint.manifest import find_checkpoint, hash_files, write_manifest
-from sft.checkpoint.resume import compare_fingerprints
+from sft.checkpoint.resume import compare_fingerprints, describe_resume
 from sft.checkpoint.save import list_files
 from sft.train.trainer import Trainer
 from tests.conftest import ROOT
@@ -382,3 +382,12 @@ def test_a_model_is_rebuilt_from_the_shards_and_hostile_ones_are_refused(zero, w
     with pytest.raises(ValueError, match=r"rank_1.*holds more than tensors and numbers; no code of it was run"):
         consolidate(str(hostile))
     assert not Path("/tmp/sft_was_run").exists()
+
+
+def test_equal_bits_are_promised_where_they_are_given():
+    to_the_bit = "the resumed run will equal one that never stopped to the bit"
+    assert describe_resume([], on_gpu=False, deterministic=False) == to_the_bit
+    assert describe_resume([], on_gpu=True, deterministic=True) == to_the_bit
+    assert "but for rounding" in describe_resume([], on_gpu=True, deterministic=False)
+    changed = describe_resume(["world_size"], on_gpu=False, deterministic=False)
+    assert changed == "the resumed run will differ from one that never stopped: changed world_size"

@@ -9,7 +9,7 @@ import torch._dynamo
 from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM
 
-from sft.model import attention, fusion, kernels, loss
+from sft.model import attention, fusion, loss
 
 ON_GPU = fusion.Circumstances(on_gpu=True, half=True, seconds=1000.0)
 
@@ -188,7 +188,7 @@ def test_products_of_masters_give_the_gradients_of_autocast(family, checkpointin
     batches = [packed(5, 9, 20), packed(30, 11), packed(7, 7)]
     models = [plain, *(copy.deepcopy(plain) for _ in range(3))]
     for model, accumulation, alone in zip(models[1:], (1, 3, 3), (True, True, False), strict=True):
-        assert kernels.use_master_products(model, accumulation=accumulation, alone=alone) > 0
+        assert fusion.use_master_products(model, accumulation=accumulation, alone=alone) > 0
     found = []
     for model in models:
         if checkpointing:
@@ -204,7 +204,7 @@ def test_products_of_masters_give_the_gradients_of_autocast(family, checkpointin
 
 def test_a_weight_is_rounded_once_in_an_update_and_anew_after_it(load):
     model = load("qwen2")
-    kernels.use_master_products(model, accumulation=2, alone=True)
+    fusion.use_master_products(model, accumulation=2, alone=True)
     layer = model.model.layers[0].mlp.up_proj
     with torch.autocast("cpu", dtype=torch.bfloat16):
         gradients_of(model, packed(5, 9))
@@ -220,7 +220,7 @@ def test_a_weight_is_rounded_once_in_an_update_and_anew_after_it(load):
 def test_outside_autocast_and_in_evaluation_a_master_layer_is_a_linear_one(load):
     plain = load("qwen2")
     model = copy.deepcopy(plain)
-    kernels.use_master_products(model, accumulation=1, alone=True)
+    fusion.use_master_products(model, accumulation=1, alone=True)
     batch = packed(5, 9)
     assert largest_distance(gradients_of(model, batch), gradients_of(plain, batch)) == 0
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):

@@ -1,5 +1,7 @@
 """Each kernel gives the attention that the whole masked square gives."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -71,11 +73,51 @@ def test_alibi_is_exact_in_both_ways(lengths):
         assert float((found - by_hand(*states, documents_of(lengths), **options)).abs().max()) < 1e-5
 
 
+@pytest.mark.parametrize("window", [None, 1, 6, 100, 128, 129, 300])
+@pytest.mark.parametrize("lengths", [[7, 300, 2, 2, 131], [500]], ids=str)
+def test_flex_attention_is_exact_without_alibi_too(lengths, window):
+    """--full_determinism takes it on a GPU for every family."""
+    documents = documents_of(lengths, window)
+    states = [state.detach() for state in states_of(sum(lengths), 4, 2)]
+    found = attend_flex(*states, documents, scale=0.3)
+    assert float((found - by_hand(*states, documents, scale=0.3)).abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "dropout", "alibi", "way", "way_if_deterministic"),
+    [
+        ("cpu", torch.float32, 0.0, False, "one by one", "one by one"),
+        ("cpu", torch.bfloat16, 0.0, True, "one by one", "one by one"),
+        ("cuda", torch.bfloat16, 0.0, False, "varlen", "flex"),
+        ("cuda", torch.float16, 0.0, True, "flex", "flex"),
+        ("cuda", torch.float32, 0.0, False, "one by one", "flex"),
+        ("cuda", torch.bfloat16, 0.1, False, "one by one", "one by one"),
+    ],
+)
+def test_the_way_of_attention_is_chosen(device, dtype, dropout, alibi, way, way_if_deterministic):
+    options = {"dropout": dropout, "alibi": alibi}
+    assert kernels.choose_attention(device, dtype, **options) == way
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert kernels.choose_attention(device, dtype, **options) == way_if_deterministic
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_determinism_keeps_large_workspaces_and_waits_for_no_kernel(monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    monkeypatch.setenv("CUDA_LAUNCH_BLOCKING", "1")
+    kernels.make_determinism_fast()
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert os.environ["CUDA_LAUNCH_BLOCKING"] == "0"
+
+
+@pytest.mark.parametrize("window", [None, 1, 6, 128, 129, 200])
 @pytest.mark.parametrize("lengths", SPLITS, ids=lambda lengths: f"{len(lengths)}-documents")
-def test_the_block_mask_skips_other_documents_and_looks_at_no_token_of_whole_blocks(lengths):
+def test_the_block_mask_skips_other_documents_and_looks_at_no_token_of_whole_blocks(lengths, window):
     from torch.nn.attention.flex_attention import create_block_mask
 
-    documents = documents_of(lengths)
+    documents = documents_of(lengths, window)
     block_mask, position = kernels._block_mask(documents)
     assert position.tolist() == [p for length in lengths for p in range(length)]
     made = create_block_mask(block_mask.mask_mod, 1, 1, sum(lengths), sum(lengths), device="cpu")
