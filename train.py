@@ -160,6 +160,9 @@ class TrainingArguments(transformers.TrainingArguments):
     sequence_parallel_size: int = flag(
         1, "GPUs that share each packed row, for rows too long for one.", at_least=1, resume="same unless default"
     )
+    activation_offload: bool = flag(
+        False, "With --gradient_checkpointing, keep the input of each layer on the CPU until the backward pass."
+    )
     offload: bool = flag(False, "Under DeepSpeed, keep the optimizer (ZeRO-3: the weights too) on the CPU.")
     dry_run: bool = flag(False, "Show and check what the run would do, without reading the weights.")
     probe_steps: int = flag(
@@ -266,6 +269,8 @@ def build_trainer(run: Run, data: Data, **options) -> Trainer:
     settings, model, tokenizer = run.settings, build_model(run), run.renderer.tokenizer
     notes = [attention.isolate_documents(model)] if settings.data.packing else []
     notes.append(loss.use_chunked_loss(model))
+    if settings.training.activation_offload:
+        notes.append(models.offload_activations(model))
     notes += fusion.fuse(model, settings.training.fused_kernels, find_circumstances(run, data, model))
     # On a GPU one length for all packed rows: flex attention compiles for it once.
     packed_length = settings.data.max_length if torch.cuda.is_available() else None

@@ -20,11 +20,15 @@ SHORT_TOKENS = 64  # of a row that stands for a long one
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes beyond weights and gradients: after the forward pass, at most in the backward pass, and at its end."""
+    """Bytes beyond weights and gradients: after the forward pass, at most in the backward pass, and at its end.
+
+    `host` are those that wait in the machine's memory for the backward pass.
+    """
 
     forward: int
     backward: int
     last: int
+    host: int = 0
 
 
 def activations(shape: Shape, step: Step, plan: Plan) -> Activations | None:
@@ -44,9 +48,8 @@ def _activations(shape: Shape, step: Step, lora: bool, spread: bool) -> Activati
         return None
     # The first layer of the model makes masks for the others; the second of a kind stands for all further ones.
     places = {kinds[layer]: place for place, layer in enumerate(chosen)}
-    return trace.add_up(
-        [chosen.index(layer) if layer in chosen else places[kinds[layer]] for layer in range(len(kinds))]
-    )
+    layers = [chosen.index(layer) if layer in chosen else places[kinds[layer]] for layer in range(len(kinds))]
+    return trace.add_up_offloaded(layers) if step.activation_offload and step.checkpointing else trace.add_up(layers)
 
 
 @dataclass
@@ -73,6 +76,12 @@ class Trace:
             live += self.freed[place]
             most = max(most, live + self.rise[place])
         return Activations(forward, most, last)
+
+    def add_up_offloaded(self, layers: Sequence[int]) -> Activations:
+        """As `add_up`, where the input of each layer waits in the machine's memory for its backward pass."""
+        forward, last = self.before + self.kept[-1], self.begin + self.rise[layers[0]]
+        most = self.begin + max(self.rise[place] for place in (*layers, -1))
+        return Activations(forward, max(forward, most), last, sum(self.kept[place] for place in layers))
 
 
 def _trace(shape: Shape, layers: Sequence[int], step: Step, lora: bool, spread: bool) -> Trace | None:
@@ -131,9 +140,9 @@ def _trace_whole(shape: Shape, layers: Sequence[int], step: Step, lora: bool, sp
         weights += [weight.grad for weight in model.parameters() if weight.grad is not None]
         base = model.get_base_model() if lora else model
         embedding = base.get_input_embeddings().weight
-        size = (step.rows, step.length, embedding.shape[1])
-        embedded = torch.zeros(size, dtype=embedding.dtype, requires_grad=True)
-        positions = torch.zeros(step.rows, step.length, dtype=torch.long)
+        batch = (1, step.tokens) if step.shared > 1 else (step.rows, step.length)
+        embedded = torch.zeros((*batch, embedding.shape[1]), dtype=embedding.dtype, requires_grad=True)
+        positions = torch.zeros(batch, dtype=torch.long)
         try:
             with _as_on(step), _Meter([*weights, embedded]) as meter:
                 marks = _Marks(base, len(layers), meter)
@@ -266,21 +275,19 @@ def _make_fake(model, dtype) -> None:
 @contextmanager
 def _as_on(step: Step) -> Iterator[None]:
     """Give packed attention the step's documents; for a GPU, as the fused kernels that keep no scores."""
-    import torch
     from torch.nn.functional import scaled_dot_product_attention
     from transformers.integrations import moe
 
     from sft.model import attention, kernels, mixers
 
     def fused(query, key, value, documents, *, scale, dropout=0.0, alibi=None):
+        if documents.shared is not None:
+            return documents.shared.attend(fused, query, key, value, documents, scale=scale, alibi=alibi)
         states = [state.to(value.dtype).transpose(0, 1)[None] for state in (query, key, value)]
         output = scaled_dot_product_attention(*states, is_causal=True, enable_gqa=query.shape[1] != key.shape[1])
         return output[0].transpose(0, 1)
 
-    lengths = list(step.documents) or [step.length] * step.rows
-    edges = torch.zeros(len(lengths) + 1, dtype=torch.int32)
-    documents = kernels.Documents(edges, lengths, made={("groups", False): _static_groups(lengths)})
-    before = kernels.current_documents.set(documents if step.packing else None)
+    before = kernels.current_documents.set(_documents_of(step) if step.packing else None)
     replaced = [(mixers, "take_tokens", _take_first_tokens)]
     if step.device == "cuda":
         replaced.append((attention, "attend", fused))
@@ -294,6 +301,25 @@ def _as_on(step: Step) -> Iterator[None]:
             yield
     finally:
         kernels.current_documents.reset(before)
+
+
+def _documents_of(step: Step):
+    """Return the documents of the step's rows; where GPUs share them, with an exchange that copies."""
+    import torch
+
+    from sft.model.kernels import Documents
+    from sft.train.sequence_parallel import SharedRow
+
+    lengths = list(step.documents) or [step.length] * step.rows
+    shared = None
+    if step.shared > 1:
+        if padding := step.tokens * step.shared - sum(lengths):
+            lengths.append(padding)
+        shared = SharedRow(step.shared, 0, torch.clone)
+    edges = torch.zeros(len(lengths) + 1, dtype=torch.int32)
+    positions = torch.zeros(1, sum(lengths), dtype=torch.long)
+    groups = {("groups", False): _static_groups(lengths)}
+    return Documents(edges, lengths, made=groups, positions=positions, shared=shared)
 
 
 def _static_groups(lengths: Sequence[int]) -> tuple[list, object]:

@@ -22,8 +22,10 @@ from sft.launch.processes import Guard
 from sft.model import load as models
 from sft.model.adapters import untrained_ids
 from sft.opendata.files import EVAL, describe_skipped, split_suffix
+from sft.preview.activations import activations
 from sft.preview.data import describe_all_data, describe_tokenizer, heaviest_rows
 from sft.preview.memory import (
+    MIN_ROW_TOKENS,
     RESERVE,
     disk_of_checkpoint,
     disk_of_model,
@@ -32,6 +34,7 @@ from sft.preview.memory import (
     fits_best,
     full_logits,
     gib,
+    longest_rows,
     plan_table,
 )
 from sft.preview.report import Report, Section, show_report
@@ -162,6 +165,8 @@ def _heaviest_step(run: Run, rows: TrainingRows, trained: np.ndarray, *, on_gpu:
         lora_dropout=run.settings.model.lora_dropout,
         lora_token_rows=len(untrained_ids(run.renderer.tokenizer, run.renderer)),
         device="cuda" if on_gpu else "cpu",
+        shared=training.sequence_parallel_size,
+        activation_offload=training.activation_offload,
     )
 
 
@@ -306,18 +311,30 @@ def describe_memory(report: Report, shape: Shape, step: Step, plan: Plan, gpus: 
     report.sections.append(Section(f"memory: {plan}", table, lines))
     best = fits_best(shape, replace(step, checkpointing=True), size, count)
     other = Section("memory: other ways", plan_table(shape, step, size, count))
+    other.lines += _describe_longest_rows(shape, step, plan, size)
     other.lines.append(
         f"all weights fit with: {best or 'none of these on one machine'} (with --gradient_checkpointing)"
     )
     report.sections.append(other)
     if not fits(parts, size):
-        remedy = "use more GPUs, --lora or a shorter --max_length"
+        remedy = "use more GPUs, SEQUENCE_PARALLEL, --lora or a shorter --max_length"
         if best:
             remedy = f"use {best} with --gradient_checkpointing"
         if step.device != "cuda":
             remedy += "; --gpu 80GBx8 judges it for other machines"
         report.problems.append(f"out of memory: {plan} takes {gib(parts[-1].bytes)} of {gib(size)} ({where}); {remedy}")
     return parts[-1].bytes
+
+
+def _describe_longest_rows(shape: Shape, step: Step, plan: Plan, gpu_bytes: int) -> list[str]:
+    """Say under DeepSpeed how long a row may be, and from which length on GPUs must share it."""
+    if plan.launcher == ONE or step.device != "cuda" or activations(shape, step, plan) is None:
+        return []
+    found = longest_rows(shape, step, plan, gpu_bytes)
+    if not found:
+        return [f"{plan}: a row of {MIN_ROW_TOKENS:,} tokens does not fit"]
+    lengths = ", ".join(f"{length:,} tokens with SEQUENCE_PARALLEL={shared}" for shared, length in found)
+    return [f"{plan}, one row in a batch, with checkpointing: the longest that fits has {lengths}"]
 
 
 def describe_disk(report: Report, shape: Shape, step: Step, plan: Plan, run: Run, *, steps: int) -> None:

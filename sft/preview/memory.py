@@ -7,11 +7,13 @@ No file is downloaded or read and no memory allocated: the parameters are counte
 from collections.abc import Sequence
 from dataclasses import replace
 
+from sft.model.load import context_window
 from sft.preview.activations import Activations, activations
 from sft.preview.shape import FULL, LORA, ONE, QLORA, ZERO2, ZERO3, Part, Plan, Shape, Step
 from sft.train.checks import GIB
 
 RESERVE = 2 * GIB  # CUDA's context, cuBLAS and NCCL workspaces, gaps between blocks
+MIN_ROW_TOKENS, MAX_ROW_TOKENS = 2**10, 2**20
 MACHINES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 # nf4 in blocks of 64 with a scale each, the scales in 8 bits in blocks of 256 (QLoRA, arXiv 2305.14314, section 3).
 BYTES_IN_4_BIT = (4 + 8 / 64 + 32 / (64 * 256)) / 8
@@ -28,14 +30,17 @@ def adapter_parameters(shape: Shape, step: Step) -> int:
 def estimate(shape: Shape, step: Step, plan: Plan) -> tuple[list[Part], list[Part]]:
     """Return the parts on each GPU, their sum with what is not there at the same time taken out, and those in RAM."""
     trained = shape.parameters if plan.method == FULL else adapter_parameters(shape, step)
+    if plan.launcher == ONE:
+        step = replace(step, shared=1)
     counted = activations(shape, step, plan) or Activations(0, 0, 0)
     loss = loss_part(shape, step, plan)
     weights, gradients, optimizer, buffers, host = _states(shape, step, plan, trained)
     peak = max(counted.forward + loss.bytes, counted.backward)
     tied = 4 * shape.embedding if plan.method == FULL and shape.tied else 0
-    running = Part(
-        "activations", counted.forward, f"{shape.layers} layers, {step.rows} x {step.length:,} tokens, traced"
-    )
+    tokens = f"{step.rows} x {step.length:,} tokens" + (f" / {step.shared}" if step.shared > 1 else "")
+    running = Part("activations", counted.forward, f"{shape.layers} layers, {tokens}, traced")
+    if counted.host:
+        host.append(Part("activations", counted.host, f"the inputs of {shape.layers} layers, {tokens}"))
     kept = gradients.bytes if step.accumulation > 1 or plan.launcher != ONE else 0
     # The backward pass ends in the first layer, when all gradients but the embedding's are there.
     late = gradients.bytes + max(tied, counted.last - (4 * shape.embedding if plan.method == FULL else 0))
@@ -101,13 +106,14 @@ def loss_part(shape: Shape, step: Step, plan: Plan) -> Part:
     compute, kept = 2 if step.half else 4, 2 if step.half and (plan.launcher != ONE or plan.method != FULL) else 4
     head = shape.embedding if plan.method == FULL else 0
     chunk_rows = max(1, CHUNK_BYTES[step.device] // (shape.vocabulary * compute))
-    rows = min(step.trained, chunk_rows, CHUNK_ROWS.get(step.device, 2**20))
+    trained = min(step.trained, step.tokens)  # all of them may be in one part of a shared row
+    rows = min(trained, chunk_rows, CHUNK_ROWS.get(step.device, 2**20))
     copies = 2 if step.device == "cuda" else 1
     chunk = copies * rows * shape.vocabulary * compute
     cast = compute * head if compute != kept else 0
     # A CPU adds the 16-bit product to the fp32 sum through a copy in fp32.
     product = (compute + 4) * head if compute != 4 and step.device == "cpu" else 0
-    states = step.trained * shape.hidden * (kept + 4)
+    states = trained * shape.hidden * (kept + 4)
     formula = f"{copies} x {rows:,} rows of logits x {compute} bytes"
     if head:
         formula += f" + {4 + (cast + product) // head} bytes x {_short(head)} (head)"
@@ -117,7 +123,7 @@ def loss_part(shape: Shape, step: Step, plan: Plan) -> Part:
 def full_logits(shape: Shape, step: Step) -> Part:
     """Bytes of a loss over all logits: logits, their log-softmax and its gradient in fp32."""
     each = 14 if step.half else 12
-    tokens = step.rows * step.length
+    tokens = step.tokens
     return Part("logits", tokens * shape.vocabulary * each, f"{tokens:,} tokens x {shape.vocabulary:,} x {each} bytes")
 
 
@@ -172,6 +178,29 @@ def fits_best(shape: Shape, step: Step, gpu_bytes: int, gpus: int) -> Plan | Non
         if fits(estimate(shape, step, plan)[0], gpu_bytes):
             return plan
     return None
+
+
+def longest_rows(shape: Shape, step: Step, plan: Plan, gpu_bytes: int) -> list[tuple[int, int]]:
+    """Return (GPUs that share a row, tokens of the longest that fits) for 1, 2, 4 ... GPUs; lengths are powers of two.
+
+    One row at a time, with checkpointing, up to the model's positions. Numbers of GPUs that don't divide both those of
+    the plan and the heads are left out.
+    """
+    heads, found, length = shape.config.get_text_config().num_attention_heads, [], MIN_ROW_TOKENS
+    longest = min(context_window(shape.config) or MAX_ROW_TOKENS, MAX_ROW_TOKENS)
+    for shared in (2**power for power in range(plan.gpus.bit_length())):
+        if plan.gpus % shared or heads % shared or length > longest:
+            continue
+        row = replace(step, rows=1, documents=(), checkpointing=True, shared=shared)
+        while length <= longest and fits(estimate(shape, _of_length(row, length), plan)[0], gpu_bytes):
+            length *= 2
+        if length > MIN_ROW_TOKENS:
+            found.append((shared, length // 2))
+    return found
+
+
+def _of_length(step: Step, length: int) -> Step:
+    return replace(step, length=length, trained=length)
 
 
 # --- disk ---------------------------------------------------------------------------------------------------------

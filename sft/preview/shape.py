@@ -44,6 +44,13 @@ class Step:
     lora_dropout: float = 0.0
     lora_token_rows: int = 0  # of embedding and head each, trained beside the adapters
     device: str = "cuda"
+    shared: int = 1  # GPUs that share each row
+    activation_offload: bool = False  # layer inputs in the machine's memory between forward and backward
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a forward on one GPU."""
+        return -(-self.rows * self.length // self.shared)
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ REST = {  # flags of the run that a twin's single step leaves out
     **{"max_steps": 1, "warmup_steps": 0, "gradient_accumulation_steps": 1, "per_device_train_batch_size": 2},
     **{"save_steps": 1, "eval_steps": 1, "eval_delay": 0, "eval_on_start": False, "disable_tqdm": True},
     **{"dataloader_num_workers": 0, "dataloader_persistent_workers": False, "dataloader_prefetch_factor": None},
-    **{"dry_run": False},
+    **{"dry_run": False, "sequence_parallel_size": 1},
 }
 
 

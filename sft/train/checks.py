@@ -117,6 +117,10 @@ def _check_combinations(arguments: dict[str, Any]) -> list[str]:
         problems.append("--gpu: says which GPU a --dry_run judges; add --dry_run, or leave it out")
     if arguments["lora_variant"] not in VARIANTS:
         problems.append(f"--lora_variant {arguments['lora_variant']}: use one of {', '.join(VARIANTS)}")
+    if arguments["activation_offload"] and not arguments["gradient_checkpointing"]:
+        problems.append("--activation_offload: moves what checkpointing keeps; add --gradient_checkpointing")
+    if arguments["activation_offload"] and arguments["torch_compile"]:
+        problems.append("--activation_offload: was not tried with --torch_compile; leave one of them out")
     if arguments["load_in_4bit"] and not arguments["lora"]:
         problems.append("--load_in_4bit: 4-bit weights can't be trained; add --lora")
     return problems

@@ -19,6 +19,7 @@ from sft.model.load import (
     count_parameters,
     load_model,
     load_tokenizer,
+    offload_activations,
     set_generation_config,
     use_liger_kernels,
 )
@@ -177,3 +178,29 @@ def test_liger_kernels_that_are_not_installed_are_named(tiny_base, monkeypatch):
     monkeypatch.setitem(sys.modules, "liger_kernel", None)
     with pytest.raises(ValueError, match=r"pip install -r requirements-gpu\.txt"):
         use_liger_kernels(load_model(tiny_base("qwen2")))
+
+
+def test_offloaded_activations_give_the_same_gradients(tiny_base, monkeypatch):
+    """Of each layer its input is moved, and the input of the last norm; none of it is a weight or an embedding."""
+    tokens, hooks, moved = torch.arange(3, 43)[None], torch.autograd.graph.saved_tensors_hooks, []
+
+    class Recording(hooks):
+        def __init__(self, pack, unpack):
+            super().__init__(lambda tensor: self.record(tensor, pack(tensor)), unpack)
+
+        def record(self, tensor, kept):
+            moved.extend([tuple(tensor.shape)] if isinstance(kept, tuple) and len(kept) == 2 else [])
+            return kept
+
+    monkeypatch.setattr(torch.autograd.graph, "saved_tensors_hooks", Recording)
+    gradients = []
+    for offload in (False, True):
+        model = load_model(str(tiny_base("qwen2"))).train()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        if offload:
+            offload_activations(model)
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        gradients.append({name: weight.grad for name, weight in model.named_parameters()})
+    assert all(torch.equal(gradients[1][name], gradient) for name, gradient in gradients[0].items())
+    assert len(moved) >= 3
+    assert set(moved) == {(1, 40, 64)}

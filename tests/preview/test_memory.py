@@ -1,5 +1,7 @@
 """Memory of a step, from published configs and on small models that are measured."""
 
+from dataclasses import replace
+
 import pytest
 from transformers import AutoConfig
 
@@ -244,3 +246,25 @@ def test_disk_is_counted_from_what_a_checkpoint_holds():
     assert memory.disk_of_checkpoint(shape, step, Plan()).bytes == 12 * 559_214_592
     assert memory.disk_of_checkpoint(shape, step, Plan(FULL, ZERO3)).bytes == 14 * 559_214_592
     assert memory.disk_of_model(shape, step, Plan()).bytes == 4 * 559_214_592
+
+
+def bytes_of(parts) -> dict[str, int]:
+    return {part.name: part.bytes for part in parts}
+
+
+def test_of_a_row_that_two_gpus_share_each_keeps_half_of_the_activations():
+    shape, plan = shape_of("Qwen2.5-7B"), Plan(FULL, ZERO3, False, 8)
+    step = Step(length=131_072, trained=131_072, accumulation=8)
+    whole, shared = (bytes_of(memory.estimate(shape, replace(step, shared=gpus), plan)[0]) for gpus in (1, 2))
+    assert shared["activations"] == pytest.approx(whole["activations"] / 2, rel=0.01)
+    assert shared["weights"] == whole["weights"]
+    assert memory.longest_rows(shape, step, plan, 80 * GIB) == [(1, 65_536), (2, 131_072)], "it has no more positions"
+
+
+def test_offloaded_activations_are_counted_in_ram():
+    shape, plan = shape_of("Qwen2.5-7B"), Plan(FULL, ZERO3, False, 8)
+    step = Step(length=65_536, trained=65_536, accumulation=8)
+    kept, moved = (memory.estimate(shape, replace(step, activation_offload=moves), plan) for moves in (False, True))
+    inputs = 65_536 * 3584 * 2  # tokens, hidden size, bytes: of each of 28 layers
+    assert (bytes_of(kept[1]), bytes_of(moved[1])) == ({}, {"activations": 28 * inputs})
+    assert bytes_of(kept[0])["activations"] - bytes_of(moved[0])["activations"] == 28 * inputs
