@@ -126,6 +126,9 @@ class DataArguments:
         True, "Fill each row with whole conversations, kept apart; a batch counts rows.", resume="same"
     )
     cache_dir: str = flag(CACHE_DIR, "Folder for tokenised data, by content.")
+    preprocessing_num_workers: int | None = flag(
+        None, "Processes that prepare the data; by default all cores, and fewer for little data.", at_least=1
+    )
     max_lost: float = flag(0.05, "Stop when a larger share of the conversations would be lost.", at_least=0, at_most=1)
     num_reply_prompts: int = flag(
         12, "Questions of the data answered at the end for the stop rate, beside four fixed prompts.", at_least=0
@@ -206,6 +209,7 @@ def load_data(run: Run, check: Callable) -> Data:
     """Tokenise the files, check what is lost, and lay out the rows of each epoch; `check` calls a check."""
     settings = run.settings.data
     limits = {name: getattr(settings, name) for name in READING}
+    limits["num_workers"] = settings.preprocessing_num_workers
     examples, ledger = prepare(list(run.files.times), run.renderer, say=say, **limits)
     held_out, held_out_ledger = prepare(run.files.held_out, run.renderer, say=say, **limits)
     ledgers = {"train": ledger} | ({"eval": held_out_ledger} if run.files.held_out else {})

@@ -55,7 +55,7 @@ def ours(base: str, records: str, fast: bool, chat_format: str | None = None) ->
 
 def floor(base: str, records: str, fast: bool) -> None:
     """Only encode the finished texts, a thousand at a time."""
-    from sft.dataset.dataset import batches
+    from sft.dataset.tokenise import batches
     from sft.format.render import Renderer
     from sft.model.load import load_tokenizer
     from sft.opendata.conversation import read_conversations

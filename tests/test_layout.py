@@ -15,6 +15,7 @@ ORDER = [
     "base",
     "embeddings",
     "tables",
+    "workers",
     "opendata",
     "tiny",
     "format",

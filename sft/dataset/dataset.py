@@ -8,8 +8,8 @@ import mmap
 import os
 import re
 from array import array
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
@@ -17,28 +17,19 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from sft.dataset import packing
-from sft.dataset.ledger import (
-    KEPT_OUTCOMES,
-    LOST_OUTCOMES,
-    WITH_THOUGHT,
-    WITHOUT_THOUGHT,
-    add_up,
-    count_outcome,
-    new_ledger,
-)
+from sft.dataset.ledger import add_up, merge_ledger, new_ledger
 from sft.dataset.mixture import Mixture
+from sft.dataset.tokenise import ORIGIN, Part, make_tokeniser, pack_renderer, reading_options
 from sft.files import CACHE_DIR, hold_lock, remove_abandoned, stage_folder, write_text
 from sft.format.render import Renderer
-from sft.format.tokens import IGNORE_INDEX, Rows, join_rows
+from sft.format.tokens import IGNORE_INDEX
 from sft.opendata.conversation import Conversation, read_conversations
-from sft.opendata.fields import FieldCounts, NotChosen
-from sft.opendata.files import EVAL, TRAIN, list_files, split_suffix
+from sft.opendata.fields import FieldCounts
+from sft.opendata.files import EVAL, TRAIN, Work, cut_pieces, list_files, map_pieces, split_suffix
+from sft.workers import Workers, choose_num_workers
 
-BATCH_SIZE = 1000  # conversations per call of the tokenizer: enough to keep its threads busy, little memory
 PROOF_SIZE = 16  # conversations of the data on which a bulk encoder must prove itself
 MAX_LENGTH = 2048  # tokens of a row, unless a flag names another
-# Of each example: its source, a number of the ledger's "sources", and a number of KEPT_OUTCOMES, how it was kept.
-ORIGIN = [("source", "<i4"), ("way", "i1")]
 STATISTICS = [("trained", "<i8"), ("replies", "<i8"), ("prompt", "<i8"), ("stops", "?")]
 EXAMPLES_AT_ONCE = 10_000
 MAX_TIMES_PER_EPOCH = 10_000  # that an epoch sees a file
@@ -214,21 +205,25 @@ def prepare(
     reasoning: str = "auto",
     preference: str | None = None,
     cache_dir: str = CACHE_DIR,
+    num_workers: int | None = None,
     say: Callable[[str], None] = print,
 ) -> tuple[Examples, dict]:
     """Read, render and label every conversation of `files`, once for the same content; return examples and ledger.
 
     The key covers the bytes of the files, the tokenizer, the chat format, `max_length` and this code, so nothing stale
-    can be read. One process builds, others with the same folder, on any machine, wait. The ledger counts for each
-    file `in` = `kept` + each way to be lost, and among the kept those that lost turns or were cut; `first` names the
-    first place of each; `not_read` and `notes` count fields by file. `sources` counts the same by the conversations'
-    source; `source_names` are those that the examples' origins number.
+    can be read. One process builds, others with the same folder, on any machine, wait. It starts `num_workers`
+    workers, by default one for each core up to what the data is worth; they change no byte of the result.
+
+    The ledger counts for each file `in` = `kept` + each way to be lost, and among the kept those that lost turns or
+    were cut; `first` names the first place of each; `not_read` and `notes` count fields by file. `sources` counts the
+    same by the conversations' source; `source_names` are those that the examples' origins number.
     """
     reading = {"encoding": encoding, "reasoning": reasoning, "preference": preference}
     key = _cache_key(files, renderer, f"{max_length} {reading}")
     folder = Path(cache_dir).expanduser() / key
     if not folder.exists():
-        _build_once(files, renderer, folder, max_length=max_length, reading=reading, say=say)
+        settings = {"max_length": max_length, "reading": reading, "num_workers": num_workers}
+        _build_once(files, renderer, folder, say=say, **settings)
     ledger = json.loads((folder / "ledger.json").read_text(encoding="utf-8"))
     starts, origins = np.load(folder / "starts.npy"), np.load(folder / "origins.npy")
     kinds = (("input_ids", "<i4"), ("in_loss", "?"))
@@ -273,112 +268,93 @@ def _build_once(files: Sequence[str], renderer: Renderer, folder: Path, *, say: 
             raise
 
 
-def _build(files: Sequence[str], renderer: Renderer, folder: Path, *, max_length: int, reading: dict, say) -> None:
+def _build(
+    files: Sequence[str],
+    renderer: Renderer,
+    folder: Path,
+    *,
+    max_length: int,
+    reading: dict,
+    num_workers: int | None,
+    say: Callable,
+) -> None:
     """Tokenise into a folder beside, and rename it; once more without the fast encoder if that was wrong."""
+    num_bytes = sum(map(os.path.getsize, files))
+    settings = {"max_length": max_length, "reading": reading, "num_workers": choose_num_workers(num_workers, num_bytes)}
     with stage_folder(folder) as staged:
-        readable = _readable(files, new_ledger(files, 0), renderer, reading)
-        first = next(batches((item[-1] for item in readable), PROOF_SIZE), [])
         if files:
-            encoder = renderer.use_bulk_encoder(first, sum(map(os.path.getsize, files)))
-            say(f"tokenising {len(files)} files with {encoder}")
+            encoder = renderer.use_bulk_encoder(_read_first(files, renderer, reading), num_bytes)
+            processes = f", in {settings['num_workers']} processes" if settings["num_workers"] > 1 else ""
+            say(f"tokenising {len(files)} files with {encoder}{processes}")
         try:
-            _write(files, renderer, staged, max_length=max_length, reading=reading)
+            _write(files, renderer, staged, **settings)
         except DifferentIds as error:
             say(f"{renderer.encoder} gives other ids at {error}; starting again without it")
             renderer.use_slow_encoder()
-            _write(files, renderer, staged, max_length=max_length, reading=reading)
+            _write(files, renderer, staged, **settings)
+
+
+def _read_first(files: Sequence[str], renderer: Renderer, reading: dict) -> list[Conversation]:
+    """Return the first conversations, on which a bulk encoder must prove itself."""
+    found = read_conversations(files, encoding=reading["encoding"], **reading_options(renderer, reading))
+    readable = (conversation for conversation, error, *_place in found if error is None)
+    return list(itertools.islice(readable, PROOF_SIZE))
 
 
 class DifferentIds(Exception):
     """The bulk encoder and the plain one disagree on a conversation."""
 
 
-def _write(files: Sequence[str], renderer: Renderer, folder: Path, *, max_length: int, reading: dict) -> None:
-    ledger, lengths, origins = new_ledger(files, max_length), array("q", [0]), []
-    readable, numbers = _readable(files, ledger, renderer, reading), _Numbers()
-    with open(folder / "input_ids", "wb") as ids, open(folder / "in_loss", "wb") as in_loss:
-        for batch in tqdm(batches(readable, BATCH_SIZE), unit="k conversations", disable=None, leave=False):
-            rows = renderer.render_rows([conversation for *_place, conversation in batch], max_length=max_length)
-            _compare_one(batch, rows, renderer, max_length)
-            ids.write(rows.input_ids.astype("<i4").tobytes())
-            in_loss.write((rows.labels != IGNORE_INDEX).tobytes())
-            lengths.frombytes(rows.lengths.astype(np.int64).tobytes())
-            for (*place, _conversation), *found in zip(batch, rows.outcomes, rows.num_rows, rows.whys, strict=True):
-                count_outcome(ledger, *place, *found)
-            kept = [
-                (item[2], outcome)
-                for item, outcome in zip(batch, rows.outcomes, strict=True)
-                if outcome in KEPT_OUTCOMES
-            ]
-            of_each = np.array([(numbers[source], KEPT_OUTCOMES.index(outcome)) for source, outcome in kept], ORIGIN)
-            origins.append(np.repeat(of_each, [count for count in rows.num_rows if count]))
+def _write(
+    files: Sequence[str], renderer: Renderer, folder: Path, *, max_length: int, reading: dict, num_workers: int
+) -> None:
+    ledger, lengths, origins, numbers = new_ledger(files, max_length), array("q", [0]), [np.zeros(0, ORIGIN)], {}
+    counts = {file: FieldCounts() for file in files}
+    load_renderer = pack_renderer(renderer) if num_workers > 1 else lambda: renderer
+    make_function = partial(make_tokeniser, load_renderer, max_length=max_length, reading=reading)
+    with (
+        Workers(num_workers, make_function) as workers,
+        open(folder / "input_ids", "wb") as ids,
+        open(folder / "in_loss", "wb") as in_loss,
+        tqdm(unit=" conversations", disable=None, leave=False) as progress,
+    ):
+        tasks = _make_tasks(files, reading["encoding"], parse=num_workers == 1)
+        for (file, _piece), part in map_pieces(workers, tasks):
+            if part.different:
+                raise DifferentIds(part.different)
+            ids.write(part.input_ids.astype("<i4", copy=False))
+            in_loss.write(part.in_loss)
+            lengths.frombytes(part.lengths.tobytes())
+            origins.append(_renumber(part, numbers))
+            merge_ledger(ledger, part.ledger)
+            counts[file].add(part.counts)
+            progress.update(part.ledger["files"][file]["in"])
     np.save(folder / "starts.npy", np.cumsum(np.frombuffer(lengths, dtype=np.int64)))
-    np.save(folder / "origins.npy", np.concatenate([np.zeros(0, ORIGIN), *origins]))
+    np.save(folder / "origins.npy", np.concatenate(origins))
     ledger["source_names"] = list(numbers)
+    _count_fields(ledger, counts, renderer, reading)
     add_up(ledger)
     (folder / "ledger.json").write_text(json.dumps(ledger, ensure_ascii=False), encoding="utf-8")
 
 
-class _Numbers(dict):
-    """Numbers names in the order in which they are first asked for."""
-
-    def __missing__(self, name: str) -> int:
-        self[name] = len(self)
-        return self[name]
+def _make_tasks(files: Sequence[str], encoding: str, *, parse: bool) -> Iterator[Work]:
+    return (Work(file, piece) for file in files for piece in cut_pieces(file, encoding, parse=parse))
 
 
-def _compare_one(batch: list, rows: Rows, renderer: Renderer, max_length: int) -> None:
-    """Render the batch's last kept conversation again, token by token; raise DifferentIds if it is not the same."""
-    kept = [item for item, outcome in zip(batch, rows.outcomes, strict=True) if outcome not in LOST_OUTCOMES]
-    if not kept:
-        return
-    file, line, _source, conversation = kept[-1]
-    expected = join_rows(
-        [renderer.render_conversation(conversation["messages"], tools=conversation.get("tools"), max_length=max_length)]
-    )
-    size = len(expected.input_ids)
-    same = [np.array_equal(rows[place][len(rows[place]) - size :], expected[place]) for place in (0, 1)]
-    if not all(same):
-        raise DifferentIds(f"{file} line {line}")
+def _renumber(part: Part, numbers: dict[str, int]) -> np.ndarray:
+    """Return a part's origins with the numbers that its sources have in the whole data."""
+    table = np.array([numbers.setdefault(name, len(numbers)) for name in part.source_names], np.int32)
+    if len(part.origins):
+        part.origins["source"] = table[part.origins["source"]]
+    return part.origins
 
 
-def _readable(
-    files: Sequence[str], ledger: dict, renderer: Renderer, reading: dict
-) -> Iterable[tuple[str, int, str, Conversation]]:
-    """Yield (file, line, source, conversation) of each readable conversation, and count the others and their fields."""
-    keeps = reading["reasoning"] != "drop" and renderer.keeps_reasoning
-    counts = {file: FieldCounts() for file in files}
-    options = {**reading, "reasoning": "keep" if keeps else "drop", "counts": counts}
-    for conversation, error, file, line in read_conversations(files, **options):
-        ledger["files"][file]["in"] += 1
-        if error is not None:
-            lost = "not_chosen" if isinstance(error, NotChosen) else "rejected"
-            ledger["rejected"][error.reason] += lost == "rejected"
-            count_outcome(ledger, file, line, Path(file).name, lost, why=str(error))
-        else:
-            if conversation.get("tools") and renderer.ignores_definitions:
-                counts[file].notes["tools_not_written_by_the_template"] += 1
-            if renderer.thinking_switch:
-                _count_thoughts(conversation["messages"], counts[file].notes)
-            yield file, line, conversation["source"], conversation
-    ledger["rejected"] = +ledger["rejected"]
+def _count_fields(ledger: dict, counts: dict[str, FieldCounts], renderer: Renderer, reading: dict) -> None:
+    """Put the fields of all files into the ledger, and the thoughts for which the chat format has no place."""
     ledger["notes"] = {file: dict(+found.notes) for file, found in counts.items() if +found.notes}
     ledger["not_read"] = {file: dict(found.unread) for file, found in counts.items() if found.unread}
-    if reading["reasoning"] != "drop" and not keeps:
+    if reading["reasoning"] != "drop" and not renderer.keeps_reasoning:
         ledger["thoughts_without_a_place"] = sum(found.notes["reasoning_dropped"] for found in counts.values())
-
-
-def _count_thoughts(messages: Sequence[dict], notes: Counter) -> None:
-    for message in messages:
-        if message["role"] == "assistant" and message.get("train", True):
-            notes[WITH_THOUGHT if message.get("reasoning_content") else WITHOUT_THOUGHT] += 1
-
-
-def batches(items: Iterable, size: int) -> Iterable[list]:
-    """Cut a stream into lists of at most `size` (itertools.batched needs Python 3.12)."""
-    iterator = iter(items)
-    while batch := list(itertools.islice(iterator, size)):
-        yield batch
 
 
 def file_hashes(files: Sequence[str]) -> dict[str, str]:

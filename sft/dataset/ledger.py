@@ -48,6 +48,17 @@ def count_outcome(
         ledger["first"].setdefault(outcome, f"{file} line {line}" + (f": {why}" if why else ""))
 
 
+def merge_ledger(ledger: dict, part: dict) -> None:
+    """Add the account of the next part of the data, before `add_up`."""
+    for title in ("files", "sources"):
+        for name, counts in part[title].items():
+            ledger[title].setdefault(name, Counter()).update(counts)
+    for reason, place in part["first"].items():
+        ledger["first"].setdefault(reason, place)
+    ledger["rejected"].update(part["rejected"])
+    ledger["template_words"].update(part["template_words"])
+
+
 def add_up(ledger: dict) -> None:
     """Fill in `total`; each conversation is kept or lost in one way."""
     total = Counter()

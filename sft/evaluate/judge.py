@@ -11,7 +11,7 @@ from pathlib import Path
 
 from sft.chat.reply import Chat
 from sft.chat.sampling import Sampling
-from sft.dataset.dataset import batches
+from sft.dataset.tokenise import batches
 from sft.evaluate.endpoint import Calls, Endpoint, estimate, key_of
 from sft.evaluate.overlap import overlap_lines
 from sft.evaluate.protocols import (

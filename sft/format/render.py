@@ -371,6 +371,10 @@ class Renderer:
         self.encoder, self._encode = "tokenizers, with offsets", None
         return self.encoder
 
+    def use_encoder(self, name: str) -> None:
+        """Take the encoder of that name, which another renderer of the same tokenizer has proved."""
+        self.encoder, self._encode = name, dict(bulk.bulk_encoders(self._backend, bulk.MIN_FAST_BYTES)).get(name)
+
     def describe(self) -> dict:
         """Return what run.json says of the format; `Renderer` reads it again beside a checkpoint."""
         found = {"chat_format": self.name, "chat_format_reason": self.reason}

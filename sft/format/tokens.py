@@ -221,6 +221,35 @@ def unforgeable_backend(tokenizer) -> tuple[Tokenizer, dict[str, str]]:
     return backend, names
 
 
+class BareTokenizer:
+    """The part of a transformers tokenizer that a Renderer uses, without transformers; it can be sent to a process.
+
+    It neither decodes nor renders a chat template.
+    """
+
+    is_fast = True
+
+    def __init__(self, tokenizer):
+        self.backend_tokenizer = tokenizer.backend_tokenizer
+        self.special_tokens_map = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+        self.bos_token, self.bos_token_id = tokenizer.bos_token, tokenizer.bos_token_id
+        self.eos_token, self.eos_token_id = tokenizer.eos_token, tokenizer.eos_token_id
+        self.chat_template, self.name_or_path = tokenizer.chat_template, tokenizer.name_or_path
+        self._added_vocab = tokenizer.get_added_vocab()
+
+    def __call__(self, text: str) -> dict[str, list[int]]:
+        return {"input_ids": self.backend_tokenizer.encode(text).ids}
+
+    def get_added_vocab(self) -> dict[str, int]:
+        return self._added_vocab
+
+    def convert_tokens_to_ids(self, token: str) -> int | None:
+        return self.backend_tokenizer.token_to_id(token)
+
+    def convert_ids_to_tokens(self, token_id: int) -> str:
+        return self.backend_tokenizer.id_to_token(token_id)
+
+
 def _rename_in_model(model: dict, names: dict[str, str]) -> dict:
     vocab = model["vocab"]
     if isinstance(vocab, dict):

@@ -10,6 +10,7 @@ the same bytes.
 
 import argparse
 import os
+import signal
 import sys
 import textwrap
 from typing import Any
@@ -67,7 +68,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--max_rejected", type=float, default=0.01, help="exit with 1 above this share of malformed records"
     )
-    parser.add_argument("--workers", type=int, help="number of processes; default all cores")
+    parser.add_argument(
+        "--preprocessing_num_workers",
+        "--workers",
+        dest="workers",
+        type=int,
+        metavar="N",
+        help="processes that read and clean; by default all cores, and fewer for little data",
+    )
     rules = parser.add_argument_group("cleaning rules", "All are on; --no_RULE leaves one out, as in --no_strip_edges.")
     for name, rule in (CHANGES | DROPS).items():
         rules.add_argument(f"--{name}", action="store_true", default=True, help=rule.__doc__.splitlines()[0])
@@ -139,5 +147,14 @@ def _row(name: str, row: dict[str, Any]) -> list[str]:
     return [name, *(f"{number:,}" for number in numbers)]
 
 
+def _stop(number: int, _frame: object) -> None:
+    """Exit on SIGTERM or SIGHUP as on Ctrl-C: staged files are removed, and workers end."""
+    print(f"stopped by {signal.Signals(number).name}; nothing was changed", file=sys.stderr)
+    sys.exit(128 + number)
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _stop)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup
+        signal.signal(signal.SIGHUP, _stop)
     sys.exit(main())

@@ -6,18 +6,16 @@ import hashlib
 import json
 import os
 import pickle
-import signal
 import sys
-import threading
-from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from sft.files import lock_stream, move_files, open_whole, sync_folder
-from sft.opendata.cleaning import RULES, NearDuplicates, Outcome, process_batch
+from sft.opendata.cleaning import RULES, NearDuplicates, Outcome, process_piece
 from sft.opendata.fields import FieldCounts, check_choices
 from sft.opendata.files import (
     EVAL,
@@ -25,17 +23,21 @@ from sft.opendata.files import (
     REJECTS,
     TRAIN,
     Source,
+    Work,
     check_sources,
+    cut_batches,
+    cut_pieces,
     draw_samples,
     find_skipped,
+    map_pieces,
     resolve_inputs,
     sample_key,
     split_source,
 )
 from sft.opendata.records import RawRecord
+from sft.workers import Workers, choose_num_workers
 
 STAGING, LOCK, SPILL = ".opendata.tmp", "lock", "samples"
-BATCH_RECORDS, BATCH_CHARACTERS = 256, 1 << 19
 
 
 # --- The ledger of a file
@@ -126,26 +128,26 @@ def build_opendata(
     inputs = list(inputs)
     sources, mistakes = resolve_inputs(inputs, skip=skip)
     mistakes += check_sources(sources, encoding)
-    workers = (os.cpu_count() or 1) if workers is None else workers
     mistakes += _check_settings(without, near_duplicates, eval_share, max_rejected, workers)
     mistakes += check_choices(reasoning, preference)
     mistakes += _check_targets(targets, overwrite)
     if mistakes or not sources:
         raise ValueError("\n".join(mistakes or ["no input: name a file, a folder, a glob, a data set or --mix"]))
     rules = tuple(rule for rule in RULES if rule not in without)
-    options = {"rules": rules, "reasoning": reasoning, "preference": preference, "eval_share": eval_share}
-    options["near"] = near_duplicates is not None
+    reading = {"reasoning": reasoning, "preference": preference}
+    options = {"rules": rules, "reading": reading, "eval_share": eval_share, "near": near_duplicates is not None}
     settings = {"max_rejected": max_rejected, "near_duplicates": near_duplicates, "encoding": encoding, "seed": seed}
-    settings |= {"eval_share": eval_share, "reasoning": reasoning, "preference": preference, "rules": rules}
-    with _staging(output) as folder:
+    settings |= {"eval_share": eval_share, **reading, "rules": rules}
+    make_function = functools.partial(functools.partial, process_piece, **options)
+    num_workers = choose_num_workers(workers, _count_bytes(sources))
+    with _staging(output) as folder, Workers(num_workers, make_function) as started:
         files, first, outputs = _run(
             sources,
             folder,
-            function=functools.partial(process_batch, **options),
+            workers=started,
             near=NearDuplicates(near_duplicates) if near_duplicates is not None else None,
             encoding=encoding,
             seed=seed,
-            workers=workers,
         )
         ledger = {
             "settings": settings,
@@ -161,8 +163,15 @@ def build_opendata(
     return ledger
 
 
+def _count_bytes(sources: list[Source]) -> int:
+    """Bytes of the sources on this machine, and enough for any number of workers where one is elsewhere."""
+    if any(source.open_file for source in sources):
+        return sys.maxsize
+    return sum(os.path.getsize(source.path) for source in sources)
+
+
 def _check_settings(
-    without: Collection[str], near: float | None, eval_share: float, max_rejected: float, workers: int
+    without: Collection[str], near: float | None, eval_share: float, max_rejected: float, workers: int | None
 ) -> list[str]:
     unknown = [name for name in without if name not in RULES]
     mistakes = {
@@ -172,7 +181,7 @@ def _check_settings(
         f"--near_duplicates {near}: give a similarity above 0 and up to 1, such as 0.8": near is not None
         and not 0 < near <= 1,
         "--near_duplicates needs rensa; run: pip install rensa": near is not None and find_spec("rensa") is None,
-        f"--workers {workers}: give at least 1": workers < 1,
+        f"--preprocessing_num_workers {workers}: give at least 1": workers is not None and workers < 1,
     }
     return [message for message, wrong in mistakes.items() if wrong]
 
@@ -257,13 +266,12 @@ def _run(
     sources: list[Source],
     folder: str,
     *,
-    function: Callable[[str, list[RawRecord]], Any],
+    workers: Workers,
     near: NearDuplicates | None,
     encoding: str,
     seed: int,
-    workers: int,
 ) -> tuple[dict[str, FileLedger], dict[str, str], dict[str, dict]]:
-    """Stream every file through `function` and write what comes out.
+    """Let the workers read and clean every file, and write what comes out.
 
     Returns the ledgers of the files, the first record of each reason, and what was written.
     """
@@ -276,8 +284,8 @@ def _run(
         drawn, num_seen = draw_samples(sources, spill, seed=seed, encoding=encoding)
         for name, places in drawn.items():
             _skip(files[name], num_seen[name] - len(places))
-        records = _records(sources, drawn, spill, files, seed=seed, encoding=encoding)
-        for name, (outcomes, counts) in _map_in_order(function, _batches(records), workers):
+        tasks = _make_tasks(sources, drawn, spill, files, seed=seed, encoding=encoding, parse=workers.num_workers == 1)
+        for (name, _piece), (outcomes, counts) in map_pieces(workers, tasks):
             files[name].count_fields(counts)
             for outcome in outcomes:
                 files[name].count(outcome, _write(outcome, writers, digests, near))
@@ -332,66 +340,36 @@ def _write(outcome: Outcome, writers: dict[str, _Writer], digests: set[int], nea
     return "eval" if outcome.in_eval else "train"
 
 
-def _records(
-    sources: list[Source], drawn: dict, spill: BinaryIO, files: dict[str, FileLedger], *, seed: int, encoding: str
-) -> Iterator[tuple[str, RawRecord]]:
-    """Every sampled record in canonical order, with its source's name."""
+def _make_tasks(
+    sources: list[Source],
+    drawn: dict,
+    spill: BinaryIO,
+    files: dict[str, FileLedger],
+    *,
+    seed: int,
+    encoding: str,
+    parse: bool,
+) -> Iterator[Work]:
+    """Every source in pieces, in canonical order; of a sampled one the records that were drawn."""
     for source in sources:
-        if source.name in drawn:
-            for _, offset in drawn[source.name]:
-                spill.seek(offset)
-                yield source.name, pickle.load(spill)
-            continue
-        for number, raw in enumerate(split_source(source, encoding)):
-            if source.sample is None or sample_key(seed, source, number) < source.sample:
-                yield source.name, raw
-            else:
-                _skip(files[source.name], 1)
+        if source.sample is None and source.open_file is None:
+            pieces = cut_pieces(source.path, encoding, parse=parse)
+        else:
+            pieces = cut_batches(source.path, _draw(source, drawn, spill, files, seed=seed, encoding=encoding))
+        yield from (Work(source.name, piece) for piece in pieces)
 
 
-def _batches(records: Iterator[tuple[str, RawRecord]]) -> Iterator[tuple[str, list[RawRecord]]]:
-    """Records of one source at a time, in batches bounded by number and by text."""
-    name, batch, num_characters = "", [], 0
-    for source, raw in records:
-        if batch and (source != name or len(batch) >= BATCH_RECORDS or num_characters >= BATCH_CHARACTERS):
-            yield name, batch
-            batch, num_characters = [], 0
-        name = source
-        batch.append(raw)
-        num_characters += len(raw.raw)
-    if batch:
-        yield name, batch
-
-
-def _map_in_order(
-    function: Callable[[str, list[RawRecord]], Any], batches: Iterator[tuple[str, list]], workers: int
-) -> Iterator[tuple[str, Any]]:
-    """Apply `function` in `workers` processes, never more than a few batches ahead of what was taken out."""
-    if workers == 1:
-        for name, batch in batches:
-            yield name, function(name, batch)
+def _draw(
+    source: Source, drawn: dict, spill: BinaryIO, files: dict[str, FileLedger], *, seed: int, encoding: str
+) -> Iterator[RawRecord]:
+    """The records of a source that are in its sample."""
+    if source.name in drawn:
+        for _, offset in drawn[source.name]:
+            spill.seek(offset)
+            yield pickle.load(spill)
         return
-    pending: deque = deque()
-    from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor  # 20 ms of every start
-
-    pool = ProcessPoolExecutor(workers, initializer=_start_worker)
-    try:
-        for name, batch in batches:
-            pending.append((name, pool.submit(function, name, batch)))
-            if len(pending) > 2 * workers:
-                name, future = pending.popleft()
-                yield name, future.result()
-        for name, future in pending:
-            yield name, future.result()
-    except BrokenProcessPool as error:
-        raise ValueError("a worker was killed, maybe for lack of memory; try --workers 1") from error
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _start_worker() -> None:
-    """Leave Ctrl-C to the parent, and end with it even if it is killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    from multiprocessing import parent_process
-
-    threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
+    for number, raw in enumerate(split_source(source, encoding)):
+        if source.sample is None or sample_key(seed, source, number) < source.sample:
+            yield raw
+        else:
+            _skip(files[source.name], 1)

@@ -13,9 +13,10 @@ from collections.abc import Collection, Iterator
 from typing import BinaryIO, NamedTuple
 
 from sft.opendata.conversation import Conversation, Message, read_record, validate
+from sft.opendata.decoding import parse_record
 from sft.opendata.fields import FieldCounts, NotChosen, RecordError
-from sft.opendata.files import hash_to_share
-from sft.opendata.records import RawRecord, parse_record
+from sft.opendata.files import Work, hash_to_share
+from sft.opendata.records import RawRecord, WrongCut
 
 
 def strip_edges(messages: list[Message]) -> list[Message]:
@@ -349,20 +350,16 @@ class Outcome(NamedTuple):
     band_keys: tuple[int, ...] = ()
 
 
-def process_batch(
-    source: str,
-    records: list[RawRecord],
-    *,
-    rules: Collection[str],
-    reasoning: str,
-    preference: str | None,
-    eval_share: float,
-    near: bool,
-) -> tuple[list[Outcome], FieldCounts]:
-    """Parse, read, clean and serialise raw records of one file."""
+def process_piece(
+    task: Work, *, rules: Collection[str], reading: dict[str, str | None], eval_share: float, near: bool
+) -> tuple[list[Outcome], FieldCounts] | None:
+    """Read, clean and serialise the records of a piece of a file; None for a range that was wrongly cut."""
     counts = FieldCounts()
-    options = {"source": source, "reasoning": reasoning, "preference": preference, "counts": counts}
-    return [_process(raw, options, rules, eval_share, near) for raw in records], counts
+    options = {"source": task.name, "counts": counts, **reading}
+    try:
+        return [_process(raw, options, rules, eval_share, near) for raw in task.split()], counts
+    except WrongCut:
+        return None
 
 
 def _process(raw: RawRecord, options: dict, rules: Collection[str], eval_share: float, near: bool) -> Outcome:
@@ -370,7 +367,8 @@ def _process(raw: RawRecord, options: dict, rules: Collection[str], eval_share: 
     try:
         if raw.error:
             raise raw.error
-        conversation = read_record(parse_record(raw.raw), line=raw.place, **options)
+        record = parse_record(raw.raw) if raw.record is None else raw.record
+        conversation = read_record(record, line=raw.place, **options)
         kind = "cleaning"
         conversation["messages"], changed = clean(conversation["messages"], rules)
     except RecordError as error:

@@ -5,16 +5,22 @@ import codecs
 import gzip
 import json
 import lzma
+import os
 import re
 import zlib
 from collections.abc import Callable, Iterator
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
-from sft.opendata.fields import RecordError
+from sft.opendata.fields import RecordError, has_lone_surrogate, unique_keys
 
 # Bytes read at a time, and bytes looked at to tell the encoding.
 CHUNK_BYTES = 256 << 10
 PROBE_BYTES = 1 << 20
+RANGE_BYTES = 512 << 10  # of a file, for one task of a worker
+MAX_RANGE_BYTES = 80 << 20  # from a range's start to its end: more than the largest record
+MAX_LAST_BYTES = 4 << 20  # of a file's last range; more are read as a stream
+SEARCH_BYTES = 64 << 10  # read at a time to find the end of a range
+OVERHANG_BYTES = 4 << 10  # read at a time behind a range, for a record that reaches over its end
 COMPRESSIONS = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 # How files begin that hold no text, the byte where that is, and what to do with them.
 FOREIGN_FILES = (
@@ -161,8 +167,8 @@ SEPARATORS = re.compile(r"[ \t\r\n,\ufeff]*")
 class TextWindow:
     """A window on decoded text: `buffer[start:]` is unread, `start` is on line `line` of the file."""
 
-    def __init__(self, chunks: Iterator[str]):
-        self.chunks, self.buffer, self.start, self.line = chunks, "", 0, 1
+    def __init__(self, chunks: Iterator[str], line: int = 1):
+        self.chunks, self.buffer, self.start, self.line = chunks, "", 0, line
         self.ended, self.fault = False, None
         self.last_line, self.num_on_line = 0, 0
 
@@ -205,3 +211,117 @@ class TextWindow:
         raw = self.buffer[self.start : self.start + length]
         self.advance(self.start + length)
         return raw
+
+
+# --- Ranges of a file, to be read by several processes
+
+
+class Range(NamedTuple):
+    """Bytes `start` to `end` of a JSON file in UTF-8: whole lines from `line` to before `end_line`.
+
+    A guess at whole records: `in_array` says whether the range before it is thought to end inside an array, and
+    `ends_in_array` the same of this one. The last range of a file has no `end_line`.
+    """
+
+    path: str
+    start: int
+    end: int
+    line: int
+    end_line: int | None
+    in_array: bool
+    ends_in_array: bool
+
+    @property
+    def where(self) -> str:
+        """Name the file and the lines."""
+        return f"{self.path} line {self.line}" + (f" to {self.end_line - 1}" if self.end_line else " to the last")
+
+    def read(self, stream: BinaryIO) -> Iterator[bytes]:
+        """Yield the range's bytes, and then what follows, of which a reader takes as much as its last record needs."""
+        stream.seek(self.start)
+        yield stream.read(self.end - self.start)
+        while data := stream.read(OVERHANG_BYTES):
+            yield data
+
+
+def cut_file(path: str, encoding: str) -> Iterator[Range]:
+    """Cut a file of JSON records that begin on lines of their own; nothing for any other, which is read as a stream.
+
+    The last range reaches to the end of the file, also if no record begins on a line for MAX_RANGE_BYTES.
+    """
+    with open(path, "rb") as stream:
+        head = stream.read(PROBE_BYTES)
+        opening = _find_opening(head, encoding)
+        if not opening:
+            return
+        start, line, size = 0, 1, os.fstat(stream.fileno()).st_size
+        is_array = head.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
+        while start < size:
+            end, num_lines = _find_end(stream, start, opening)
+            end_line = line + num_lines if end < size else None
+            yield Range(path, start, end, line, end_line, is_array and start > 0, is_array and end < size)
+            start, line = end, line + num_lines
+
+
+def _find_opening(head: bytes, encoding: str) -> bytes | None:
+    """Return how the lines begin that open a record, by the first record; None for what is no JSON in UTF-8."""
+    text = head.removeprefix(codecs.BOM_UTF8).lstrip()
+    try:
+        if text[:1] not in (b"{", b"[") or choose_codec(head, encoding) != "utf-8":
+            return None
+    except ValueError:
+        return None
+    before = text[: max(0, text.find(b"{"))]
+    indent = before[before.rfind(b"\n") + 1 :]
+    return b"\n" + (b"" if indent.strip() else indent) + b"{"
+
+
+def _find_end(stream: BinaryIO, start: int, opening: bytes) -> tuple[int, int]:
+    """Return where a line begins with `opening`, RANGE_BYTES after `start` or later, and the lines up to there.
+
+    Without one in MAX_RANGE_BYTES it is the end of the file.
+    """
+    stream.seek(start)
+    data, rest = stream.read(RANGE_BYTES), b""
+    end, num_lines = start + len(data), data.count(b"\n")
+    while end - start < MAX_RANGE_BYTES and (data := stream.read(SEARCH_BYTES)):
+        rest += data
+        if (found := rest.find(opening)) >= 0:
+            return end + found + 1, num_lines + rest.count(b"\n", 0, found + 1)
+        counted = max(0, len(rest) - len(opening) + 1)
+        end, num_lines, rest = end + counted, num_lines + rest.count(b"\n", 0, counted), rest[counted:]
+    return os.fstat(stream.fileno()).st_size, num_lines
+
+
+# --- Parsing a value
+
+
+# NaN is what pandas writes where a concatenated table has no value.
+record_decoder = json.JSONDecoder(
+    object_pairs_hook=unique_keys, parse_constant=lambda name: None if name == "NaN" else float(name)
+)
+
+
+def parse_record(raw: str) -> object:
+    """Parse the raw text of one record. Raises RecordError."""
+    if has_lone_surrogate(raw):
+        position = next(i for i, char in enumerate(raw) if "\ud800" <= char <= "\udfff")
+        byte = ord(raw[position]) - 0xDC00
+        message = f"byte 0x{byte & 0xFF:02x} at character {position + 1} is not text; fix it or give --encoding"
+        raise RecordError("encoding", message)
+    try:
+        return record_decoder.decode(raw)
+    except RecordError:
+        raise
+    except json.JSONDecodeError as error:
+        raise malformed(error.msg, error.pos) from error
+    except RecursionError as error:
+        raise RecordError("too_deep", "the record is nested too deeply to be a conversation") from error
+    except ValueError as error:
+        raise RecordError("huge_number", f"a number has too many digits; write it as a string ({error})") from error
+
+
+def malformed(message: str, position: int) -> RecordError:
+    # Some of json's messages end in "at" already.
+    where = f"{message.removesuffix(' at')} at character {position + 1} of the record"
+    return RecordError("malformed_json", f"{where}; this is not valid JSON")

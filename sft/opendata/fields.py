@@ -28,6 +28,11 @@ class FieldCounts:
     unread: Counter[str] = field(default_factory=Counter)
     notes: Counter[str] = field(default_factory=Counter)
 
+    def add(self, other: "FieldCounts") -> None:
+        """Add the counts of a further piece of the file."""
+        self.unread.update(other.unread)
+        self.notes.update(other.notes)
+
 
 class NotChosen(RecordError):
     """The record is left out because `--preference chosen` says so; nothing is wrong with it."""

@@ -10,10 +10,11 @@ import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
-from sft.opendata.decoding import check_encoding
-from sft.opendata.records import RawRecord, check_file, split_file
+from sft.opendata.decoding import MAX_LAST_BYTES, Range, check_encoding, cut_file
+from sft.opendata.records import RawRecord, check_file, split_file, split_range, split_rest
+from sft.workers import Workers
 
 _TEXT_EXTENSIONS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv")
 _COMPRESSED_EXTENSIONS = ("", ".gz", ".bz2", ".xz", ".zst", ".zstd")
@@ -203,6 +204,84 @@ def _short_names(paths: list[str]) -> dict[str, str]:
         if num_uses.total() == len(num_uses):
             return {path: os.fsencode(name).decode("utf-8", "backslashreplace") for path, name in names.items()}
         depths = {path: depth + (num_uses[names[path]] > 1) for path, depth in depths.items()}
+
+
+# --- Pieces of a file, for the tasks of worker processes
+
+BATCH_RECORDS, BATCH_CHARACTERS = 256, 1 << 19
+
+
+class Batch(NamedTuple):
+    """Records of a file that can't be cut into ranges; in a worker they are parsed."""
+
+    path: str
+    records: list[RawRecord]
+
+    @property
+    def where(self) -> str:
+        """Name the file and the lines."""
+        return f"{self.path} line {self.records[0].line} to {self.records[-1].line}"
+
+
+class Work(NamedTuple):
+    """A task: a piece of the file that the ledger calls `name`."""
+
+    name: str
+    piece: Range | Batch
+
+    @property
+    def where(self) -> str:
+        return self.piece.where
+
+    def split(self) -> Iterator[RawRecord]:
+        """Yield the records; some are parsed, some not. WrongCut comes last."""
+        return split_range(self.piece) if isinstance(self.piece, Range) else iter(self.piece.records)
+
+
+def cut_pieces(path: str, encoding: str, *, parse: bool) -> Iterator[Range | Batch]:
+    """Cut a file into ranges where that can be, else into batches of records, which are parsed here if asked."""
+    is_cut = False
+    try:
+        for piece in cut_file(path, encoding):
+            is_cut = True
+            if piece.end_line is None and piece.end - piece.start > MAX_LAST_BYTES:
+                yield from cut_batches(path, split_rest(piece, parse=parse))
+            else:
+                yield piece
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror or error}; check the path and its permissions") from error
+    if not is_cut:
+        yield from cut_batches(path, split_file(path, encoding=encoding, parse=parse))
+
+
+def cut_batches(path: str, records: Iterable[RawRecord]) -> Iterator[Batch]:
+    """Cut records into batches, bounded by number and by text."""
+    batch, num_characters = [], 0
+    for raw in records:
+        if batch and (len(batch) >= BATCH_RECORDS or num_characters >= BATCH_CHARACTERS):
+            yield Batch(path, batch)
+            batch, num_characters = [], 0
+        batch.append(raw)
+        num_characters += len(raw.raw)
+    if batch:
+        yield Batch(path, batch)
+
+
+def map_pieces(workers: Workers, tasks: Iterable[Work]) -> Iterator[tuple[Work, Any]]:
+    """Yield each task with its result, in order. A result of None says that a range was wrongly cut.
+
+    From there on the file is read as a stream, and the results of its further ranges are left out.
+    """
+    read_again, parse = set(), workers.num_workers == 1
+    for task, result in workers.map(tasks):
+        if task.piece.path in read_again:
+            continue
+        if result is not None:
+            yield task, result
+            continue
+        read_again.add(task.piece.path)
+        batches = cut_batches(task.piece.path, split_rest(task.piece, parse=parse))
+        yield from workers.map(Work(task.name, batch) for batch in batches)
 
 
 # --- Sources of a run, whole or as a sample

@@ -6,6 +6,7 @@ One broken record is an error with its line and reason; the records around it ar
 import csv
 import functools
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -13,13 +14,17 @@ from typing import BinaryIO, NamedTuple
 
 from sft.opendata import decoding
 from sft.opendata.decoding import (
+    Range,
     TextWindow,
     check_encoding,
     check_kind,
     choose_codec,
     decode,
     find_compression,
+    malformed,
+    parse_record,
     read_chunks,
+    record_decoder,
 )
 from sft.opendata.fields import (
     CHOSEN_KEYS,
@@ -28,7 +33,6 @@ from sft.opendata.fields import (
     drop_nulls,
     find_form,
     has_lone_surrogate,
-    unique_keys,
 )
 
 # The largest record in characters (up to 64 MiB in UTF-8), and how much of a broken part is kept as its raw text.
@@ -91,6 +95,24 @@ def split_file(
         raise ValueError(f"{path}: {error.strerror or error}; check the path and its permissions") from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+class WrongCut(Exception):
+    """A record reaches over the end of a range, or an array ends in it: the file has to be read as a stream from it."""
+
+
+def split_range(piece: Range) -> Iterator[RawRecord]:
+    """Yield the records of a range as `split_file` yields those of the file, parsed. WrongCut comes last."""
+    with open(piece.path, "rb") as stream:
+        yield from _split_text(TextWindow(decode(piece.read(stream), "utf-8"), piece.line), parse=True, piece=piece)
+
+
+def split_rest(piece: Range, *, parse: bool) -> Iterator[RawRecord]:
+    """Yield the records from the beginning of a range to the end of the file, as `split_file` does."""
+    with open(piece.path, "rb") as stream:
+        stream.seek(piece.start)
+        text = TextWindow(decode(read_chunks(stream, None, decoding.CHUNK_BYTES), "utf-8"), piece.line)
+        yield from _split_text(text, parse=parse, piece=piece._replace(end_line=None))
 
 
 def check_file(path: str | os.PathLike, *, encoding: str = "utf-8") -> None:
@@ -244,27 +266,34 @@ _RESTART_IN_LINES = re.compile(_RESTART + r"|\n(?![ \t\]}])")
 _FIRST_KEY = re.compile(r'\{\s*"[^"\\]{0,100}"')
 
 
-def _split_text(text: TextWindow, parse: bool) -> Iterator[RawRecord]:
-    """Records of an array, one a line, or simply one after another; broken ones come with their error."""
-    in_array = False
-    while char := text.skip():
+def _split_text(text: TextWindow, parse: bool, piece: Range | None = None) -> Iterator[RawRecord]:
+    """Records of an array, one a line, or simply one after another; broken ones come with their error.
+
+    Of a range, only those that begin in it.
+    """
+    in_array, end_line = (piece.in_array, piece.end_line or math.inf) if piece else (False, math.inf)
+    while (char := text.skip()) and text.line < end_line:
         if char in "[]" and in_array == (char == "]"):
             in_array = char == "["
             text.advance(text.start + 1)
             continue
         begin = text.begin()
         length, record = _parse_at_once(text) if parse else (0, None)
-        if length:
-            yield RawRecord(*begin, text.take(length), record)
-            continue
         try:
-            yield RawRecord(*begin, text.take(_scan(text)))
+            yield RawRecord(*begin, text.take(length or _scan(text)), record)
         except RecordError as error:
             raw, error = _take_broken(text, error, in_array=in_array)
             yield RawRecord(*begin, raw, error=error)
             # If that skipped the rest of an array, its closing bracket is skipped too.
             in_array = in_array and text.skip() != ""
-    if text.fault or in_array:
+        if text.line >= end_line:
+            raise WrongCut
+    if char:
+        if in_array != piece.ends_in_array:
+            raise WrongCut
+    elif end_line < math.inf:
+        raise ValueError("the file became shorter while it was read; run again")
+    elif text.fault or in_array:
         unclosed = RecordError("truncated", "the array is not closed, so the end of the file may be missing")
         yield RawRecord(*text.begin(), "", error=text.fault or unclosed)
 
@@ -272,7 +301,7 @@ def _split_text(text: TextWindow, parse: bool) -> Iterator[RawRecord]:
 def _parse_at_once(text: TextWindow) -> tuple[int, object]:
     """Length and value of the object that starts here, or 0 where it has to be looked at more closely."""
     try:
-        record, end = _decoder.scan_once(text.buffer, text.start)
+        record, end = record_decoder.scan_once(text.buffer, text.start)
     except (ValueError, StopIteration, RecursionError):
         return 0, None
     length = end - text.start
@@ -316,13 +345,7 @@ def _measure(buffer: str, start: int, *, ended: bool) -> tuple[int, RecordError 
         return 0, RecordError("too_deep", "the record is nested too deeply to be a conversation")
     if position >= len(buffer) - (0 if ended else LOOKAHEAD_CHARACTERS) or message.startswith("Unterminated string"):
         return 0, RecordError("truncated", "the record is cut off: its end is missing")
-    return 0, _malformed(message, position - start)
-
-
-def _malformed(message: str, position: int) -> RecordError:
-    # Some of json's messages end in "at" already.
-    where = f"{message.removesuffix(' at')} at character {position + 1} of the record"
-    return RecordError("malformed_json", f"{where}; this is not valid JSON")
+    return 0, malformed(message, position - start)
 
 
 def _take_broken(text: TextWindow, error: RecordError, *, in_array: bool) -> tuple[str, RecordError]:
@@ -367,31 +390,3 @@ def _next_restart(text: TextWindow, offset: int, key: re.Match | None) -> int:
             begins_alike = key and (first := _FIRST_KEY.match(piece)) and first.group() == key.group()
             return 0 if begins_alike else offset + 1
         size *= 8
-
-
-# --- Parsing
-
-
-# NaN is what pandas writes where a concatenated table has no value.
-_decoder = json.JSONDecoder(
-    object_pairs_hook=unique_keys, parse_constant=lambda name: None if name == "NaN" else float(name)
-)
-
-
-def parse_record(raw: str) -> object:
-    """Parse the raw text of one record. Raises RecordError."""
-    if has_lone_surrogate(raw):
-        position = next(i for i, char in enumerate(raw) if "\ud800" <= char <= "\udfff")
-        byte = ord(raw[position]) - 0xDC00
-        message = f"byte 0x{byte & 0xFF:02x} at character {position + 1} is not text; fix it or give --encoding"
-        raise RecordError("encoding", message)
-    try:
-        return _decoder.decode(raw)
-    except RecordError:
-        raise
-    except json.JSONDecodeError as error:
-        raise _malformed(error.msg, error.pos) from error
-    except RecursionError as error:
-        raise RecordError("too_deep", "the record is nested too deeply to be a conversation") from error
-    except ValueError as error:
-        raise RecordError("huge_number", f"a number has too many digits; write it as a string ({error})") from error

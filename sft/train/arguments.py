@@ -186,7 +186,7 @@ def _check_limits(arguments: dict[str, Any], groups: Sequence[type]) -> list[str
     problems = []
     for name, keys in (metadata | OF_TRANSFORMERS).items():
         limits = {key: keys[key] for key in LIMITS if key in keys}
-        if limits and not is_within(arguments[name], limits):
+        if limits and arguments[name] is not None and not is_within(arguments[name], limits):
             words = " and ".join(f"{key.replace('_', ' ')} {limit}" for key, limit in limits.items())
             problems.append(f"--{name} {arguments[name]}: must be {words}")
     if not 0 < arguments["num_train_epochs"] < float("inf") and arguments["max_steps"] <= 0:

@@ -11,9 +11,9 @@ from sft.chat.reply import Chat, Reply
 from sft.chat.rows import NotFinite
 from sft.chat.sampling import GREEDY
 from sft.checkpoint.save import PAGE
-from sft.dataset.dataset import batches
 from sft.dataset.ledger import ledger_lines
 from sft.dataset.mixture import mixture_table
+from sft.dataset.tokenise import batches
 from sft.evaluate import quick
 from sft.files import write_json, write_text
 from sft.format.render import Renderer

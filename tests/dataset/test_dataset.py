@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from sft.dataset import dataset
-from sft.dataset.dataset import BATCH_SIZE, Examples, TrainingRows, batches, file_hashes, find_files, prepare
+from sft.dataset.dataset import Examples, TrainingRows, file_hashes, find_files, prepare
 from sft.dataset.ledger import check_losses, ledger_lines
+from sft.dataset.tokenise import BATCH_SIZE, batches
 from sft.format.render import Renderer
 from sft.format.tokens import IGNORE_INDEX
 from tests.conftest import ROOT

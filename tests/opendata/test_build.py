@@ -1,11 +1,14 @@
 """The run as a whole: conservation, determinism, and what a kill leaves behind."""
 
+import contextlib
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -203,6 +206,46 @@ def test_a_run_killed_while_writing_leaves_the_old_output_and_can_be_run_again(t
     assert os.listdir(draft.parent) == ["not ours"]
     with pytest.raises(ProcessLookupError):
         os.killpg(killed.pid, 0)
+
+
+def running(parent: int | None = None) -> list[int]:
+    """The processes that run, of one parent or of all, by /proc."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has just ended
+            state, ppid, *_rest = path.read_text().rpartition(")")[2].split()
+            found += [int(path.parent.name)] if state != "Z" and parent in (None, int(ppid)) else []
+    return found
+
+
+@pytest.mark.parametrize(
+    ("receiver", "number", "code", "said"),
+    [
+        ("worker", signal.SIGKILL, 2, "{path} line "),
+        ("parent", signal.SIGINT, 130, "interrupted; nothing was changed"),
+        ("parent", signal.SIGTERM, 143, "stopped by SIGTERM; nothing was changed"),
+        ("parent", signal.SIGKILL, -9, ""),
+    ],
+)
+def test_a_run_that_is_stopped_leaves_no_process_and_no_file(tmp_path, receiver, number, code, said):
+    path, out = write(tmp_path / "big.json", map(record, range(60_000))), tmp_path / "out"
+    command = [sys.executable, "-m", "sft.opendata", path, "--output", out, "--preprocessing_num_workers", "2"]
+    started = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    draft = out / ".opendata.tmp/train.json"
+    while started.poll() is None and not (draft.exists() and draft.stat().st_size > 200_000):
+        pass
+    workers = running(started.pid)
+    assert len(workers) == 2
+    os.kill(workers[0] if receiver == "worker" else started.pid, number)
+    _out, error = started.communicate()
+    assert started.returncode == code
+    assert error.startswith(said.format(path=path))
+    assert len(error.splitlines()) == (1 if said else 0)
+    while set(workers) & set(running()):  # their parent's end closes their sockets
+        pass
+    assert out.exists() == (code == -9)
+    if receiver == "worker":
+        assert re.fullmatch(rf"{path} line \d+ to \d+: a worker was killed by SIGKILL while it read them, .*\n", error)
 
 
 def test_memory_stays_flat(tmp_path):

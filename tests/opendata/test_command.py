@@ -58,7 +58,7 @@ def test_all_mistakes_are_printed_at_once_in_a_line_each_and_no_file_is_written(
         "--eval_share 2.0: give a share from 0 up to, but without, 1",
         "--max_rejected 3.0: give a share from 0 to 1",
         "--near_duplicates 7.0: give a similarity above 0 and up to 1, such as 0.8",
-        "--workers 0: give at least 1",
+        "--preprocessing_num_workers 0: give at least 1",
         "--reasoning maybe: use auto, keep, drop",
         f"{tmp_path}/file: can't be written to; choose another --output or --report",
     ]

@@ -10,11 +10,13 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from sft.opendata import decoding
+from sft.opendata import decoding, files
 from sft.opendata import records as module
 from sft.opendata.conversation import read_conversations
 from sft.opendata.fields import RecordError
-from sft.opendata.records import parse_record, read_file
+from sft.opendata.files import Batch, Work, cut_pieces, map_pieces
+from sft.opendata.records import WrongCut, parse_record, read_file, split_file
+from sft.workers import Workers
 from tests.opendata.make import ONE_TURN, messages_of, pair, read, reason_of, write_file
 
 ALL = [("1", "q1"), ("2", "q2")]
@@ -253,3 +255,69 @@ def test_a_giant_array_is_read_in_little_memory(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True)
     assert done.stdout.split() == ["300001", "True"], done.stderr
+
+
+def read_pieces(path):
+    """The records of a file, read by pieces in this process; whether a range was wrongly cut."""
+
+    def read_piece(task):
+        try:
+            return list(task.split())
+        except WrongCut:
+            return None
+
+    with Workers(1, lambda: read_piece) as started:
+        pieces = [Work("data", piece) for piece in cut_pieces(str(path), "utf-8", parse=False)]
+        read = list(map_pieces(started, pieces))
+    return [raw for _work, raws in read for raw in raws], [task for task, _raws in read] != pieces, len(pieces)
+
+
+CUT = "\n".join(pair(number) for number in range(30))
+OPEN_AT_LINES = '{"messages": [\n{"role": "user", "content": "q"},\n{"role": "assistant", "content": "a"}\n]}\n'
+
+
+@pytest.mark.parametrize(
+    ("content", "is_wrongly_cut"),
+    [
+        (CUT, False),
+        (CUT.replace("\n", "\r\n") + "\r\n\r\n", False),
+        ("\ufeff[\n" + CUT.replace("\n", ",\n") + "\n]", False),
+        (json.dumps([json.loads(line) for line in CUT.split("\n")], indent=2), False),
+        (CUT.replace('"a9"}', '"a9').replace('"q20"', '"\\ud800"') + "\n]\n{", False),
+        (CUT + "\n[\n" + CUT.replace("\n", ",\n"), True),
+        (CUT + "\n" + OPEN_AT_LINES * 9 + CUT, True),
+    ],
+    ids=["lines", "crlf", "array", "indented", "broken", "glued", "nested"],
+)
+def test_a_file_read_in_pieces_gives_the_records_of_the_stream(tmp_path, monkeypatch, content, is_wrongly_cut):
+    monkeypatch.setattr(decoding, "RANGE_BYTES", 100)
+    monkeypatch.setattr(decoding, "OVERHANG_BYTES", 7)
+    path = tmp_path / "data.json"
+    path.write_bytes(content.encode())
+    found, was_wrongly_cut, num_pieces = read_pieces(path)
+    expected = list(split_file(path))
+    assert [raw[:3] for raw in found] == [raw[:3] for raw in expected]
+    assert [str(raw.error) for raw in found] == [str(raw.error) for raw in expected]
+    assert num_pieces > 5
+    assert was_wrongly_cut == is_wrongly_cut
+
+
+def test_files_that_can_not_be_cut_come_as_batches(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "MAX_LAST_BYTES", 1000)
+    texts = {"a.csv": "prompt,completion\nq,a\n", "b.json": "[" + ",".join([pair(1)] * 1000) + "]"}
+    for name, content in texts.items():
+        (tmp_path / name).write_text(content)
+        pieces = list(cut_pieces(str(tmp_path / name), "utf-8", parse=False))
+        assert {type(piece) for piece in pieces} == {Batch}, name
+        records = [raw[:3] for piece in pieces for raw in piece.records]
+        assert records == [raw[:3] for raw in split_file(tmp_path / name)]
+
+
+def test_a_file_that_becomes_shorter_while_it_is_read_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(decoding, "RANGE_BYTES", 100)
+    path = tmp_path / "data.json"
+    path.write_text(CUT)
+    piece = list(cut_pieces(str(path), "utf-8", parse=False))[-2]
+    os.truncate(path, piece.end - 50)
+    with pytest.raises(ValueError, match="the file became shorter while it was read"):
+        list(Work("data", piece).split())

@@ -1,0 +1,230 @@
+"""Worker processes that share the work on data files: results come back in the order of their tasks, in bounded memory.
+
+A worker is a fresh Python process that imports only what its function needs: neither torch nor the threads of this
+process. It ignores the signals that a terminal or a scheduler sends to all processes; it exits when this process closes
+its end of their socket, which the kernel does however this process ends.
+"""
+
+import functools
+import os
+import pickle
+import queue
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+BYTES_PER_WORKER = 32 << 20  # of data; for less, starting a worker takes longer than it saves
+TASKS_PER_WORKER = 2  # sent to a worker at a time: one is done while the next waits
+AHEAD_PER_WORKER = 3  # tasks of which the results were not taken yet, for each worker
+EXIT_SECONDS = 5.0  # to wait for the exit code of a worker that closed its socket
+HANDLED_BY_PARENT = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+ONE_THREAD = {"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+CGROUP_QUOTA = "/sys/fs/cgroup/cpu.max"
+
+
+class Task(Protocol):
+    """A piece of work that can be pickled; `where` names its file and lines."""
+
+    @property
+    def where(self) -> str: ...
+
+
+class TaskError(ValueError):
+    """The work on a record failed; the message names its file and line."""
+
+
+def choose_num_workers(asked: int | None, num_bytes: int) -> int:
+    """Return how many processes share the work on `num_bytes` of data: as asked, else up to one for each core."""
+    return asked or max(1, min(count_cores(), num_bytes // BYTES_PER_WORKER))
+
+
+def count_cores() -> int:
+    """Return the cores that this process may use: those of its affinity, and of its container's quota."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path(CGROUP_QUOTA).read_text().split()
+        return max(1, min(cores, int(quota) // int(period)))
+    except (OSError, ValueError):  # another system, or "max": no quota
+        return cores
+
+
+def run_task(function: Callable[[Task], Any], task: Task) -> Any:
+    """Return the result of a task. Raises TaskError, which names the task, for any error."""
+    try:
+        return function(task)
+    except (TaskError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a panic of a Rust library is no Exception
+        raise TaskError(f"{task.where}: {describe_error(error)}") from error
+
+
+def describe_error(error: BaseException) -> str:
+    """Return the type and the words of an error in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:500]}".rstrip(": ")
+
+
+class _Worker:
+    """A worker process; `tasks` are the numbers and names of those whose results it still owes."""
+
+    def __init__(self, setup: bytes):
+        from multiprocessing.connection import Connection  # 10 ms of every start
+
+        ours, theirs = socket.socketpair()
+        root = str(Path(__file__).resolve().parent.parent)
+        path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+        command = [sys.executable, "-P", "-c", f"from sft.workers import serve; serve({theirs.fileno()})"]
+        # A process that is started while signals are blocked never gets them.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED_BY_PARENT)
+        try:
+            environment = os.environ | ONE_THREAD | {"PYTHONPATH": path}
+            options = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}
+            self.process = subprocess.Popen(command, env=environment, pass_fds=[theirs.fileno()], **options)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            theirs.close()
+        self.socket, self.tasks = Connection(ours.detach()), deque()
+        self.socket.send_bytes(setup)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.socket.close()
+
+
+class Workers:
+    """`num_workers` processes that apply a function; with one, the function is applied in this process.
+
+    `make_function` is called once in each process, and returns the function of a task; it is pickled, as are tasks and
+    results. A worker is started when there is a task for it. A context, which kills the workers on leaving.
+    """
+
+    def __init__(self, num_workers: int, make_function: Callable[[], Callable[[Task], Any]]):
+        self.num_workers, self._make_function = num_workers, make_function
+        self._setup = pickle.dumps(make_function) if num_workers > 1 else b""
+        self._function: Callable | None = None
+        self._workers: list[_Worker] = []
+        self._results: dict[int, tuple[Any, BaseException | None]] = {}
+        self._num_sent = 0
+
+    def __enter__(self) -> "Workers":
+        return self
+
+    def __exit__(self, *_error) -> None:
+        for worker in self._workers:
+            worker.kill()
+
+    def map(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, Any]]:
+        """Yield each task with its result, in order; TaskError where one failed or its worker was killed.
+
+        Never more than a few tasks for each worker ahead of what was taken. A second map may run inside the first.
+        """
+        if self.num_workers == 1:
+            self._function = self._function or self._make_function()
+            for task in tasks:
+                yield task, run_task(self._function, task)
+            return
+        waiting: deque[tuple[int, Task]] = deque()
+        for task in tasks:
+            waiting.append((self._send(task), task))
+            if len(waiting) >= AHEAD_PER_WORKER * self.num_workers:
+                number, first = waiting.popleft()
+                yield first, self._take(number)
+        for number, task in waiting:
+            yield task, self._take(number)
+
+    def _send(self, task: Task) -> int:
+        self._num_sent += 1
+        worker = self._find_worker()
+        worker.tasks.append((self._num_sent, task.where))
+        try:
+            worker.socket.send((self._num_sent, task))
+        except OSError:
+            self._receive(worker)  # a result from before it was killed
+        return self._num_sent
+
+    def _find_worker(self) -> _Worker:
+        """Return a worker without a task, else a new one, else the one with the fewest when it has room."""
+        while True:
+            idlest = min(self._workers, key=lambda worker: len(worker.tasks), default=None)
+            if (idlest is None or idlest.tasks) and len(self._workers) < self.num_workers:
+                self._workers.append(_Worker(self._setup))
+                return self._workers[-1]
+            if len(idlest.tasks) < TASKS_PER_WORKER:
+                return idlest
+            self._receive_some()
+
+    def _take(self, number: int) -> Any:
+        while number not in self._results:
+            self._receive_some()
+        result, error = self._results.pop(number)
+        if error is not None:
+            raise error
+        return result
+
+    def _receive_some(self) -> None:
+        from multiprocessing.connection import wait
+
+        busy = {worker.socket: worker for worker in self._workers if worker.tasks}
+        for ready in wait(list(busy)):
+            self._receive(busy[ready])
+
+    def _receive(self, worker: _Worker) -> None:
+        try:
+            number, result, error = worker.socket.recv()
+        except (EOFError, OSError):
+            raise TaskError(f"{worker.tasks[0][1]}: {self._describe_exit(worker)}") from None
+        assert number == worker.tasks.popleft()[0]
+        self._results[number] = result, error
+
+    def _describe_exit(self, worker: _Worker) -> str:
+        try:
+            code = worker.process.wait(EXIT_SECONDS)
+        except subprocess.TimeoutExpired:
+            code = 0
+        if code >= 0:
+            return f"the worker that read it ended with code {code}; its own words are above"
+        name = signal.Signals(-code).name
+        cause = "maybe for lack of memory" if name == "SIGKILL" else "which is a fault of a library"
+        return f"a worker was killed by {name} while it read them, {cause}; try --preprocessing_num_workers 1"
+
+
+# --- in a worker --------------------------------------------------------------------------------------------------
+
+
+def serve(descriptor: int) -> None:
+    """Receive a function, apply it to each task that comes, and send (number, result, error) back."""
+    from multiprocessing.connection import Connection
+
+    parent, tasks = Connection(descriptor), queue.SimpleQueue()
+    setup = parent.recv_bytes()
+    threading.Thread(target=_receive_tasks, args=(parent, tasks), daemon=True).start()
+    try:
+        function = pickle.loads(setup)()
+    except Exception as error:
+        function = functools.partial(_raise, error)
+    while True:
+        number, task = tasks.get()
+        try:
+            message = number, run_task(function, task), None
+        except TaskError as error:
+            message = number, None, TaskError(str(error))
+        parent.send(message)
+
+
+def _receive_tasks(parent, tasks: queue.SimpleQueue) -> None:
+    """Take tasks from the socket at once, so that this process and its parent never wait for each other."""
+    while True:
+        try:
+            tasks.put(parent.recv())
+        except (EOFError, OSError):  # the parent is gone, or has closed the socket
+            os._exit(0)
+
+
+def _raise(error: Exception, _task: Task) -> None:
+    raise error

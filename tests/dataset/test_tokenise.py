@@ -1,0 +1,98 @@
+"""Worker processes prepare what one process prepares, byte for byte, and name the record on which they fail."""
+
+import json
+import random
+from datetime import date
+
+import numpy as np
+import pytest
+
+from sft.dataset import dataset
+from sft.dataset.dataset import prepare
+from sft.dataset.tokenise import make_tokeniser, pack_renderer
+from sft.format.render import Renderer
+from sft.opendata import decoding
+
+
+def record(number: int, answer: str = "") -> dict:
+    return {"instruction": f"question {number} 你好", "input": "", "output": answer or f"answer {number}. " * 3}
+
+
+def write_lines(path, lines) -> str:
+    path.write_text("".join(line if isinstance(line, str) else json.dumps(line) + "\n" for line in lines))
+    return str(path)
+
+
+def messy_files(folder) -> list[str]:
+    """Lines, an array with a line for each record, and records with inner objects that begin on lines."""
+    random.seed(0)
+    lines = [record(number) for number in range(300)]
+    lines[17] = '{"instruction": "broken\n'
+    lines[41] = {"messages": [{"role": "narrator", "content": "x"}]}
+    lines[90] = record(90, "long " * 300)
+    lines[200] = {"id": "1", "source": "other", "messages": [{"role": "user", "content": "q"}, {"role": "x"}]}
+    array = "[\n" + ",\n".join(json.dumps(record(number)) for number in range(300, 500)) + "\n]\n"
+    turns = '{{"role": "user", "content": "q{}"}},\n{{"role": "assistant", "content": "a"}}'
+    wrongly_cut = "".join(f'{{"messages": [\n{turns.format(number)}\n]}}\n' for number in range(90))
+    return [
+        write_lines(folder / "a.jsonl", lines),
+        write_lines(folder / "b.json", [array]),
+        write_lines(folder / "c.json", [wrongly_cut]),
+    ]
+
+
+def test_two_workers_give_the_bytes_of_one_process(tmp_path, tokenizer_of, monkeypatch):
+    monkeypatch.setattr(decoding, "RANGE_BYTES", 2000)
+    files, found = messy_files(tmp_path), []
+    for num_workers in (1, 2):
+        cache = tmp_path / f"cache{num_workers}"
+        renderer = Renderer(tokenizer_of("qwen2"), "chatml")
+        _examples, ledger = prepare(files, renderer, max_length=128, cache_dir=str(cache), num_workers=num_workers)
+        (folder,) = (path for path in cache.iterdir() if path.is_dir())
+        found.append({path.name: path.read_bytes() for path in folder.iterdir()})
+    assert sorted(found[0]) == ["in_loss", "input_ids", "ledger.json", "origins.npy", "starts.npy"]
+    assert found[0] == found[1]
+    assert ledger["total"] == {"in": 590, "kept": 587, "rejected": 3, "cut": 1}
+    assert ledger["first"]["rejected"].startswith(f"{files[0]} line 18: ")
+    assert ledger["first"]["cut"] == f"{files[0]} line 91"
+
+
+def test_a_renderer_of_a_worker_gives_the_same_rows_without_transformers(family, tokenizer_of):
+    messages = [[{"role": "user", "content": "Hi 你好"}, {"role": "assistant", "content": "Hello <|im_end|> 😀"}]]
+    for chat_format in ("chatml", "blossom"):
+        renderer = Renderer(tokenizer_of(family), chat_format, today=date(2026, 1, 2), train_turns="last")
+        renderer.use_bulk_encoder(messages)
+        other = pack_renderer(renderer)()
+        assert type(other.tokenizer).__name__ == "BareTokenizer"
+        assert other.encoder == renderer.encoder
+        assert other.describe() | {"chat_format_reason": ""} == renderer.describe() | {"chat_format_reason": ""}
+        rows, expected = (each.render_rows(messages * 2, max_length=64) for each in (other, renderer))
+        for place in range(3):
+            assert np.array_equal(rows[place], expected[place])
+
+
+def make_failing(load_renderer, **settings):
+    """Like `make_tokeniser`, with an encoder that fails on one word."""
+    do_task = make_tokeniser(load_renderer, **settings)
+    renderer = do_task.keywords["renderer"]
+    encode = renderer._encode
+
+    def fail(texts):
+        if any("boom" in text for text in texts):
+            raise RuntimeError("index out of range")
+        return encode(texts)
+
+    renderer._encode = fail
+    return do_task
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_a_record_on_which_the_tokenizer_fails_is_named(tmp_path, tokenizer_of, monkeypatch, num_workers):
+    monkeypatch.setattr(decoding, "RANGE_BYTES", 2000)
+    monkeypatch.setattr(dataset, "make_tokeniser", make_failing)
+    file = write_lines(tmp_path / "a.jsonl", [record(n, "boom" if n == 150 else "") for n in range(300)])
+    cache, renderer = tmp_path / "cache", Renderer(tokenizer_of("qwen2"), "chatml")
+    with pytest.raises(ValueError, match="fails on this record") as caught:
+        prepare([file], renderer, max_length=128, cache_dir=str(cache), num_workers=num_workers)
+    assert str(caught.value).startswith(f"{file} line 151: the tokenizer fails on this record (RuntimeError: index out")
+    assert [path.suffix for path in cache.iterdir()] == [".failed"]
