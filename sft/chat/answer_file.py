@@ -16,51 +16,60 @@ from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 
-from sft.chat.reply import Chat
+from sft.chat.reply import Asked, Chat
 from sft.chat.sampling import BLOSSOM, Sampling
 from sft.files import LineLog, open_whole
 from sft.opendata.conversation import read_record, validate
-from sft.opendata.fields import SYSTEM_KEYS, RecordError
+from sft.opendata.fields import SYSTEM_KEYS, RecordError, name_type
 from sft.opendata.records import read_file
 
 QUESTION_KEYS = ("prompt", "instruction", "query", "question")
 ANSWER_KEYS = ("input", "output", "completion", "response", "answer")
 
 
-def read_questions(source: str, system: str | None = None) -> Iterator[tuple[int | str, list[dict]]]:
+def read_questions(source: str, system: str | None = None) -> Iterator[tuple[int | str, Asked]]:
     """Yield each record's line and its messages, `system` in front where they have none.
 
+    A record with tools or `chat_template_kwargs` of its own is yielded as an object that has them beside its messages.
     Raises ValueError with file and line for the first record that holds no question.
     """
     for raw in read_file(source):
         try:
             if raw.error:
                 raise raw.error
-            messages = to_prompt(raw.record, source=source, line=raw.line)
+            asked = to_prompt(raw.record, source=source, line=raw.line)
         except RecordError as error:
             raise ValueError(f"{source} line {raw.line}: {error}") from None
+        messages = messages_of(asked)
         if system and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": system}, *messages]
-        yield raw.line, messages
+        yield raw.line, {**asked, "messages": messages} if isinstance(asked, dict) else messages
 
 
-def to_prompt(record: object, *, source: str = "record", line: int | str = 1) -> list[dict]:
+def messages_of(asked: Asked) -> list[dict]:
+    return asked["messages"] if isinstance(asked, dict) else asked
+
+
+def to_prompt(record: object, *, source: str = "record", line: int | str = 1) -> Asked:
     """Read a question: a record of any raw form, without its last reply, or an object with a lone prompt."""
+    variables = record.get("chat_template_kwargs") if isinstance(record, dict) else None
+    if variables is not None and not isinstance(variables, dict):
+        raise RecordError("chat_template_kwargs", f"is {name_type(variables)}; write an object of template variables")
     if isinstance(record, dict) and not any(record.get(key) for key in ANSWER_KEYS):
         lone = [record[key] for key in QUESTION_KEYS if isinstance(record.get(key), str)]
         if len(lone) == 1:
-            record = {key: record[key] for key in SYSTEM_KEYS if key in record}
+            record = {key: record[key] for key in (*SYSTEM_KEYS, "tools") if key in record}
             record["messages"] = [{"role": "user", "content": lone[0]}]
     read = read_record(record, source=source, line=line)
-    if read.get("tools"):
-        raise RecordError("tools", "has tools of its own; give one --tools FILE for all questions")
-    messages = read["messages"]
+    messages, tools = read["messages"], read.get("tools")
     while messages and messages[-1]["role"] == "assistant":
         messages = messages[:-1]
     if not messages or messages[-1]["role"] not in ("user", "tool"):
         raise RecordError("no_question", "no user message to answer")
     validate({"messages": [*messages, {"role": "assistant", "content": "…"}]})
-    return messages
+    own = {"tools": tools, "chat_template_kwargs": variables}
+    own = {name: value for name, value in own.items() if value}
+    return {"messages": messages, **own} if own else messages
 
 
 def check_questions(source: str, system: str | None, check: Callable[[list[dict]], object]) -> tuple[int, str]:
@@ -158,21 +167,23 @@ def _refusal(path: Path, first: bytes, belongs_to: dict) -> str:
 
 def answer_missing(
     partial: Partial,
-    questions: Iterable[tuple[object, list[dict]]],
-    reply_each: Callable[[Iterable[tuple[int, list[dict]]]], Iterator[tuple[int, object]]],
+    questions: Iterable[tuple[object, Asked]],
+    reply_each: Callable[[Iterable[tuple[int, Asked]]], Iterator[tuple[int, object]]],
 ) -> Iterator[object]:
     """Answer every question that is not in `partial`, in the order in which the replies end; yield each reply."""
-    asked: dict[int, list[dict]] = {}
+    asked: dict[int, Asked] = {}
 
-    def missing() -> Iterator[tuple[int, list[dict]]]:
+    def missing() -> Iterator[tuple[int, Asked]]:
         for position, (_line_number, messages) in enumerate(questions):
             if position not in partial.offsets:
                 asked[position] = messages
                 yield position, messages
 
     for position, reply in reply_each(missing()):
-        answer = [*asked.pop(position), reply.message or {"role": "assistant", "content": reply.text}]
-        partial.keep(position, {"messages": answer, "ended": reply.ended, "num_tokens": reply.num_tokens})
+        question = asked.pop(position)
+        own = question if isinstance(question, dict) else {}
+        messages = [*messages_of(question), reply.message or {"role": "assistant", "content": reply.text}]
+        partial.keep(position, {**own, "messages": messages, "ended": reply.ended, "num_tokens": reply.num_tokens})
         yield reply
 
 

@@ -10,7 +10,7 @@ import json
 import os
 import re
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -37,6 +37,9 @@ from sft.model.load import (
 PROMPT_END_TOKENS = 16  # that may hold the start of a thought
 LONE_END = re.compile(r"</think>[ \t]*(\n|\Z)")
 MODEL_FILES = ("config.json", ADAPTER)  # one of them makes a folder a model
+
+# Messages, or an object with `messages` and the `tools` and `chat_template_kwargs` of this prompt.
+Asked = Sequence[dict] | Mapping
 
 
 class Reply(NamedTuple):
@@ -77,7 +80,7 @@ class Chat:
 
     def reply_each(
         self,
-        questions: Iterable[tuple[object, Sequence[dict]]],
+        questions: Iterable[tuple[object, Asked]],
         sampling: Sampling = BLOSSOM,
         *,
         at_once: int = 8,
@@ -92,15 +95,16 @@ class Chat:
         while True:
             for key, messages in itertools.islice(left, 2 * at_once - len(running)):
                 own_seed = int(hashlib.sha256(f"{seed} {key}".encode()).hexdigest()[:15], 16)
-                running[key] = decoder.add(self.prompt_ids(messages), sampling, seed=own_seed)
+                tools = messages.get("tools") if isinstance(messages, Mapping) else None
+                running[key] = decoder.add(self.prompt_ids(messages), sampling, seed=own_seed), tools
             if not running:
                 return
             decoder.step()
-            for key in [key for key, request in running.items() if request.done]:
-                request = running.pop(key)
+            for key in [key for key, (request, _tools) in running.items() if request.done]:
+                request, tools = running.pop(key)
                 if request.error:
                     raise request.error
-                yield key, self.to_reply(request.ids, request.prompt)
+                yield key, self.to_reply(request.ids, request.prompt, tools=tools)
 
     def reply_with_pieces(self, messages: Sequence[dict], sampling: Sampling = BLOSSOM) -> tuple[Reply, list[Piece]]:
         """Reply, and return the probability of each token; see `sft.chat.token_probabilities`."""
@@ -137,10 +141,15 @@ class Chat:
         pad_id = self.renderer.tokenizer.pad_token_id or 0
         return Decoder(self.model, stop_ids=self.renderer.stop_ids, pad_id=pad_id, window=self.context_window)
 
-    def prompt_ids(self, messages: Sequence[dict], *, thinking: bool | None = None) -> list[int]:
+    def prompt_ids(self, asked: Asked, *, thinking: bool | None = None) -> list[int]:
         """Render the prompt; raises ValueError when the context window has no room left for a reply."""
-        thinking = self.thinking if thinking is None else thinking
-        prompt = self.renderer.prompt(messages, tools=self.tools, thinking=thinking)
+        asked = asked if isinstance(asked, Mapping) else {"messages": asked}
+        prompt = self.renderer.prompt(
+            asked["messages"],
+            tools=asked.get("tools") or self.tools,
+            thinking=self.thinking if thinking is None else thinking,
+            variables=asked.get("chat_template_kwargs"),
+        )
         window = self.context_window
         if window and len(prompt) + 1 > window:
             raise ValueError(
@@ -159,12 +168,19 @@ class Chat:
         """The model's context length in tokens; None where it has no fixed one (ALiBi)."""
         return context_window(self.model.config)
 
-    def to_reply(self, new_ids: Sequence[int], prompt: Sequence[int] = (), *, growing: bool = False) -> Reply:
+    def to_reply(
+        self,
+        new_ids: Sequence[int],
+        prompt: Sequence[int] = (),
+        *,
+        growing: bool = False,
+        tools: Sequence[dict] | None = None,
+    ) -> Reply:
         """Decode generated tokens up to the first stop token; the end of `prompt` may open their thought."""
         stops = [new_ids.index(stop) for stop in self.renderer.stop_ids if stop in new_ids]
         ids = new_ids[: min(stops, default=len(new_ids))]
         text = self.renderer.decode(ids)
-        message = self._to_message(ids, text, prompt)
+        message = self._to_message(ids, text, prompt, tools or self.tools)
         if growing:  # a character of several tokens decodes to U+FFFD until its last token is there
             text = text.rstrip("\ufffd")
             message = {
@@ -172,10 +188,10 @@ class Chat:
             }
         return Reply(text, bool(stops), len(ids), message)
 
-    def _to_message(self, ids: Sequence[int], text: str, prompt: Sequence[int]) -> dict:
+    def _to_message(self, ids: Sequence[int], text: str, prompt: Sequence[int], tools) -> dict:
         """Split a reply into thought, calls and text; calls that the chat format has no place for stay text."""
         opened = self.renderer.tokenizer.decode(prompt[-PROMPT_END_TOKENS:], skip_special_tokens=False)
-        message = self.renderer.read_reply(ids, opened=opened, tools=self.tools)
+        message = self.renderer.read_reply(ids, opened=opened, tools=tools)
         if message.get("tool_calls") and not self.renderer.takes_tools:
             return {"role": "assistant", "content": text}
         if not message.get("reasoning_content") and not message.get("tool_calls"):

@@ -10,7 +10,7 @@ and a thinking switch, and how it ends a turn, is found once by rendering probes
 import itertools
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from sft.format.reply import OPENED_AT_THE_END, OPENERS, Frame, check_prompt, check_reply, find_frame, texts_of
@@ -64,11 +64,10 @@ class OwnTemplate:
 
     # --- rendering ------------------------------------------------------------------------------------------------
 
-    def prompt(
-        self, messages: Sequence[dict], tools: Sequence[dict] | None = None, thinking: bool | None = None
-    ) -> str:
-        """Render up to the start of the reply, as an escaped text."""
-        return self._render(self.prepare(messages), self.escaper.escape(tools), thinking, add_generation_prompt=True)
+    def prompt(self, messages: Sequence[dict], tools, thinking: bool | None, variables: Mapping) -> str:
+        """Render up to the start of the reply, as an escaped text; `variables` hold for this prompt alone."""
+        prepared, escaped = self.prepare(messages), self.escaper.escape(tools)
+        return self._render(prepared, escaped, thinking, add_generation_prompt=True, **variables)
 
     def text(self, messages: Sequence[dict], tools: Sequence[dict] | None, thinking: bool | None) -> str:
         """Render as a server does, nothing escaped; with a generation prompt unless the last turn is a reply."""
@@ -80,11 +79,13 @@ class OwnTemplate:
         )
         return self.escaper.unescape(escaped)
 
-    def _render(self, messages: list[dict], tools, thinking: bool | None, *, add_generation_prompt: bool) -> str:
-        options = (
-            {} if self.switch is None or thinking is None or self.switch in self._fixed else {self.switch: thinking}
-        )
-        return self.template.render(messages, tools=tools, add_generation_prompt=add_generation_prompt, **options)
+    def _render(
+        self, messages: list[dict], tools, thinking: bool | None, *, add_generation_prompt: bool, **variables
+    ) -> str:
+        options = {"tools": tools, "add_generation_prompt": add_generation_prompt}
+        if self.switch is not None and thinking is not None and self.switch not in self._fixed:
+            options[self.switch] = thinking
+        return self.template.render(messages, **{**options, **variables})
 
     def prepare(self, messages: Sequence[dict]) -> list[dict]:
         """Return the messages in the form that the template takes, their texts escaped."""

@@ -226,17 +226,23 @@ class Renderer:
         return "".join(contents[part.message] if part.text is None else part.text for part in layout)
 
     def prompt(
-        self, messages: Sequence[dict], *, tools: Sequence[dict] | None = None, thinking: bool | None = None
+        self,
+        messages: Sequence[dict],
+        *,
+        tools: Sequence[dict] | None = None,
+        thinking: bool | None = None,
+        variables: Mapping | None = None,
     ) -> list[int]:
         """Render messages that end with the user's turn or a call's result, up to the start of the reply.
 
-        `thinking` sets the template's switch; None leaves it to the renderer's `thinking`.
+        `thinking` sets the template's switch; None leaves it to the renderer's `thinking`. `variables` are
+        those of this prompt alone, as a server takes them in `chat_template_kwargs`.
         """
         if not messages or messages[-1]["role"] not in ("user", "tool"):
             raise ValueError("a prompt must end with a user's message")
         if self._uses_template(messages, tools):
             thinking = self.thinking if thinking is None else thinking
-            text = self._to_encode(self._own.prompt(messages, tools, thinking))
+            text = self._to_encode(self._own.prompt(messages, tools, thinking, variables or {}))
         else:
             text = "".join(part.text for part in self.parts(messages))
         return self._backend.encode(text, add_special_tokens=False).ids
@@ -264,10 +270,6 @@ class Renderer:
         if isinstance(rows, RecordError):
             raise rows
         return rows
-
-    def render_or_reason(self, messages: Sequence[dict], *, max_length: int | None = None) -> Rendered:
-        """Return the first row of a conversation; one that can't be rendered comes back empty, with the reason."""
-        return rows_or_reason(self._render_each([messages], max_length)[0])[0]
 
     # --- many conversations ---------------------------------------------------------------------------------------
 

@@ -31,6 +31,7 @@ from sft.web.turns import (
     to_messages,
     to_record,
     to_sampling,
+    to_tools,
     without_oldest,
 )
 
@@ -53,7 +54,7 @@ class Handlers:
 
     # --- the conversation ---
 
-    def ask(self, request: gr.Request, message: str, turns: list[Turn], system: str) -> tuple:
+    def ask(self, request: gr.Request, message: str, turns: list[Turn], system: str, tools: str = "") -> tuple:
         """Append the user's message to the conversation; one that is refused stays in the box."""
         message = str(message or "")
         if not message.strip():
@@ -62,21 +63,26 @@ class Handlers:
             raise refusal(request, "busy")
         turns = [*answered(turns), Turn(clean(message))]
         check(turns, system, request)
+        to_tools(tools, request)
         self.cancel_session(request)
         box = gr.Textbox("", interactive=False, submit_btn=False, stop_btn=True)
         return (box, turns, *self._pages(request, turns, growing=True))
 
-    def ask_example(self, request: gr.Request, turns: list[Turn], system: str, event: gr.EventData) -> tuple:
-        return self.ask(request, EXAMPLES[_index(request, event, len(EXAMPLES))], turns, system)
+    def ask_example(
+        self, request: gr.Request, turns: list[Turn], system: str, event: gr.EventData, tools: str = ""
+    ) -> tuple:
+        return self.ask(request, EXAMPLES[_index(request, event, len(EXAMPLES))], turns, system, tools)
 
-    def ask_again(self, request: gr.Request, turns: list[Turn], system: str) -> tuple:
+    def ask_again(self, request: gr.Request, turns: list[Turn], system: str, tools: str = "") -> tuple:
         """Drop the last replies and ask for new ones."""
-        return self.ask(request, turns[-1].question if turns else "", turns[:-1], system)
+        return self.ask(request, turns[-1].question if turns else "", turns[:-1], system, tools)
 
-    def ask_edited(self, request: gr.Request, turns: list[Turn], system: str, event: gr.EventData) -> tuple:
+    def ask_edited(
+        self, request: gr.Request, turns: list[Turn], system: str, event: gr.EventData, tools: str = ""
+    ) -> tuple:
         """Replace a question, and drop the turns after it."""
         index = _index(request, event, len(turns))
-        return self.ask(request, str(event._data.get("value") or ""), turns[:index], system)
+        return self.ask(request, str(event._data.get("value") or ""), turns[:index], system, tools)
 
     def undo(self, request: gr.Request, turns: list[Turn]) -> tuple:
         """Remove the last turn and put its question into the box."""
@@ -108,18 +114,18 @@ class Handlers:
     def like_in(self, pane: int):
         """Return the handler of a pane's likes: it appends the conversation to a file, that reply alone trained."""
 
-        def like(request: gr.Request, turns: list[Turn], system: str, event: gr.EventData) -> None:
+        def like(request: gr.Request, turns: list[Turn], system: str, event: gr.EventData, tools: str = "") -> None:
             self._admit(request)
             index = _index(request, event, len(turns))
             messages = to_messages(turns[: index + 1], pane, check(turns[: index + 1], system, request))
             liked = event._data.get("liked")
             if messages[-1]["role"] == "assistant" and liked in (True, False):
-                self.write_feedback(messages, bool(liked))
+                self.write_feedback(messages, bool(liked), to_tools(tools, request))
                 gr.Info(label("noted", is_chinese(request)))
 
         return like
 
-    def write_feedback(self, messages: list[dict], liked: bool) -> None:
+    def write_feedback(self, messages: list[dict], liked: bool, tools: list[dict] | None = None) -> None:
         last = len(messages) - 1
         for index, message in enumerate(messages):
             if message["role"] == "assistant" and not (liked and index == last):
@@ -129,7 +135,7 @@ class Handlers:
             if path.exists() and path.stat().st_size > MAX_FEEDBACK_BYTES:
                 return
             with open(path, "a", encoding="utf-8") as stream:
-                stream.write(json.dumps(to_record(messages), ensure_ascii=False) + "\n")
+                stream.write(json.dumps(to_record(messages, tools), ensure_ascii=False) + "\n")
 
     # --- replies ---
 
@@ -145,11 +151,11 @@ class Handlers:
         replies = self.running[session] = []
         try:
             sampling = to_sampling(values, request)
-            thinking, *names = values[len(SLIDERS) :] or (None,)
+            thinking, tools, *names = values[len(SLIDERS) :] or (None, "")
+            settings = {"sampling": sampling, "thinking": thinking, "tools": to_tools(tools, request)}
             for pane in range(self.num_panes):
                 model = self.models[names[pane]] if names else next(iter(self.models.values()))
-                switch = thinking if isinstance(thinking, bool) and model.has_thinking_switch else None
-                replies.append(await self._start(request, model, to_messages(turns, pane, system), sampling, switch))
+                replies.append(await self._start(request, model, to_messages(turns, pane, system), **settings))
             async for update in self._follow(request, turns, replies):
                 yield update
         except (gr.Error, asyncio.CancelledError):
@@ -167,16 +173,19 @@ class Handlers:
             if self.running.get(session) is replies:
                 del self.running[session]
 
-    async def _start(self, request, model, messages: list[dict], sampling, thinking: bool | None) -> PendingReply:
+    async def _start(self, request, model, messages: list[dict], *, sampling, thinking, tools) -> PendingReply:
         """Start a pane's reply; the oldest turns are left out where they don't fit."""
         count = num_questions(messages)
+        thinking = thinking if isinstance(thinking, bool) and model.has_thinking_switch else None
+        tools = tools if model.takes_tools else None
         while num_characters(messages) > MAX_CONVERSATION and num_questions(messages) > 1:
             messages = without_oldest(messages)
         try:
-            messages = await asyncio.to_thread(model.fit, messages, sampling)
+            messages = await asyncio.to_thread(model.fit, messages, sampling, tools=tools)
         except ValueError:
             raise refusal(request, "no_room") from None
-        return PendingReply(model.start(messages, sampling, thinking=thinking), count - num_questions(messages))
+        started = model.start(messages, sampling, thinking=thinking, tools=tools)
+        return PendingReply(started, count - num_questions(messages))
 
     async def _follow(self, request, turns: list[Turn], replies: list[PendingReply]) -> AsyncIterator[tuple]:
         last = None

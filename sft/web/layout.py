@@ -12,6 +12,9 @@ from sft.web.security import RequestFilter, is_login
 from sft.web.text import I18N
 from sft.web.turns import SLIDERS, export_links
 
+TOOLS_EXAMPLE = (
+    '[{"name": "get_weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}]'
+)
 MAX_JOBS = 512  # of gradio at a time: replies that run or wait, and the other handlers meanwhile
 MAX_SESSIONS = 2_000  # whose conversations are kept; the least recently used one is removed
 
@@ -31,13 +34,16 @@ def build_page(handlers: Handlers) -> gr.Blocks:
             has_switch = any(model.has_thinking_switch for model in handlers.models.values())
             thinks = all(model.thinks_by_default for model in handlers.models.values())
             thinking = gr.Checkbox(thinks, label=I18N("thinking"), visible=has_switch)
+            takes_tools = any(model.takes_tools for model in handlers.models.values())
+            with gr.Accordion(I18N("tools"), open=False, visible=takes_tools):
+                tools = gr.Textbox("", show_label=False, placeholder=TOOLS_EXAMPLE, lines=4, max_lines=20)
             with gr.Row():
                 sliders = [_slider(name, *bounds) for name, bounds in SLIDERS.items()]
             with gr.Row():
                 export = gr.Button(I18N("export"), size="sm", scale=0, min_width=200)
                 links = gr.Markdown(sanitize_html=False)
-        _connect(handlers, turns, panes, box, system, [*sliders, thinking], clear)
-        export.click(export_links, [turns, system], links, api_visibility="private", show_progress="hidden")
+        _connect(handlers, turns, panes, box, [system, tools], [*sliders, thinking, tools], clear)
+        export.click(export_links, [turns, system, tools], links, api_visibility="private", show_progress="hidden")
         page.load(handlers.show, turns, _shown(panes), api_visibility="private", show_progress="hidden")
     handlers.page = page
     page.queue(max_size=MAX_JOBS, default_concurrency_limit=None, api_open=False)
@@ -66,19 +72,23 @@ def _shown(panes: list[tuple]) -> list[gr.HTML]:
     return [shown for _picker, shown, _status in panes]
 
 
-def _connect(handlers: Handlers, turns, panes: list[tuple], box, system, settings: list, clear) -> None:
-    """Connect the events: each way to ask shows the question first, then waits for its reply."""
+def _connect(handlers: Handlers, turns, panes: list[tuple], box, given: list, settings: list, clear) -> None:
+    """Connect the events: each way to ask shows the question first, then waits for its reply.
+
+    `given` are the boxes of system prompt and tools.
+    """
+    system = given[0]
     pickers = [picker for picker, _shown_pane, _status in panes if picker]
     shown, status = _shown(panes), [line for _picker, _shown_pane, line in panes]
     # Only an event that goes through the queue can show why it was refused.
     now = {"show_progress": "hidden", "outputs": [box, turns, *shown]}
     hidden = {**now, "api_visibility": "private"}
-    asked = [box.submit(handlers.ask, [box, turns, system], api_name="say", **now)]
+    asked = [box.submit(handlers.ask, [box, turns, *given], api_name="say", **now)]
     for pane in shown:
         asked += [
-            pane.retry(handlers.ask_again, [turns, system], **hidden),
-            pane.edit(handlers.ask_edited, [turns, system], **hidden),
-            pane.example_select(handlers.ask_example, [turns, system], **hidden),
+            pane.retry(handlers.ask_again, [turns, *given], **hidden),
+            pane.edit(handlers.ask_edited, [turns, *given], **hidden),
+            pane.example_select(handlers.ask_example, [turns, *given], **hidden),
         ]
     replies = [
         event.success(
@@ -100,7 +110,7 @@ def _connect(handlers: Handlers, turns, panes: list[tuple], box, system, setting
         pane.undo(handlers.undo, turns, cancels=replies, **hidden)
         if handlers.feedback:
             like = handlers.like_in(index)
-            pane.like(like, [turns, system], None, api_visibility="private", show_progress="hidden")
+            pane.like(like, [turns, *given], None, api_visibility="private", show_progress="hidden")
     clear.click(handlers.clear, None, cancels=replies, **hidden)
 
 

@@ -39,9 +39,10 @@ JOINER = "\u2060"  # invisible
 class LocalReply:
     """A reply that the decoder is making."""
 
-    def __init__(self, chat: Chat, request):
+    def __init__(self, chat: Chat, request, tools: list[dict] | None = None):
         self.chat = chat
         self.request = request
+        self.tools = tools
         self.cancel = request.cancel
 
     @property
@@ -59,7 +60,7 @@ class LocalReply:
     def read(self) -> tuple[dict, bool, int]:
         """Return the message up to now, whether the model ended it, and its number of tokens."""
         request = self.request
-        reply = self.chat.to_reply(list(request.ids), request.prompt, growing=not request.done)
+        reply = self.chat.to_reply(list(request.ids), request.prompt, growing=not request.done, tools=self.tools)
         return {key: reply.message[key] for key in reply.message if key != "role"}, reply.ended, reply.num_tokens
 
 
@@ -76,6 +77,10 @@ class LocalModel:
         return bool(self.chat.renderer.thinking_switch)
 
     @property
+    def takes_tools(self) -> bool:
+        return self.chat.renderer.takes_tools
+
+    @property
     def thinks_by_default(self) -> bool:
         """Whether the switch is on at first: off where no trained reply had a thought."""
         return self.chat.renderer.thinking is not False
@@ -84,23 +89,31 @@ class LocalModel:
     def is_full(self) -> bool:
         return len(self.chat.decoder.waiting) >= self.chat.decoder.max_waiting
 
-    def fit(self, messages: list[dict], sampling: Sampling) -> list[dict]:
+    def fit(self, messages: list[dict], sampling: Sampling, *, tools: list[dict] | None = None) -> list[dict]:
         """Drop the oldest turns until the prompt and some of the reply fit; ValueError where the last alone doesn't."""
         messages = self.chat.history(messages)
         window = min(self.chat.context_window or MAX_CONTEXT, MAX_CONTEXT)
         room = min(sampling.max_new_tokens, window // 4)
         while num_questions(messages) > 1:
-            if len(self.chat.renderer.prompt(messages)) + room <= window:
+            if len(self.chat.renderer.prompt(messages, tools=tools)) + room <= window:
                 break
             messages = without_oldest(messages)
-        if len(self.chat.prompt_ids(messages)) >= window:
+        if len(self.chat.prompt_ids({"messages": messages, "tools": tools})) >= window:
             raise ValueError(f"the last message alone has more than {window:,} tokens")
         return messages
 
-    def start(self, messages: list[dict], sampling: Sampling, *, thinking: bool | None = None) -> LocalReply:
-        request = self.chat.decoder.add(self.chat.prompt_ids(messages, thinking=thinking), sampling)
+    def start(
+        self,
+        messages: list[dict],
+        sampling: Sampling,
+        *,
+        thinking: bool | None = None,
+        tools: list[dict] | None = None,
+    ) -> LocalReply:
+        prompt = self.chat.prompt_ids({"messages": messages, "tools": tools}, thinking=thinking)
+        request = self.chat.decoder.add(prompt, sampling)
         self.chat.decoder.start()
-        return LocalReply(self.chat, request)
+        return LocalReply(self.chat, request, tools)
 
 
 # --- on a server --------------------------------------------------------------------------------------------------
@@ -161,6 +174,7 @@ class RemoteModel:
     """A model on a server. `max_active` replies are requested at a time, `max_waiting` more wait here."""
 
     has_thinking_switch = False
+    takes_tools = False
     thinks_by_default = True
 
     def __init__(
@@ -189,7 +203,7 @@ class RemoteModel:
     def is_full(self) -> bool:
         return len(self.waiting) >= self.max_waiting
 
-    def fit(self, messages: list[dict], _sampling: Sampling) -> list[dict]:
+    def fit(self, messages: list[dict], _sampling: Sampling, **_tools) -> list[dict]:
         """Return the messages as they are: the server cuts to its own context window."""
         return messages
 
@@ -209,7 +223,7 @@ class RemoteModel:
                 f"--base_url {self.base_url}: {problem}; is the server up? (or name one: --model)"
             ) from None
 
-    def start(self, messages: Sequence[dict], sampling: Sampling, *, thinking: bool | None = None) -> RemoteReply:
+    def start(self, messages: Sequence[dict], sampling: Sampling, **_of_local_models) -> RemoteReply:
         """Request a reply; called in an event loop. Raises BusyError when too many wait."""
         if self.is_full:
             raise BusyError(f"{len(self.waiting)} requests are waiting")

@@ -10,7 +10,7 @@ import gradio as gr
 
 from sft.web import markdown
 from sft.web.text import label
-from sft.web.turns import EXAMPLES, Turn, has_text
+from sft.web.turns import EXAMPLES, Turn, has_text, open_calls
 
 FOLDER = Path(__file__).parent
 ICONS = {  # paths of a 24 x 24 drawing
@@ -29,15 +29,18 @@ def to_page(turns: Sequence[Turn], pane: int = 0, *, chinese: bool | None = None
         return [_examples(chinese)]
     last = len(turns) - 1
     return [
-        _question(index, turn.question, chinese)
+        _question(index, turn.question, open_calls(turns[:index], pane), chinese)
         + _reply(index, turn.reply(pane), chinese, growing=growing and index == last, is_last=index == last)
         for index, turn in enumerate(turns)
     ]
 
 
-def _question(index: int, question: str, chinese: bool | None) -> str:
+def _question(index: int, question: str, calls: Sequence[dict], chinese: bool | None) -> str:
+    """Return a question, or the results of `calls` under their names."""
     buttons = _button("copy", chinese) + _button("edit", chinese, send="send", cancel="cancel")
-    body = f'<div class="body" data-testid="user">{markdown.to_plain_html(question)}</div>'
+    names = ", ".join(call["function"]["name"] for call in calls)
+    title = f"<small>{html.escape(label('result', chinese))} · {html.escape(names)}</small>" if calls else ""
+    body = f'{title}<div class="body" data-testid="user">{markdown.to_plain_html(question)}</div>'
     return _message("user", index, question, body, buttons, chinese)
 
 

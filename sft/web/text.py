@@ -13,6 +13,7 @@ TEXTS = {
     "repetition_penalty": ("Repetition penalty", "重复惩罚"),
     "max_new_tokens": ("Longest reply, in tokens", "回复最多的词元数"),
     "thinking": ("Think before the reply", "先思考再回答"),
+    "tools": ("Tools: a JSON list of function definitions", "工具：函数定义的 JSON 列表"),
     "export": ("Export the conversation", "导出对话"),
     "clear": ("New conversation", "新对话"),
 }
@@ -23,6 +24,7 @@ LABELS = {
     "thought": ("Thought", "思考过程"),
     "thinking": ("Thinking …", "正在思考…"),
     "call": ("Call", "调用"),
+    "result": ("Result", "结果"),
     "copy": ("Copy", "复制"),
     "copied": ("Copied", "已复制"),
     "copy_code": ("Copy the code", "复制代码"),
@@ -48,6 +50,11 @@ LABELS = {
     "too_long": ("longer than {limit:,} characters; shorten it", "超过 {limit:,} 个字符，请缩短"),
     "too_many_turns": ("more than {limit} turns; clear it and start anew", "超过 {limit} 轮，请清空后重新开始"),
     "out_of_range": ("{name} must be between {low} and {high}", "{name} 应在 {low} 到 {high} 之间"),
+    "bad_tools": ("tools: {error}", "工具定义有误：{error}"),
+    "results": (
+        "the model waits for the results of {count} calls: write one on each line",
+        "模型在等 {count} 个调用的结果：每行写一个",
+    ),
     "no_message": ("no such message", "没有这条消息"),
     "busy": ("too many are waiting; try again later", "现在人太多，请稍后再试"),
     "too_often": ("too many requests; wait a minute", "请求太频繁，请稍后再试"),

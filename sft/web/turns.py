@@ -9,11 +9,13 @@ from dataclasses import dataclass
 import gradio as gr
 
 from sft.chat.sampling import Sampling
+from sft.opendata.messages import read_tools
 from sft.web.text import refusal
 
 MAX_MESSAGE = 8_000  # characters of a message or of the system prompt
 MAX_CONVERSATION = 32_000  # characters of the messages for a model, counted before anything is tokenised
 MAX_TURNS = 50
+MAX_TOOLS = 16_000  # characters of the definitions
 SLIDERS = {  # lowest, highest, step; the defaults are Sampling's
     "temperature": (0.0, 2.0, 0.05),
     "top_p": (0.05, 1.0, 0.05),
@@ -45,15 +47,34 @@ def has_text(reply: dict) -> bool:
 
 
 def to_messages(turns: Sequence[Turn], pane: int, system: str = "") -> list[dict]:
-    """Return the messages of a pane's model; a question without its answer counts only as the last one."""
+    """Return the messages of a pane's model; a question without its answer counts only as the last one.
+
+    A question that follows calls is their result: of several, a line for each.
+    """
     messages = [{"role": "system", "content": system}] if system else []
     for turn in turns:
         reply = turn.reply(pane)
         if has_text(reply) or turn is turns[-1]:
-            messages.append({"role": "user", "content": turn.question})
+            calls = messages[-1].get("tool_calls") if messages else None
+            messages += to_results(calls, turn.question) if calls else [{"role": "user", "content": turn.question}]
         if has_text(reply):
             messages.append({"role": "assistant", "content": "", **reply})
     return messages
+
+
+def to_results(calls: Sequence[dict], text: str) -> list[dict]:
+    """Return the result of each call as a message."""
+    lines = [text] if len(calls) == 1 else text.splitlines()
+    return [
+        {"role": "tool", "name": call["function"]["name"], "content": line.strip()}
+        | ({"tool_call_id": call["id"]} if call.get("id") else {})
+        for call, line in zip(calls, [*lines, *[""] * len(calls)], strict=False)
+    ]
+
+
+def open_calls(turns: Sequence[Turn], pane: int) -> Sequence[dict]:
+    """Return the calls that a pane's next message is the result of."""
+    return (turns[-1].reply(pane).get("tool_calls") if turns else None) or ()
 
 
 def check(turns: Sequence[Turn], system: str, request: gr.Request | None = None) -> str:
@@ -63,7 +84,26 @@ def check(turns: Sequence[Turn], system: str, request: gr.Request | None = None)
         raise refusal(request, "too_long", limit=MAX_MESSAGE)
     if len(turns) > MAX_TURNS:
         raise refusal(request, "too_many_turns", limit=MAX_TURNS)
+    before, answer = turns[:-1], turns[-1].question
+    counts = [len(open_calls(before, pane)) for pane in range(max((len(turn.replies) for turn in before), default=0))]
+    if max(counts, default=0) > 1 and len(answer.splitlines()) != max(counts):
+        raise refusal(request, "results", count=max(counts))
     return system
+
+
+def to_tools(text: str, request: gr.Request | None = None) -> list[dict] | None:
+    """Return the tool definitions that the page's box holds; raise gr.Error for what is none."""
+    text = clean(str(text or ""))
+    if not text:
+        return None
+    if len(text) > MAX_TOOLS:
+        raise refusal(request, "too_long", limit=MAX_TOOLS)
+    try:
+        found = json.loads(text)
+        return read_tools(found if isinstance(found, dict) and "tools" in found else {"tools": found}) or None
+    except (ValueError, RecursionError) as error:  # of JSON, or a RecordError
+        line = str(error).splitlines()[0][:200]
+        raise refusal(request, "bad_tools", error=line) from None
 
 
 def to_sampling(values: Sequence, request: gr.Request | None = None) -> Sampling:
@@ -103,13 +143,14 @@ def num_characters(messages: Sequence[dict]) -> int:
 # --- export -------------------------------------------------------------------------------------------------------
 
 
-def export_links(turns: Sequence[Turn], system: str = "") -> str:
+def export_links(turns: Sequence[Turn], system: str = "", tools: str = "") -> str:
     """Return links that hold the conversation as data: JSON (canonical, a record for each pane) and Markdown."""
     turns = answered(turns)
     if not turns:
         return ""
     panes = range(max(len(turn.replies) for turn in turns))
-    records = [to_record(to_messages(turns, pane, clean(system or ""))) for pane in panes]
+    definitions = to_tools(tools)
+    records = [to_record(to_messages(turns, pane, clean(system or "")), definitions) for pane in panes]
     lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     text = "\n---\n\n".join("".join(map(_to_markdown, record["messages"])) for record in records)
     return " · ".join([_data_link("json", "application/json", lines), _data_link("md", "text/markdown", text)])
@@ -120,7 +161,12 @@ def _data_link(name: str, kind: str, body: str) -> str:
     return f'<a download="conversation.{name}" href="data:{kind};base64,{data}">{name}</a>'
 
 
-HEADINGS = {"system": "System · 系统", "user": "User · 用户", "assistant": "Assistant · 助手"}
+HEADINGS = {
+    "system": "System · 系统",
+    "user": "User · 用户",
+    "assistant": "Assistant · 助手",
+    "tool": "Result · 结果",
+}
 
 
 def _to_markdown(message: dict) -> str:
@@ -133,7 +179,9 @@ def _to_markdown(message: dict) -> str:
     return "\n\n".join(parts) + "\n\n"
 
 
-def to_record(messages: list[dict]) -> dict:
+def to_record(messages: list[dict], tools: list[dict] | None = None) -> dict:
     """Return the canonical record that sft.opendata and train.py read."""
-    name = hashlib.sha256(json.dumps(messages, ensure_ascii=False).encode()).hexdigest()[:16]
-    return {"id": f"web_demo-{name}", "source": "web_demo", "messages": messages}
+    hashed = messages if tools is None else [*messages, tools]
+    name = hashlib.sha256(json.dumps(hashed, ensure_ascii=False).encode()).hexdigest()[:16]
+    record = {"id": f"web_demo-{name}", "source": "web_demo", "messages": messages}
+    return record | ({"tools": tools} if tools else {})

@@ -1,6 +1,7 @@
 """A file of questions: checked as a whole, answered once, in order, resumed after a kill."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -36,6 +37,44 @@ def test_a_question_file_may_hold_any_form():
     for broken in ({"messages": [{"role": "assistant", "content": "b"}]}, {"prompt": " "}, {"prompt": "\ud800"}, 5):
         with pytest.raises(RecordError):
             to_prompt(broken)
+
+
+def test_a_record_brings_its_own_tools_and_template_variables(tiny_base, tmp_path):
+    tool = {"name": "t", "parameters": {"type": "object", "properties": {}}}
+    records = [
+        {"prompt": "你好"},
+        {"prompt": "你好", "tools": [tool]},
+        {"messages": asked("你好"), "tools": json.dumps([tool]), "chat_template_kwargs": {"tone": "dry"}},
+    ]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    base = tmp_path / "base"
+    shutil.copytree(tiny_base("qwen2"), base)
+    (base / "chat_template.jinja").write_text(
+        "{% if tools %}<|im_start|>tools\n{{ tools | tojson }}{{ tone }}<|im_end|>\n{% endif %}"
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+        "{% for call in m.tool_calls or [] %}<call>{{ call.function.name }}{{ call.function.arguments | tojson }}"
+        "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    chat = load_chat(str(base), chat_format="base")
+    questions = [question for _line, question in read_questions(str(tmp_path / "in.jsonl"))]
+    prompts = [chat.renderer.tokenizer.decode(chat.prompt_ids(question)) for question in questions]
+    shown = '<|im_start|>tools\n[{"type": "function", "function": {"name": "t", "parameters": {"type": "object", '
+    shown += '"properties": {}}}}]'
+    plain = "<|im_start|>user\n你好<|im_end|>\n<|im_start|>assistant\n"
+    assert prompts == [plain, f"{shown}<|im_end|>\n{plain}", f"{shown}dry<|im_end|>\n{plain}"]
+    reply_to_file(chat, str(tmp_path / "in.jsonl"), str(tmp_path / "out.jsonl"), sampling=Sampling(max_new_tokens=1))
+    answers = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [answer.get("chat_template_kwargs") for answer in answers] == [None, None, {"tone": "dry"}]
+    assert [tool["function"]["name"] for answer in answers for tool in answer.get("tools", [])] == ["t", "t"]
+
+
+def test_records_with_tools_are_refused_in_one_line_where_the_format_has_no_place(tiny_base, tmp_path):
+    (tmp_path / "in.jsonl").write_text('{"prompt": "a", "tools": [{"name": "t"}]}\n')
+    chat = load_chat(str(tiny_base("qwen2")), chat_format="blossom")
+    with pytest.raises(ValueError, match=r"in.jsonl line 1: chat format 'blossom' has no place for tools; use chatml"):
+        reply_to_file(chat, str(tmp_path / "in.jsonl"), str(tmp_path / "out.jsonl"))
+    with pytest.raises(RecordError, match="is a list; write an object of template variables"):
+        to_prompt({"prompt": "a", "chat_template_kwargs": [1]})
 
 
 @pytest.fixture

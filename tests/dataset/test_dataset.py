@@ -17,7 +17,8 @@ from sft.dataset.dataset import Examples, TrainingRows, file_hashes, find_files,
 from sft.dataset.ledger import check_losses, ledger_lines
 from sft.dataset.tokenise import BATCH_SIZE, batches
 from sft.format.render import Renderer
-from sft.format.tokens import IGNORE_INDEX
+from sft.format.tokens import IGNORE_INDEX, empty_row
+from sft.opendata.fields import RecordError
 from tests.conftest import ROOT
 
 
@@ -293,6 +294,13 @@ def test_a_bulk_encoder_that_is_found_wrong_is_left_out_and_said(tmp_path, rende
     assert examples[199]["input_ids"].tolist() == expected.input_ids.tolist()
 
 
+def plain_row(renderer: Renderer, messages: list[dict], max_length: int):
+    try:
+        return renderer.render(messages, max_length=max_length)
+    except RecordError as error:
+        return empty_row(error.reason, str(error))
+
+
 def test_the_bulk_way_gives_the_rows_of_the_plain_way(family, tokenizer_of):
     messages = [
         [{"role": role, "content": text} for role, text in zip(("user", "assistant") * 3, texts, strict=False)]
@@ -308,7 +316,7 @@ def test_the_bulk_way_gives_the_rows_of_the_plain_way(family, tokenizer_of):
     renderer = Renderer(tokenizer_of(family), "blossom")
     renderer.use_bulk_encoder(messages)
     rows = renderer.render_rows(messages, max_length=150)
-    plain = [renderer.render_or_reason(each, max_length=150) for each in messages]
+    plain = [plain_row(renderer, each, 150) for each in messages]
     assert rows.outcomes == [each.outcome for each in plain]
     assert rows.lengths.tolist() == [len(each.input_ids) for each in plain if len(each.input_ids)]
     assert rows.input_ids.tolist() == [token for each in plain for token in each.input_ids.tolist()]
@@ -335,7 +343,7 @@ def test_the_bulk_way_cuts_where_the_plain_way_cuts(family, tokenizer_of):
     shortest, longest = len(renderer.prompt(messages[0][:1])), max(len(renderer.render(m).input_ids) for m in messages)
     for max_length in range(shortest - 1, longest + 1):
         rows = renderer.render_rows(messages, max_length=max_length)
-        plain = [renderer.render_or_reason(each, max_length=max_length) for each in messages]
+        plain = [plain_row(renderer, each, max_length) for each in messages]
         assert rows.outcomes == [each.outcome for each in plain], max_length
         assert rows.input_ids.tolist() == [token for each in plain for token in each.input_ids.tolist()], max_length
         assert rows.labels.tolist() == [token for each in plain for token in each.labels.tolist()], max_length

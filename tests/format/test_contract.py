@@ -72,7 +72,7 @@ def test_a_conversation_whose_tools_are_rendered_otherwise_than_served_is_found(
     renderer = saved[0]
     probes = list(probe_tool_conversations())
     assert check_contract(renderer, probes) == []
-    monkeypatch.setattr(renderer._own, "prompt", lambda messages, tools, thinking: "<|im_start|>assistant\n")
+    monkeypatch.setattr(renderer._own, "prompt", lambda messages, tools, thinking, variables: "<|im_start|>assistant\n")
     assert any("gives other ids than training does" in problem for problem in check_contract(renderer, probes))
 
 

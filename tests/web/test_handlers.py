@@ -7,11 +7,13 @@ from types import SimpleNamespace
 import gradio as gr
 import pytest
 
+from sft.chat.reply import load_chat
 from sft.chat.sampling import Sampling
 from sft.opendata import __main__ as opendata
+from sft.opendata.conversation import validate
 from sft.web import handlers as handlers_module
 from sft.web.models import LocalModel
-from sft.web.turns import Turn, num_questions, to_messages
+from sft.web.turns import Turn, num_questions, to_messages, to_record, to_tools
 
 TURNS = [Turn("一", ({"content": "二"},)), Turn("三")]
 ANSWERED = [TURNS[0], Turn("三", ({"content": "四"},))]
@@ -81,12 +83,53 @@ def test_a_full_context_loses_its_oldest_turns_and_the_page_says_so(chat, new_ha
         LocalModel(chat).fit([{"role": "user", "content": "字词" * 2000}], Sampling())
 
     made = new_handlers()
-    pending = asyncio.run(made._start(None, made.models["tiny"], messages, Sampling(max_new_tokens=1), None))
+    settings = {"sampling": Sampling(max_new_tokens=1), "thinking": None, "tools": None}
+    pending = asyncio.run(made._start(None, made.models["tiny"], messages, **settings))
     chat.decoder.wait(pending.started.request)
     pending.update()
     left = 7 - num_questions(kept)
     assert f"context full, oldest {left} turns left out" in pending.status(False)
     assert f"上下文已满，最早的 {left} 轮已略去" in pending.status(True)
+
+
+CALLED = Turn("热吗", ({"tool_calls": [{"type": "function", "function": {"name": "t", "arguments": {"c": "巴黎"}}}]},))
+TOOLS = '[{"name": "t", "parameters": {"type": "object", "properties": {"c": {"type": "string"}}}}]'
+
+
+def test_a_message_behind_a_call_is_its_result(new_handlers):
+    _box, turns, page = new_handlers().ask(None, "18 度", [CALLED], "", TOOLS)
+    assert to_messages(turns, 0)[-1] == {"role": "tool", "name": "t", "content": "18 度"}
+    assert "<small>结果 · Result · t</small>" in page[-1]
+
+
+def test_results_of_several_calls_are_typed_one_on_a_line(new_handlers):
+    both = Turn(
+        "热吗",
+        ({"tool_calls": [{**call, "id": str(n)} for n, call in enumerate(2 * CALLED.replies[0]["tool_calls"])]},),
+    )
+    with pytest.raises(gr.Error, match="waits for the results of 2 calls"):
+        new_handlers().ask(None, "18", [both], "", TOOLS)
+    turns = new_handlers().ask(None, "18\n 20", [both], "", TOOLS)[1]
+    assert [(m["content"], m["tool_call_id"]) for m in to_messages(turns, 0)[2:]] == [("18", "0"), ("20", "1")]
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", '[{"description": "no name"}]', '"t"'])
+def test_tools_that_are_none_are_refused_in_one_line(text, new_handlers):
+    with pytest.raises(gr.Error, match=r"tools: [^\n]+$"):
+        new_handlers().ask(None, "a", [], "", text)
+
+
+def test_the_pages_tools_are_in_the_prompt_and_in_the_export(tiny_base, new_handlers):
+    chat = load_chat(str(tiny_base("qwen2")), chat_format="chatml")
+    model = LocalModel(chat)
+    tools = to_tools(TOOLS)
+    started = model.start([{"role": "user", "content": "热吗"}], Sampling(max_new_tokens=1), tools=tools)
+    chat.decoder.wait(started.request)
+    assert '{"type": "function", "function": {"name": "t"' in chat.renderer.tokenizer.decode(started.request.prompt)
+    record = to_record(to_messages([CALLED, Turn("18", ({"content": "十八度"},))], 0), tools)
+    assert record["tools"] == tools
+    assert [message["role"] for message in record["messages"]] == ["user", "assistant", "tool", "assistant"]
+    validate(record)
 
 
 def test_a_lone_surrogate_is_replaced(new_handlers):
