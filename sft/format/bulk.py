@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from sft.format.own_template import Turn
 
 MIN_FAST_BYTES = 2 << 20  # of data: for less, making the fastest encoder takes longer than it saves
+NUM_AT_ONCE = 100  # conversations encoded at a time where offsets are kept: these take many times the ids' memory
 PROOF_EXTRA_TOKENS = (8, 21)  # behind a short prompt: lengths at which a bulk encoder must cut as `render` does
 
 # Texts to token ids of all, and the number of tokens of each.
@@ -109,11 +110,12 @@ def render_segments(
     *,
     max_length: int | None,
     backend: Tokenizer,
-    render_alone: Callable[[int], Sequence[Rendered]],
+    render_others: Callable[[Sequence[int]], Sequence[Sequence[Rendered]]],
 ) -> Rows:
     """Render conversations without Python per token, and without any per row that simply fits.
 
-    `render_alone` renders the conversation of an index: one without segments, or whose cut can't be found by decoding.
+    `render_others` renders the conversations of some indices: those without segments, or whose cut can't be found by
+    decoding.
     """
     texts, is_reply, in_loss, row_sizes, num_rows = [], [], [], [], []
     for messages in batch:
@@ -149,7 +151,11 @@ def render_segments(
             replies, segment_ends = np.asarray(is_reply[segment]), np.cumsum(lengths[segment])
             around = text_around_by_decoding(backend, ids[token], int(segment_ends[~replies][0]))
             replaced[owner] = [shorten(ids[token], labels[token], segment_ends[replies], max_length, around)]
-    return _replace_rows(rows, {i: replaced[i] or render_alone(i) for i in sorted(replaced)}) if replaced else rows
+    others = [index for index, rendered in replaced.items() if not rendered]
+    for begin in range(0, len(others), NUM_AT_ONCE):
+        some = others[begin : begin + NUM_AT_ONCE]
+        replaced |= dict(zip(some, render_others(some), strict=True))
+    return _replace_rows(rows, dict(sorted(replaced.items()))) if replaced else rows
 
 
 def _replace_rows(rows: Rows, replaced: dict[int, Sequence[Rendered]]) -> Rows:

@@ -25,7 +25,7 @@ from functools import lru_cache
 from sft.format import bulk
 from sft.format.contract import choose_format, odd_conversations, own_chat_template, probe_conversations, saved_run
 from sft.format.own_template import OwnTemplate
-from sft.format.reply import NO_FRAME, field_beyond_text, split_reply
+from sft.format.reply import NO_FRAME, field_beyond_text, find_trained, split_reply
 from sft.format.table import CHAT_FORMATS, TURNS_TO_TRAIN, Part, adds_bos, bind_format, jinja_template, table_layout
 from sft.format.template import ChatTemplate, in_call_form, texts_in
 from sft.format.tokens import (
@@ -41,8 +41,6 @@ from sft.format.tokens import (
     unforgeable_backend,
 )
 from sft.opendata.fields import RecordError
-
-NUM_AT_ONCE = 100  # conversations encoded at a time where offsets are kept: these take many times the ids' memory
 
 
 class Renderer:
@@ -281,10 +279,9 @@ class Renderer:
             messages, tools = self._unpack(item)
             try:
                 if self._uses_template(messages, tools):
-                    trained = [n for n, m in enumerate(messages) if m["role"] == "assistant" and m.get("train", True)]
                     turns[index] = [
                         (self._to_encode(turn.prompt), self._to_encode(turn.reply))
-                        for turn in self._own.turns(messages, tools, trained=trained)
+                        for turn in self._own.turns(messages, tools, trained=find_trained(messages))
                     ]
                 else:
                     laid_out[index] = self.parts(messages)
@@ -310,17 +307,16 @@ class Renderer:
         """Return messages and tools of an item of a batch; with `train_turns` "last", one reply is left to train."""
         messages, tools = (item["messages"], item.get("tools")) if isinstance(item, Mapping) else (item, None)
         if self.train_turns == "last":
-            trained = [n for n, m in enumerate(messages) if m["role"] == "assistant" and m.get("train", True)]
+            earlier = find_trained(messages)[:-1]
             messages = [
-                {**message, "train": False} if index in trained[:-1] else message
-                for index, message in enumerate(messages)
+                {**message, "train": False} if index in earlier else message for index, message in enumerate(messages)
             ]
         return messages, tools
 
     def render_rows(self, batch: Sequence, *, max_length: int | None = None) -> Rows:
         """Render conversations in bulk."""
         if self._encode is None:
-            groups = (batch[start : start + NUM_AT_ONCE] for start in range(0, len(batch), NUM_AT_ONCE))
+            groups = (batch[start : start + bulk.NUM_AT_ONCE] for start in range(0, len(batch), bulk.NUM_AT_ONCE))
             rendered = (rows for group in groups for rows in self._render_each(group, max_length))
             return join_rows(list(map(rows_or_reason, rendered)))
         unpacked = [self._unpack(item) for item in batch]
@@ -333,7 +329,9 @@ class Renderer:
             self._encode,
             max_length=max_length,
             backend=self._backend,
-            render_alone=lambda index: rows_or_reason(self._render_each([batch[index]], max_length)[0]),
+            render_others=lambda indices: list(
+                map(rows_or_reason, self._render_each([batch[index] for index in indices], max_length))
+            ),
         )
 
     def _segments(self, messages: Sequence[dict]) -> bulk.Segments | None:

@@ -305,6 +305,11 @@ SYNTAXES = (
 )
 
 
+def find_trained(messages: Sequence[dict]) -> list[int]:
+    """Return the indices of the replies that are trained."""
+    return [n for n, message in enumerate(messages) if message["role"] == "assistant" and message.get("train", True)]
+
+
 def field_beyond_text(message: dict) -> str:
     """Name what a message holds beside text, as a table's layout has no place for it."""
     if len(message) == 2:  # role and content, the common case
