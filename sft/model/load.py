@@ -311,9 +311,7 @@ def offload_activations(model) -> str:
     """
     import torch
 
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    weight, contexts = base.get_input_embeddings().weight, []
-    size = getattr(weight, "ds_shape", weight.shape)[-1]  # ZeRO-3 leaves an empty weight
+    size, contexts = model.config.get_text_config().hidden_size, []
 
     def pack(tensor):
         if tensor.ndim != 3 or tensor.shape[-1] != size:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 import train
 from sft.checkpoint.consolidate import consolidate
 from sft.checkpoint.manifest import find_checkpoint, hash_files, write_manifest
-from sft.checkpoint.resume import compare_fingerprints, describe_resume
+from sft.checkpoint.resume import check_unchanged, compare_fingerprints, describe_resume
 from sft.checkpoint.save import list_files
 from sft.train.trainer import Trainer
 from tests.conftest import ROOT
@@ -268,6 +268,18 @@ def test_a_change_is_named_with_both_values_and_refused_unless_allowed():
         [],
     )
     assert compare_fingerprints(old, old, []) == ([], [])
+
+
+def test_another_number_of_gpus_to_a_row_is_refused_and_allowed_with_its_batch(tmp_path, capsys):
+    """Two processes take 1 x 4 rows each; as a group that shares its rows they take 1 x 8."""
+    sizes = {"world_size": 2, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
+    shared = sizes | {"gradient_accumulation_steps": 8, "sequence_parallel_size": 2}
+    old, new = ({"exact": exact, "told": {}} for exact in (sizes, shared))
+    (tmp_path / "fingerprint.json").write_text(json.dumps(old))
+    with pytest.raises(ValueError, match="add --allow_changed sequence_parallel_size"):
+        check_unchanged(str(tmp_path), new, None, print)
+    changed = check_unchanged(str(tmp_path), new, "sequence_parallel_size", print)
+    assert sorted(changed) == ["gradient_accumulation_steps", "sequence_parallel_size"]
 
 
 # --- two processes, for real --------------------------------------------------------------------------------------

@@ -84,6 +84,17 @@ def test_processes_share_the_rows_of_an_update(processes, rows, shared, said, sh
     assert (tuple(found), done.stderr) == (shared, said)
 
 
+def test_processes_that_share_rows_take_them_once(show, tmp_path):
+    """8 processes in groups of 4 are two that share an update of 4 x 8 rows."""
+    fake = tmp_path / "python"
+    fake.write_text(f'#!/bin/sh\n[ "$3" = --processes ] && echo 8 && exit\nexec {show} "$@"\n')
+    fake.chmod(0o755)
+    knobs = {"MODEL": "m", "OUTPUT": "o", "PYTHON": str(fake), "BATCH_SIZE": "4", "ACCUMULATION": "8"}
+    flags = json.loads(sh("ds_all.sh", SEQUENCE_PARALLEL="4", **knobs).stdout)
+    assert [flags[flags.index(f"--{name}") + 1] for name in SHARED] == ["4", "4"]
+    assert flags[-2:] == ["--sequence_parallel_size", "4"]
+
+
 @pytest.mark.parametrize("bad", [{"BATCH_SIZE": "x"}, {"ACCUMULATION": "0"}, {"BATCH_SIZE": "-2"}])
 def test_rows_that_are_no_number_are_one_line(bad, show):
     done = sh("base_run.sh", MODEL="m", LAUNCHER=show, NUM_PROCESSES="2", **bad)
@@ -97,6 +108,11 @@ def test_rows_that_are_no_number_are_one_line(bad, show):
     [
         ({"ZERO": "5"}, "ZERO=5: use 2 or 3"),
         ({"OFFLOAD": "yes"}, "OFFLOAD=yes: use 0 or 1"),
+        ({"SEQUENCE_PARALLEL": "0"}, "SEQUENCE_PARALLEL=0: use a whole number from 1"),
+        (
+            {"SEQUENCE_PARALLEL": "2", "NUM_GPUS": "3"},
+            "SEQUENCE_PARALLEL=2: 3 processes can't be divided by it",
+        ),
         ({"NUM_GPUS": "0"}, "NUM_GPUS=0: use a whole number, 1 or more"),
         ({"HOSTFILE": "/nowhere"}, "HOSTFILE=/nowhere: no such file; a line for each machine: name slots=8"),
         ({"NNODES": "2"}, "several machines: name OUTPUT, one folder that all of them see"),

@@ -215,6 +215,17 @@ def test_a_wrong_value_for_the_chat_template_is_one_line(flag, value, problem, t
         ("--do_train false", "--do_train false: train.py always trains"),
         ("--do_predict", "--do_predict true: train.py predicts nothing"),
         ("--fsdp full_shard", "--fsdp full_shard: checkpoints of train.py are plain or DeepSpeed's; use --deepspeed"),
+        ("--sequence_parallel_size 0", "--sequence_parallel_size 0: must be at least 1"),
+        ("--sequence_parallel_size 2", "--sequence_parallel_size 2: works with --deepspeed ds_zero2.json or ds_zero3"),
+        (
+            "--sequence_parallel_size 2 --deepspeed ds_zero3.json --packing false",
+            "--sequence_parallel_size 2: only packed rows are shared; leave out --packing false",
+        ),
+        (
+            "--sequence_parallel_size 2 --deepspeed ds_zero3.json --neftune_noise_alpha 5",
+            "--sequence_parallel_size 2: --neftune_noise_alpha scales by the length of whole rows",
+        ),
+        ("--activation_offload", "--activation_offload: moves what checkpointing keeps; add --gradient_checkpointing"),
         ("--hub_strategy checkpoint", "--hub_strategy checkpoint: the model is pushed once, after training"),
     ],
 )
