@@ -301,10 +301,13 @@ def build_trainer(run: Run, data: Data, **options) -> Trainer:
 def build_model(run: Run):
     """Load the base (fp32 masters), add the adapters if asked, and set the stop ids."""
     flags, training, renderer = run.settings.model, run.settings.training, run.renderer
+    compute = "float16" if training.fp16 else "float32"
+    if training.bf16:
+        compute = "bfloat16"
     model = models.load_model(
         run.model_path,
         dtype=flags.dtype,
-        compute="bfloat16" if training.bf16 else "float16" if training.fp16 else "float32",
+        compute=compute,
         lora=flags.lora,
         load_in_4bit=flags.load_in_4bit,
         attn_implementation=flags.attn_implementation,

@@ -21,7 +21,9 @@ from pathlib import Path
 
 from sft.files import CACHE_DIR, write_json
 
-BASE_RECORD, RUN_RECORD, ADAPTER = "base.json", "run.json", "adapter_config.json"
+BASE_RECORD = "base.json"
+RUN_RECORD = "run.json"
+ADAPTER = "adapter_config.json"
 CONFIG = "config.json"
 # As transformers chooses: one file, else the shards that an index lists.
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -89,7 +91,8 @@ def hash_config(path: Path) -> str:
 
 def hash_in_threads(files: Sequence[Path], cache: Path) -> list[str]:
     """Return the sha256 of each file, several at a time, in threads that an exit doesn't wait for."""
-    waiting, found = queue.SimpleQueue(), [Future() for _file in files]
+    waiting = queue.SimpleQueue()
+    found = [Future() for _file in files]
     for file, future in zip(files, found, strict=True):
         waiting.put((file, future))
 
@@ -146,13 +149,16 @@ class BaseIdentity:
     """The identity of a run's base, hashed in the background from the files that the model was loaded from."""
 
     def __init__(self, model: str, *, cache_dir: str, say: Callable[[str], None]):
-        self._model, self._cache_dir, self._say = model, cache_dir, say
+        self._model = model
+        self._cache_dir = cache_dir
+        self._say = say
         self._future: Future | None = None
 
     def start(self) -> None:
         """Hash in a thread that an exit doesn't wait for; on the one rank that saves."""
         self._future = Future()
-        arguments, options = (self._future, identify_base, self._model), {"cache_dir": self._cache_dir}
+        arguments = (self._future, identify_base, self._model)
+        options = {"cache_dir": self._cache_dir}
         threading.Thread(target=complete, args=arguments, kwargs=options, daemon=True).start()
 
     def wait(self) -> dict | None:

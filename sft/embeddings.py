@@ -41,7 +41,8 @@ class Embedding(NamedTuple):
     def read(self, ids: Sequence[int]) -> np.ndarray:
         """Return the rows of `ids` in fp32, (ids, hidden)."""
         kind = np.dtype(DTYPES[self.dtype])
-        size, rows = self.hidden * kind.itemsize, []
+        size = self.hidden * kind.itemsize
+        rows = []
         with open(self.file, "rb") as stream:
             for token_id in ids:
                 stream.seek(self.begin + token_id * size)

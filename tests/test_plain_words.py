@@ -147,3 +147,23 @@ def test_scripts_and_html_pages_are_plain(path):
 )
 def test_the_dialect_is_found(text, expected):
     assert [word for _line, word, _text in dialect([(1, text)])] == expected
+
+
+PRODUCT = [path for path in PYTHON if not path.is_relative_to(ROOT / "tests")]
+
+
+def is_product_with_condition(node: ast.AST) -> bool:
+    """Whether a list, tuple or text is multiplied with a condition, where an `if` would say it."""
+    if not (isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult)):
+        return False
+    holds = isinstance(node.right, ast.Compare | ast.BoolOp) or ast.unparse(node.right).startswith(("bool(", "not "))
+    return holds and isinstance(node.left, ast.List | ast.Tuple | ast.Constant)
+
+
+@pytest.mark.parametrize("path", PRODUCT, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_line_has_one_condition(path):
+    for node in ast.walk(syntax(path)):
+        if isinstance(node, ast.IfExp):
+            inner = [each for part in (node.test, node.body, node.orelse) for each in ast.walk(part)]
+            assert not any(isinstance(each, ast.IfExp) for each in inner), f"line {node.lineno}: nested conditionals"
+        assert not is_product_with_condition(node), f"line {node.lineno}: write an if"

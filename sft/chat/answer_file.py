@@ -77,7 +77,8 @@ def check_questions(source: str, system: str | None, check: Callable[[list[dict]
 
     Raises ValueError with file and line for a conversation that can't be answered, before any is answered.
     """
-    count, digest = 0, hashlib.sha256()
+    count = 0
+    digest = hashlib.sha256()
     for line, messages in read_questions(source, system):
         try:
             check(messages)

@@ -168,7 +168,9 @@ class Decoder:
         with self.changed:
             self._fail([*self.waiting, *self._active_requests()], error)
             self.waiting.clear()
-            self.batches, self.prefilling, self._worker = [], None, None
+            self.batches = []
+            self.prefilling = None
+            self._worker = None
 
     def _remove_done(self) -> None:
         """Remove the requests that are complete or cancelled."""

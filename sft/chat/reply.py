@@ -90,7 +90,9 @@ class Chat:
 
         The seed of each reply is made of `seed` and its key: it doesn't depend on the other questions.
         """
-        decoder, left, running = self.new_decoder(), iter(questions), {}
+        decoder = self.new_decoder()
+        left = iter(questions)
+        running = {}
         decoder.max_active = at_once
         while True:
             for key, messages in itertools.islice(left, 2 * at_once - len(running)):
@@ -108,7 +110,8 @@ class Chat:
 
     def reply_with_pieces(self, messages: Sequence[dict], sampling: Sampling = BLOSSOM) -> tuple[Reply, list[Piece]]:
         """Reply, and return the probability of each token; see `sft.chat.token_probabilities`."""
-        decoder, prompt = self.new_decoder(), self.prompt_ids(messages)
+        decoder = self.new_decoder()
+        prompt = self.prompt_ids(messages)
         request = decoder.add(prompt, sampling)
         decoder.run()
         if request.error:

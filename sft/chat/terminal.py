@@ -96,7 +96,8 @@ class Dialogue:
                 self.turns[name] += [turn, message]
 
     def _print_reply(self, chat: Chat, messages: list[dict]) -> dict | None:
-        reply, end = None, ""
+        reply = None
+        end = ""
         try:
             if self.show_probabilities:
                 reply, pieces = chat.reply_with_pieces(messages, self.sampling)
@@ -125,7 +126,9 @@ def _result(call: dict, text: str) -> dict:
 
 def _print_stream(chat: Chat, messages: list[dict], sampling: Sampling) -> Iterator[Reply]:
     """Print each new part of a reply and yield the reply; thoughts are folded, calls printed when they are complete."""
-    printed, folded, message = "", False, {}
+    printed = ""
+    folded = False
+    message = {}
     with closing(chat.stream_reply(messages, sampling)) as stream:
         for reply in stream:
             message = _message(reply)

@@ -24,7 +24,9 @@ def score(model, tokenizer, prompt: Sequence[int], ids: Sequence[int], *, num_al
     """Read prompt and reply once more and return the reply's pieces, its stop token included."""
     if not ids:
         return []
-    pieces, before, start = [], [], 0
+    pieces = []
+    before = []
+    start = 0
     scored = _probabilities(model, prompt, ids, num_alternatives + 1)
     for end in range(1, len(ids) + 1):
         group = list(ids[start:end])
@@ -38,7 +40,8 @@ def score(model, tokenizer, prompt: Sequence[int], ids: Sequence[int], *, num_al
         others = [(token, share) for token, share in scored[start][1] if token != group[0]][:num_alternatives]
         alternatives = [(_text(tokenizer, before, [token]), share) for token, share in others]
         pieces.append(Piece(text, probability, alternatives))
-        before, start = group, end
+        before = group
+        start = end
     return pieces
 
 

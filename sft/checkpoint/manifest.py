@@ -16,7 +16,9 @@ from pathlib import Path
 
 from sft.files import sync_file, sync_folder, write_json
 
-MANIFEST, FINGERPRINT, PROGRESS = "manifest.json", "fingerprint.json", "progress.json"
+MANIFEST = "manifest.json"
+FINGERPRINT = "fingerprint.json"
+PROGRESS = "progress.json"
 # No file with such a suffix may be in a checkpoint without being in its manifest: libraries would load it.
 LOADABLE_SUFFIXES = (".bin", ".json", ".pkl", ".pt", ".pth", ".py", ".safetensors")
 MAX_HASH_THREADS = 16

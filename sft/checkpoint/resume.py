@@ -9,7 +9,9 @@ from pathlib import Path
 from sft.checkpoint.manifest import FINGERPRINT
 
 MAX_VALUE_CHARACTERS = 300  # of a value in a message
-SAMPLE_BYTES, NUM_SAMPLES = 1 << 16, 64  # of each file of weights
+# of each file of weights
+SAMPLE_BYTES = 1 << 16
+NUM_SAMPLES = 64
 
 
 def make_fingerprint(flags: dict, *, versions: dict, **exact) -> dict:
@@ -30,9 +32,11 @@ def compare_fingerprints(old: dict, new: dict, allowed: Sequence[str]) -> tuple[
         return [
             f"--allow_changed {min(set(allowed) - fields)}: no such field; there are {', '.join(sorted(fields))}"
         ], []
-    refused, lines = [], []
+    refused = []
+    lines = []
     for field in sorted(fields):
-        before, now = old["exact"].get(field), new["exact"].get(field)
+        before = old["exact"].get(field)
+        now = new["exact"].get(field)
         if before == now:
             continue
         if isinstance(before, dict) and isinstance(now, dict):
@@ -45,7 +49,8 @@ def compare_fingerprints(old: dict, new: dict, allowed: Sequence[str]) -> tuple[
             refused.append(f"{change}; give the old one again, or add --allow_changed {field}")
     for field in sorted(old["told"].keys() | new["told"].keys()):
         if old["told"].get(field) != new["told"].get(field):
-            before, now = _brief(old["told"].get(field)), _brief(new["told"].get(field))
+            before = _brief(old["told"].get(field))
+            now = _brief(new["told"].get(field))
             lines.append(f"{field} was {before} and is {now}; results may differ in the last bits")
     return refused, lines
 

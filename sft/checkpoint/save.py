@@ -15,7 +15,8 @@ from sft.checkpoint.manifest import MANIFEST, is_of_run, list_checkpoints, read_
 from sft.files import PARTIAL, exchange, move_files, sync_folder, write_json
 from sft.launch.processes import LOCK, RANKS
 
-SAVING, MARKER = ".saving", "run.json"
+SAVING = ".saving"
+MARKER = "run.json"
 PAGE = "report.html"  # all that a run leaves that ended before its first checkpoint; written again at every start
 UNUSED_FILES = ("training_args.bin", "zero_to_fp32.py", "zero_to_torch.py")  # pickled arguments; scripts
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -52,7 +53,8 @@ def open_staging(output_dir: Path, run: str) -> Path:
 
 def remove_leftovers(output_dir: Path) -> list[str]:
     """Delete what a killed save left; return a line for each. ValueError when `.saving` is not of a run of ours."""
-    folder, lines = output_dir / SAVING, []
+    folder = output_dir / SAVING
+    lines = []
     if folder.is_dir() and any(folder.iterdir()):
         if not (folder / MARKER).is_file():
             raise ValueError(f"{folder}: this is not of a run of ours; move it away")

@@ -22,7 +22,8 @@ def verify_saved(folder: Path, expected: dict[str, tuple[int, ...]] | None = Non
     import torch
     from safetensors import safe_open
 
-    total, missing = 0, dict(expected or {})
+    total = 0
+    missing = dict(expected or {})
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise ValueError(f"{folder}: no weights were saved (under ZeRO-3, gather them: ds_zero3.json does)")

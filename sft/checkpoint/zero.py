@@ -53,7 +53,8 @@ def safe_deepspeed_loading() -> Iterator[None]:
     """Let DeepSpeed load its checkpoints through `load_safely`; 0.19 runs code that is pickled in them."""
     from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 
-    unsafe, known = TorchCheckpointEngine.load, [getattr(import_module(module), name) for module, name in ALLOWED]
+    unsafe = TorchCheckpointEngine.load
+    known = [getattr(import_module(module), name) for module, name in ALLOWED]
     TorchCheckpointEngine.load = lambda _self, path, map_location=None: load_safely(Path(path), known=known)
     try:
         yield
@@ -93,10 +94,13 @@ class Shards:
     def _slices_in_stage_3(self, groups: list) -> dict:
         """Return the same for ZeRO-3: each parameter is cut into one slice per rank, padded; a rank joins its own."""
         slices: dict = {name: [] for name in self.shapes}
-        sizes, part, start = [len(flat) for flat in self._ranks[0]["fp32_flat_groups"]], 0, 0
+        sizes = [len(flat) for flat in self._ranks[0]["fp32_flat_groups"]]
+        part = 0
+        start = 0
         for name, shape in ((name, shape) for group in groups for name, shape in group.items()):
             if start == sizes[part]:
-                part, start = part + 1, 0
+                part = part + 1
+                start = 0
             length = -(-shape.numel() // len(self._ranks))
             slices[name] = [(rank, part, start, length) for rank in range(len(self._ranks))]
             start += length
@@ -117,7 +121,8 @@ class Shards:
         """Return a parameter, or a moment of it, in its full shape, in fp32."""
         slices = self._slices[name]
         parts = [self._get_flat(rank, group, kind)[start : start + length] for rank, group, start, length in slices]
-        whole, numel = torch.cat(parts).float(), torch.Size(self.shapes[name]).numel()
+        whole = torch.cat(parts).float()
+        numel = torch.Size(self.shapes[name]).numel()
         if whole.numel() < numel:
             raise ValueError(f"{name} has {whole.numel()} numbers in the shards, not {numel}")
         return whole[:numel].reshape(self.shapes[name])

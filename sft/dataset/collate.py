@@ -18,7 +18,9 @@ class Collator:
     """
 
     def __init__(self, pad_token_id: int, multiple_of: int = 8, packed_length: int | None = None):
-        self.pad_token_id, self.multiple_of, self.packed_length = pad_token_id, multiple_of, packed_length
+        self.pad_token_id = pad_token_id
+        self.multiple_of = multiple_of
+        self.packed_length = packed_length
 
     def __call__(self, examples: Sequence[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:
         packed = "position_ids" in examples[0]

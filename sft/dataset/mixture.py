@@ -32,7 +32,8 @@ class Mixture:
     """
 
     def __init__(self, parts: Sequence[Part], *, seed: int):
-        self.parts, self.seed = parts, seed
+        self.parts = parts
+        self.seed = seed
         self.is_plain = all(part.times == 1 for part in parts)  # every example once
         self.changes = any(part.times != int(part.times) for part in parts)  # from epoch to epoch
 
@@ -42,10 +43,12 @@ class Mixture:
         return np.concatenate([np.zeros(0, np.int64), *taken])
 
     def _take(self, part: Part, number: int, epoch: int) -> np.ndarray:
-        size, count = part.stop - part.start, part.num_taken
+        size = part.stop - part.start
+        count = part.num_taken
         if count == size:
             return np.arange(part.start, part.stop)
-        begin, end = epoch * count, (epoch + 1) * count
+        begin = epoch * count
+        end = (epoch + 1) * count
         rounds = range(begin // size, -(-end // size)) if count else ()
         queue = [np.random.default_rng([self.seed, number, turn, 2]).permutation(size) for turn in rounds]
         first = rounds.start * size if count else 0

@@ -14,7 +14,8 @@ class Rows:
     """`rows[i]` is the numbers of the examples in row i, longest first; two flat arrays, however many rows."""
 
     def __init__(self, examples: np.ndarray, starts: np.ndarray):
-        self.examples, self.starts = examples, starts
+        self.examples = examples
+        self.starts = starts
 
     def __len__(self) -> int:
         return len(self.starts) - 1

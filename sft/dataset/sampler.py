@@ -39,13 +39,22 @@ class Updates:
         drop_last: bool = False,
         on_epoch: Callable[[int], None] | None = None,
     ):
-        self.num_rows, self.batch_size, self.accumulation = num_rows, batch_size, accumulation
-        self.world_size, self.rank, self.seed, self.shuffle = world_size, rank, seed, shuffle
+        self.num_rows = num_rows
+        self.batch_size = batch_size
+        self.accumulation = accumulation
+        self.world_size = world_size
+        self.rank = rank
+        self.seed = seed
+        self.shuffle = shuffle
         self.rows_per_update = batch_size * accumulation * world_size
         self.drop_last = drop_last and num_rows >= self.rows_per_update
         self.per_epoch = self._updates_in(num_rows)
-        self.epoch, self.first_epoch, self.taken, self._on_epoch = 0, 0, 0, on_epoch
-        self._ordered, self._rows = None, np.arange(num_rows)
+        self.epoch = 0
+        self.first_epoch = 0
+        self.taken = 0
+        self._on_epoch = on_epoch
+        self._ordered = None
+        self._rows = np.arange(num_rows)
 
     def _updates_in(self, rows: int) -> int:
         return rows // self.rows_per_update if self.drop_last else -(-rows // self.rows_per_update)
@@ -66,7 +75,8 @@ class Updates:
 
     def start_at(self, epoch: int, taken: int) -> int:
         """Begin in `epoch` after `taken` of its rows; return how many of its updates that stands for."""
-        self.first_epoch, self.taken = epoch, taken
+        self.first_epoch = epoch
+        self.taken = taken
         return self.per_epoch - self._updates_in(self.num_rows - taken)
 
     def is_over(self, taken: int) -> bool:

@@ -12,7 +12,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from sft.opendata.conversation import read_conversations
 from sft.opendata.files import list_files
 
-WORDS, CHARACTERS = 13, 20  # of a question in a row
+# of a question in a row
+WORDS = 13
+CHARACTERS = 20
 ANCHOR = 5  # tokens by which a run is looked up; shorter questions are not looked for
 _TOKEN = re.compile(r"[\u3400-\u9fff]|[^\W_\u3400-\u9fff]+")
 
@@ -61,7 +63,8 @@ def find_overlap(
     questions: Iterable[tuple[str, Sequence[str]]], paths: Sequence[str], *, encoding: str = "utf-8"
 ) -> dict:
     """Stream the data past the questions; return what was found of each, where first, and how much was read."""
-    index, found = Overlap(questions), {}
+    index = Overlap(questions)
+    found = {}
     counts = {"conversations": 0, "unreadable": 0}
     files = list(dict.fromkeys(file for path in paths for file in list_files(path)))
     for conversation, error, file, line in read_conversations(files, encoding=encoding):

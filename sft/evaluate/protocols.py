@@ -122,7 +122,8 @@ def read_rating(text: str) -> Verdict:
     """Read [[5]], or [5] if there is none. FastChat takes the first; several that differ are no verdict."""
     found = re.findall(_RATINGS[0], text) or re.findall(_RATINGS[1], text)
     ratings = [float(rating) for rating in found]
-    first, several = ratings[0] if ratings else None, len(set(ratings)) > 1
+    first = ratings[0] if ratings else None
+    several = len(set(ratings)) > 1
     return Verdict(first if ratings and not several and 1 <= first <= 10 else None, several, first)
 
 
@@ -144,7 +145,10 @@ def mt_fields(question: Question, turn: int, answers: dict[str, Sequence[str]]) 
 
 
 def _mt_prompt(prompts: dict, kind: str, question: Question, turn: int) -> dict:
-    name = f"{kind}-math-v1" if question.category in WITH_REFERENCE else f"{kind}-v{'2' if kind == 'pair' else '1'}"
+    version = "v2" if kind == "pair" else "v1"
+    if question.category in WITH_REFERENCE:
+        version = "math-v1"
+    name = f"{kind}-{version}"
     return prompts[name + ("-multi-turn" if turn == 2 else "")]
 
 
@@ -156,7 +160,8 @@ def mt_bench(questions: str | None = None, judge_prompts: str | None = None, ref
     known = {row["question_id"]: tuple(row["choices"][0]["turns"]) for row in kept}
     asked = []
     for row in rows:
-        number, category = row["question_id"], row["category"]
+        number = row["question_id"]
+        category = row["category"]
         needed = known.get(number) if category in WITH_REFERENCE else ()
         if needed is None or (needed and len(needed) < len(row["turns"])):
             raise ValueError(f"question {number} ({category}) has no reference answer; name them with --references")
@@ -248,7 +253,8 @@ def align_bench(questions: str, judge_prompts: str) -> Suite:
     for row in read_lines(questions, ("question_id", "category", "subcategory", "question", "reference")):
         if kinds.get(row["subcategory"]) not in sets:
             raise ValueError(f"{questions}: question {row['question_id']}: no dimensions for {row['subcategory']!r}")
-        turns, references = (row["question"],), (row["reference"],)
+        turns = (row["question"],)
+        references = (row["reference"],)
         temperature = temperatures.get(row["category"], 0.7)
         asked.append(
             Question(str(row["question_id"]), row["category"], turns, temperature, references, row["subcategory"])
@@ -260,7 +266,8 @@ def align_bench(questions: str, judge_prompts: str) -> Suite:
         fields = {"question": question.turns[0], "reference": question.references[0], "answer": said[0]}
         return [{"role": "user", "content": template.format(category=question.category, dimensions=lines, **fields)}]
 
-    parameters, prompts = {"temperature": 0}, load_pair_prompts()
+    parameters = {"temperature": 0}
+    prompts = load_pair_prompts()
     columns = align_columns()
     return Suite(asked, ask, read_align, columns, parameters, 683, "综合得分", repeat_empty=3, prompts=prompts)
 
@@ -284,7 +291,8 @@ _SCORE = r"得分\s*[:：]\s*(\d+(?:\.\d+)?)(?!\d|\.\d|\s*[%％]|\s*/\s*(?!1(?:\
 def read_belle(text: str) -> Verdict:
     """Read 得分: 0.8, from 0 to 1; several that differ are no verdict (BELLE leaves the reading to people)."""
     scores = [float(score) for score in re.findall(_SCORE, text)]
-    first, several = scores[0] if scores else None, len(set(scores)) > 1
+    first = scores[0] if scores else None
+    several = len(set(scores)) > 1
     return Verdict(first if scores and not several and first <= 1 else None, several, first)
 
 
@@ -299,7 +307,8 @@ def belle(questions: str, judge_prompts: str) -> Suite:
         asked.append(Question(str(number), category, (row["question"],), 0.0, (row["std_answer"],)))
 
     def ask(question: Question, said: Sequence[str], _turn: int) -> list[dict]:
-        start, end = f"{prompts[question.category]} {question.turns[0]} ", "。请针对模型回答给出得分，顺便给出理由："
+        start = f"{prompts[question.category]} {question.turns[0]} "
+        end = "。请针对模型回答给出得分，顺便给出理由："
         if question.category in WITHOUT_ANSWER:
             text = f"{start} 模型回答： '{said[0]}'{end}"
         else:

@@ -72,8 +72,11 @@ def _sums(language: str, seed: int) -> list[dict]:
 
 def language_of(text: str) -> str | None:
     """Return zh or en, whichever has more: Chinese characters or Latin words; None for neither."""
-    han, words = count_han(text), len(re.findall(r"[A-Za-z]{2,}", text))
-    return None if han == words == 0 else "zh" if han > words else "en"
+    han = count_han(text)
+    words = len(re.findall(r"[A-Za-z]{2,}", text))
+    if han == words == 0:
+        return None
+    return "zh" if han > words else "en"
 
 
 def units(text: str) -> int:
@@ -166,7 +169,9 @@ def bootstrap(groups: Sequence[Sequence], statistics: Callable, *, seed: int = 0
 
 def wilson(values: Sequence[float]) -> list[float]:
     """Return the 95% interval of a share (Wilson 1927), which is honest about 0 of 15 and 15 of 15 too."""
-    size, share, z = len(values), fmean(values), 1.959964
+    size = len(values)
+    share = fmean(values)
+    z = 1.959964
     middle = (share + z * z / (2 * size)) / (1 + z * z / size)
     reach = z / (1 + z * z / size) * (share * (1 - share) / size + z * z / (4 * size * size)) ** 0.5
     return [max(0.0, middle - reach), min(1.0, middle + reach)]
@@ -192,8 +197,10 @@ def _row(measure: str, language: str, tuned: list, base: list | None, mean: Call
 
 def newcombe(row: dict) -> list[float]:
     """Return the 95% interval of the difference of two shares from theirs (Newcombe 1998, method 10)."""
-    (new, low, high), (old, old_low, old_high) = row["tuned"], row["base"]
-    below, above = math.hypot(new - low, old_high - old), math.hypot(high - new, old - old_low)
+    (new, low, high) = row["tuned"]
+    (old, old_low, old_high) = row["base"]
+    below = math.hypot(new - low, old_high - old)
+    above = math.hypot(high - new, old - old_low)
     return [new - old - below, new - old + above]
 
 
@@ -268,7 +275,8 @@ def held_out_losses(chat: Chat, paths: Sequence[str], *, max_length: int, cache_
     if not len(examples):
         raise ValueError(f"--eval_data_path {' '.join(paths)}: no conversation in it can be scored")
     use_chunked_loss(chat.model)
-    collate, found = Collator(chat.renderer.tokenizer.pad_token_id), []
+    collate = Collator(chat.renderer.tokenizer.pad_token_id)
+    found = []
     for index in range(0, len(examples), -(-len(examples) // MAX_CONVERSATIONS)):
         batch = {name: values.to(chat.model.device) for name, values in collate([examples[index]]).items()}
         num = int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())

@@ -51,7 +51,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def export(options: argparse.Namespace) -> str:
     """Write the target that the options name; return how it was checked."""
-    path, output = options.model_path, options.output_dir
+    path = options.model_path
+    output = options.output_dir
     problems = [
         check_model_path(path, names=MODEL_FILES),
         check_output_dir(output),

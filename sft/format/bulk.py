@@ -47,7 +47,8 @@ class Segments(NamedTuple):
 
 def cut_into_segments(parts: Sequence[Part], seam: str) -> Segments:
     """Cut a layout, whose control tokens are already renamed, where the loss begins and ends."""
-    pieces, reply_of = [], []
+    pieces = []
+    reply_of = []
     for part in parts:
         reply = part.message if part.in_loss else -1
         piece = f"{{{part.message}}}" if part.text is None else escape_braces(part.text)
@@ -81,7 +82,10 @@ def segments_of_shape(
         turns = turns_of(messages, trained)
     except RecordError:
         return None
-    pieces, reply_of, row_sizes, row = [], [], [], ""
+    pieces = []
+    reply_of = []
+    row_sizes = []
+    row = ""
     for turn in turns:
         if not row or not turn.prompt.startswith(row):
             row = ""
@@ -117,7 +121,11 @@ def render_segments(
     `render_others` renders the conversations of some indices: those without segments, or whose cut can't be found by
     decoding.
     """
-    texts, is_reply, in_loss, row_sizes, num_rows = [], [], [], [], []
+    texts = []
+    is_reply = []
+    in_loss = []
+    row_sizes = []
+    num_rows = []
     for messages in batch:
         segments = segments_of(messages)
         num_rows.append(len(segments.row_sizes) if segments else 0)
@@ -143,12 +151,14 @@ def render_segments(
     owners = np.repeat(np.arange(len(batch)), num_rows)
     replaced = {index: () for index, count in enumerate(num_rows) if not count}
     for row in np.flatnonzero((num_trained == 0) | (row_lengths > (max_length or np.inf))).tolist():
-        segment, token = slice(first[row], first[row + 1]), slice(ends[first[row]], ends[first[row + 1]])
+        segment = slice(first[row], first[row + 1])
+        token = slice(ends[first[row]], ends[first[row + 1]])
         owner = int(owners[row])
         if num_rows[owner] > 1 or any(HALF_CHARACTER in text for text in texts[segment]):
             replaced[owner] = ()
         else:
-            replies, segment_ends = np.asarray(is_reply[segment]), np.cumsum(lengths[segment])
+            replies = np.asarray(is_reply[segment])
+            segment_ends = np.cumsum(lengths[segment])
             around = text_around_by_decoding(backend, ids[token], int(segment_ends[~replies][0]))
             replaced[owner] = [shorten(ids[token], labels[token], segment_ends[replies], max_length, around)]
     others = [index for index, rendered in replaced.items() if not rendered]
@@ -162,7 +172,10 @@ def _replace_rows(rows: Rows, replaced: dict[int, Sequence[Rendered]]) -> Rows:
     """Replace the rows of some conversations; between them the arrays are sliced, not walked through."""
     first_row = np.concatenate([[0], np.cumsum(rows.num_rows)])
     starts = np.concatenate([[0], np.cumsum(rows.lengths)])
-    id_pieces, label_pieces, length_pieces, place = [], [], [], 0
+    id_pieces = []
+    label_pieces = []
+    length_pieces = []
+    place = 0
     for index, rendered in [*replaced.items(), (len(rows.num_rows), ())]:
         row_span = slice(first_row[place], first_row[index])
         token_span = slice(starts[first_row[place]], starts[first_row[index]])
@@ -171,11 +184,9 @@ def _replace_rows(rows: Rows, replaced: dict[int, Sequence[Rendered]]) -> Rows:
         label_pieces += [rows.labels[token_span], *(row.labels for row in kept)]
         length_pieces += [rows.lengths[row_span], np.array([len(row.input_ids) for row in kept], dtype=np.int64)]
         if rendered:
-            rows.outcomes[index], rows.num_rows[index], rows.whys[index] = (
-                rendered[0].outcome,
-                len(kept),
-                rendered[0].why,
-            )
+            rows.outcomes[index] = rendered[0].outcome
+            rows.num_rows[index] = len(kept)
+            rows.whys[index] = rendered[0].why
         place = index + 1
     ids, labels, lengths = (np.concatenate(pieces) for pieces in (id_pieces, label_pieces, length_pieces))
     return rows._replace(input_ids=ids, labels=labels, lengths=lengths)

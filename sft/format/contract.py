@@ -94,7 +94,8 @@ def pick_conversations(files: Sequence[str], num_of_a_kind: int, **reading) -> l
 
     `reading` are options of `read_conversations`.
     """
-    picked, num_read = [], max(MIN_READ_OF_A_FILE, MAX_READ // max(1, len(files)))
+    picked = []
+    num_read = max(MIN_READ_OF_A_FILE, MAX_READ // max(1, len(files)))
     for file in files:
         found = Counter()
         readable = itertools.islice(read_conversations([file], **reading), num_read)
@@ -249,7 +250,9 @@ def choose_format(name: str, tokenizer) -> tuple[str, str]:
     saved = saved_format(template) or saved_run(tokenizer).get("chat_format")
     if saved in FORMAT_NAMES[1:]:
         return saved, "the checkpoint was trained with it"
-    problem, untrained, reason = "it has no chat template", [], ""
+    problem = "it has no chat template"
+    untrained = []
+    reason = ""
     if template:
         problem, untrained, reason = judge_own_template(tokenizer)
     if not problem:
@@ -282,7 +285,8 @@ def judge_own_template(tokenizer) -> tuple[str, list[str], str]:
         untrained = list(map(name, found.untrained_ids))
         rows = "row was" if len(untrained) == 1 else "rows were"
         return f"its own template writes {', '.join(untrained)}, whose embedding {rows} never trained", untrained, ""
-    stop, looked = name(renderer.stop_ids[0]), "its embedding rows were not looked at, as they are not here"
+    stop = name(renderer.stop_ids[0])
+    looked = "its embedding rows were not looked at, as they are not here"
     if found and found.has_example:
         looked = f"the embedding rows of {', '.join(map(name, ids))} are trained"
     elif found:

@@ -45,13 +45,16 @@ class OwnTemplate:
     """
 
     def __init__(self, template: ChatTemplate, controls: Iterable[str], eos: str, variables: dict):
-        self.template, self._eos, self._fixed = template, eos, set(variables)
+        self.template = template
+        self._eos = eos
+        self._fixed = set(variables)
         controls = set(controls)
         self._controls = any_of(controls)
         inside, whole = template.compared_texts()
         self.escaper = Escaper(controls | {tag for text in inside for tag in TAG.findall(text)})
         looked_for = {text for text in inside if not re.fullmatch(r"[a-z_]+", text)}
-        self._looked_for, self._equal_texts = any_of({*looked_for, *controls}), whole
+        self._looked_for = any_of({*looked_for, *controls})
+        self._equal_texts = whole
         self._depends_on_length = template.measures_texts()
         self._probe_tools = self._find_probe_tools()
         self.switch = self._find_switch()
@@ -102,7 +105,8 @@ class OwnTemplate:
         """Return prompt and reply of the assistant messages `trained`; RecordError where one can't be trained."""
         if tools and not self.takes_tools and not self.call_form:
             raise RecordError("template", "the chat template has no place for tools")
-        prepared, escaped_tools = self.prepare(messages), self.escaper.escape(tools) or None
+        prepared = self.prepare(messages)
+        escaped_tools = self.escaper.escape(tools) or None
         found = []
         for index in trained:
             thinking = bool(prepared[index].get("reasoning_content"))
@@ -176,7 +180,8 @@ class OwnTemplate:
 
     def find_frame(self) -> Frame:
         """Return what the template writes around a reply's thought and text."""
-        answer, thought = _probe("assistant"), _probe("thought")["content"]
+        answer = _probe("assistant")
+        thought = _probe("thought")["content"]
         plain = self._written(answer)
         thinking = self._written({**answer, "reasoning_content": thought}) if self.thoughts else None
         return find_frame(plain or "", answer["content"], thinking, thought)
@@ -197,7 +202,8 @@ class OwnTemplate:
         """
         if self._depends_on_length:
             return None
-        shape, texts = [], []
+        shape = []
+        texts = []
         for message in messages:
             thought = message.get("reasoning_content")
             if len(message) != 2 and not message.keys() <= {"role", "content", "train", "reasoning_content"}:
@@ -237,7 +243,8 @@ class OwnTemplate:
 
     def _find_stop(self) -> tuple[str, bool]:
         """Return the text that ends a plain reply, and whether a conversation that ends there holds it."""
-        question, answer = _probe("user"), _probe("assistant")
+        question = _probe("user")
+        answer = _probe("assistant")
         conversations = ([question, answer], [question, answer, _probe("user", 1)])
         rendered = [self._render(each, self._probe_tools, False, add_generation_prompt=False) for each in conversations]
         after, following = (text.rpartition(answer["content"])[2] for text in rendered)
@@ -253,7 +260,8 @@ class OwnTemplate:
 
     def _find_header(self) -> str:
         """Return what the template writes between a question and a reply that is history."""
-        question, answer = _probe("user"), _probe("assistant")
+        question = _probe("user")
+        answer = _probe("assistant")
         full = self._render([question, answer], self._probe_tools, False, add_generation_prompt=False)
         return full.partition(answer["content"])[0].rpartition(question["content"])[2]
 
@@ -275,7 +283,8 @@ class OwnTemplate:
 
     def _find_thoughts(self) -> str:
         """Say where the thought of a reply goes: "field", "inline", "opened", or "" for nowhere."""
-        question, answer = _probe("user"), _probe("assistant")
+        question = _probe("user")
+        answer = _probe("assistant")
         thought = _probe("thought")["content"]
         prompt = self._render([question], self._probe_tools, True, add_generation_prompt=True)
         for place, message in (

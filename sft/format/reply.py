@@ -121,7 +121,8 @@ def _split_by_frame(text: str, frame: Frame, opened: str) -> tuple[str, str]:
         return "", text
     if not frame.before and frame.between.startswith(tuple(OPENERS.values())) and not OPENED_AT_THE_END.search(opened):
         return "", text
-    body, mark = start[len(frame.before) :], re.match(r"<[^<>]+>|\S+", frame.between).group()
+    body = start[len(frame.before) :]
+    mark = re.match(r"<[^<>]+>|\S+", frame.between).group()
     for between in (frame.between, mark if frame.before else frame.between):
         if between in body:
             thought, _between, rest = body.partition(between)
@@ -131,7 +132,9 @@ def _split_by_frame(text: str, frame: Frame, opened: str) -> tuple[str, str]:
 
 def _split_calls(text: str) -> tuple[list[Call], str]:
     for syntax in SYNTAXES:
-        calls, rest, place = [], [], 0
+        calls = []
+        rest = []
+        place = 0
         while begin := syntax.begin.search(text, place):
             rest.append(text[place : begin.start()])
             found, place = _read_block(text, begin.end(), syntax)
@@ -165,7 +168,9 @@ def _typed(call: Call, tools: Sequence[dict] | None) -> dict:
     for key, value in call.arguments.items():
         kind = properties.get(key) if isinstance(properties, dict) else None
         is_text = isinstance(kind, dict) and kind.get("type") == "string"
-        values[key] = value if not isinstance(value, Unquoted) else str(value) if is_text else _value(value)
+        if isinstance(value, Unquoted):
+            value = str(value) if is_text else _value(value)
+        values[key] = value
     return values
 
 

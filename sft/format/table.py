@@ -118,7 +118,8 @@ def _replace_text(chat_format: ChatFormat, old: str, new: str) -> ChatFormat:
 
 def table_layout(chat_format: ChatFormat, roles: Sequence[str], bos: str = "") -> list[Part]:
     """Lay a sequence of roles out in a bound format; a leading system turn takes the default system text's place."""
-    row, has_system = chat_format, roles[:1] == ("system",)
+    row = chat_format
+    has_system = roles[:1] == ("system",)
     system = []
     if has_system or row.default_system:
         content = Part(None if has_system else row.default_system, 0)

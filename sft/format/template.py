@@ -70,7 +70,9 @@ class ChatTemplate:
             "dict": TemplateDict(),
             "namespace": TemplateNamespace,
         }
-        self.source, self.today, self.writes_date = source, today, False
+        self.source = source
+        self.today = today
+        self.writes_date = False
         self._variables = {**special_tokens, **variables}
         try:
             self._tree = environment.parse(source)
@@ -101,7 +103,8 @@ class ChatTemplate:
 
     def compared_texts(self) -> tuple[set[str], set[str]]:
         """Return the texts that the template looks for: (inside a string, as a whole string)."""
-        inside, whole = set(), set()
+        inside = set()
+        whole = set()
         for node in self._tree.find_all((nodes.Compare, nodes.Call, nodes.Filter)):
             if isinstance(node, nodes.Compare):
                 is_membership = any(operand.op in ("in", "notin") for operand in node.ops)
@@ -150,10 +153,12 @@ class CallForm(NamedTuple):
 
 def in_call_form(messages: list[dict], form: CallForm) -> list[dict]:
     """Give calls and their results the form that a template takes; `messages` are copies."""
-    waiting, number = [], 0
+    waiting = []
+    number = 0
     for message in messages:
         if calls := message.get("tool_calls"):
-            waiting, copies = [], []
+            waiting = []
+            copies = []
             for call in calls:
                 function = dict(call["function"])
                 if form.as_text and not isinstance(function["arguments"], str):

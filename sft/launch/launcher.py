@@ -53,7 +53,9 @@ def run_node(job: Job, command: Sequence[str], *, by_pipe: bool = False) -> int:
     """Start this machine's workers and supervise them to the end; return the exit code of the job."""
     signals = collect_signals()
     remove_dead_build_locks(shared=len(job.slots) > 1)
-    listener = listen(job.port, "127.0.0.1" if len(job.slots) == 1 else "") if job.node == 0 else None
+    listener = None
+    if job.node == 0:
+        listener = listen(job.port, "127.0.0.1" if len(job.slots) == 1 else "")
     job = replace(job, port=listener.getsockname()[1] if listener else job.port)
     workers = start_workers(job, command, dict(os.environ))
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # a closed connection is no error of a launcher

@@ -22,7 +22,10 @@ class Nodes:
     """
 
     def __init__(self, job: Job, listener: socket.socket | None, *, by_pipe: bool):
-        self.job, self.store, self.by_pipe, self.failure = job, None, by_pipe, ""
+        self.job = job
+        self.store = None
+        self.by_pipe = by_pipe
+        self.failure = ""
         self.next_check = 0.0
         self.timeout = read_number(os.environ, "NODE_TIMEOUT", NODE_TIMEOUT_SECONDS)
         self.silent_since = dict.fromkeys(set(range(len(job.slots))) - {job.node}, time.monotonic())
@@ -53,7 +56,8 @@ class Nodes:
         return self._find_lost_machine() if self.beats else None
 
     def _find_lost_machine(self) -> Problem | None:
-        where, was_connected = f"{self.job.address}:{self.job.port}", self.store is not None
+        where = f"{self.job.address}:{self.job.port}"
+        was_connected = self.store is not None
         try:
             return self._exchange_heartbeats()
         except (OSError, RuntimeError):

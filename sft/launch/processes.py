@@ -31,7 +31,9 @@ from sft.files import (
 STOPPED = 75  # exit code after a signal and a complete checkpoint: the same command resumes the run
 LOST = 76  # exit code when another rank died or froze
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
-LOCK, RANKS = ".lock", ".ranks"  # files of a running process in output_dir: its lock, one heartbeat file per rank
+# files of a running process in output_dir: its lock, one heartbeat file per rank
+LOCK = ".lock"
+RANKS = ".ranks"
 GROUP_TIMEOUT = timedelta(days=1)  # of the gloo group: ranks may wait for one that prepares the data
 STOPPING_SECONDS = 60.0  # to wait for a run that saves its last checkpoint
 LOST_RANK_SECONDS = 5.0  # to find out which rank caused the error of a collective
@@ -57,12 +59,21 @@ class Guard:
 
     def __init__(self, *, lasting: bool = False):
         self.lasting = lasting
-        self.rank, self.world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.stage, self.requested, self.lock, self.resume_command = "loading", None, None, ""
-        self.folder, self.timeout, self._group = None, float("inf"), None
-        self._has_launcher, self._parent = "LOCAL_RANK" in os.environ, os.getppid()
-        self._heartbeats, self._files_lock = {}, threading.Lock()
-        self._active, self._made_folder = False, False
+        self.rank = int(os.environ.get("RANK", 0))
+        self.world_size = int(os.environ.get("WORLD_SIZE", 1))
+        self.stage = "loading"
+        self.requested = None
+        self.lock = None
+        self.resume_command = ""
+        self.folder = None
+        self.timeout = float("inf")
+        self._group = None
+        self._has_launcher = "LOCAL_RANK" in os.environ
+        self._parent = os.getppid()
+        self._heartbeats = {}
+        self._files_lock = threading.Lock()
+        self._active = False
+        self._made_folder = False
 
     def __enter__(self) -> "Guard":
         self._read, self._write = os.pipe()
@@ -72,9 +83,11 @@ class Guard:
             number for number in SIGNALS if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN
         ]
         self._handlers = {number: signal.signal(number, lambda *_: None) for number in numbers}
-        self._wakeup, self._active = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False), True
+        self._wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+        self._active = True
         # Blocked while forking: else a signal to the child, before it has reset its handlers, would arrive here.
-        block, unblock = partial(self._mask_signals, signal.SIG_BLOCK), partial(self._mask_signals, signal.SIG_UNBLOCK)
+        block = partial(self._mask_signals, signal.SIG_BLOCK)
+        unblock = partial(self._mask_signals, signal.SIG_UNBLOCK)
         os.register_at_fork(before=block, after_in_parent=unblock, after_in_child=self._reset_in_child)
         self._thread = threading.Thread(target=self._run, name="guard", daemon=True)
         self._thread.start()
@@ -84,7 +97,8 @@ class Guard:
         is_of_this_rank = self.stage == "training" and kind is not None and not issubclass(kind, (Stopped, UserError))
         if error is not None:
             error.alone = is_of_this_rank
-        self.stage, self._active = "done", False
+        self.stage = "done"
+        self._active = False
         signal.set_wakeup_fd(self._wakeup)
         for number, handler in self._handlers.items():
             signal.signal(number, signal.SIG_IGN if self.lasting else handler or signal.SIG_DFL)
@@ -156,7 +170,8 @@ class Guard:
         other = (self.rank + 1) % self.world_size
         path = self.folder / RANKS / str(other)
         try:
-            touched, process = path.stat().st_mtime_ns, json.loads(path.read_text())
+            touched = path.stat().st_mtime_ns
+            process = json.loads(path.read_text())
         except (OSError, ValueError):
             return None  # not started yet, or ended without an error
         if _is_dead(process):
@@ -188,7 +203,8 @@ class Guard:
             if own.exists() and f'"pid": {os.getpid()},' in own.read_text():
                 own.unlink(missing_ok=True)
         if self.lock:
-            lock, self.lock = self.lock, None
+            lock = self.lock
+            self.lock = None
             shutil.rmtree(self.folder / RANKS, ignore_errors=True)
             release_lock(lock)
             if self._made_folder and not any(self.folder.iterdir()):
@@ -202,12 +218,14 @@ class Guard:
             from torch import distributed
 
             self._group = distributed.new_group(backend="gloo", timeout=GROUP_TIMEOUT)
-        folder, problem = Path(output_dir), None
+        folder = Path(output_dir)
+        problem = None
         if self.rank == 0:
             try:
                 self._made_folder = not folder.exists()
                 folder.mkdir(parents=True, exist_ok=True)
-                self.folder, self.lock = folder, lock_folder(folder)
+                self.folder = folder
+                self.lock = lock_folder(folder)
                 shutil.rmtree(folder / RANKS, ignore_errors=True)
                 (folder / RANKS).mkdir()
             except (ValueError, OSError) as error:
@@ -221,7 +239,9 @@ class Guard:
         if not all(self.all_gather(is_shared)):
             raise UserError(f"--output_dir {output_dir}: all machines must see the same folder")
         with self._files_lock:
-            self.resume_command, self.timeout, self.folder = resume_command, timeout, folder
+            self.resume_command = resume_command
+            self.timeout = timeout
+            self.folder = folder
 
     def end_training(self) -> None:
         """Enter the stage "saving" on all ranks together; Stopped when a signal came before."""
@@ -301,7 +321,8 @@ def lock_folder(folder: Path) -> Path:
 
     A run that is saving its last checkpoint after a signal is waited for, up to STOPPING_SECONDS.
     """
-    path, began = folder / LOCK, time.monotonic()
+    path = folder / LOCK
+    began = time.monotonic()
     while (holder := try_lock(path)) is not None:
         seconds = STOPPING_SECONDS if holder.get("stopping") else 2 * HEARTBEAT_SECONDS
         if time.monotonic() - began > seconds:

@@ -41,7 +41,10 @@ def supervise(children: list[Child], signals: deque, nodes: OtherMachines | None
     A signal gives GRACE seconds to save a checkpoint; a failure gives the others EXIT_SECONDS.
     """
     grace = read_number(os.environ, "GRACE", GRACE_SECONDS)
-    passed_on, failed, problem, deadline = set(), [], None, None
+    passed_on = set()
+    failed = []
+    problem = None
+    deadline = None
     while running := [child for child in children if child.code is None]:
         time.sleep(POLL_SECONDS)
         ended = [child for child in running if child.has_ended()]

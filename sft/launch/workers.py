@@ -17,7 +17,8 @@ from sft.launch.plan import Job
 from sft.launch.processes import SIGNALS
 
 PR_SET_PDEATHSIG = 1
-MIN_LOCK_AGE_SECONDS, MIN_SHARED_LOCK_AGE_SECONDS = 5, 600
+MIN_LOCK_AGE_SECONDS = 5
+MIN_SHARED_LOCK_AGE_SECONDS = 600
 
 
 @dataclass
@@ -54,7 +55,8 @@ class Child:
 
 def start_workers(job: Job, command: Sequence[str], environment: dict[str, str]) -> list[Child]:
     """Start this machine's ranks, with torchrun's variables in their environment."""
-    num_local, first_rank = job.slots[job.node], sum(job.slots[: job.node])
+    num_local = job.slots[job.node]
+    first_rank = sum(job.slots[: job.node])
     num_threads = max(1, len(os.sched_getaffinity(0)) // num_local)
     common = {
         "WORLD_SIZE": sum(job.slots),
@@ -75,7 +77,8 @@ def start_workers(job: Job, command: Sequence[str], environment: dict[str, str])
 
 def start_process(name: str, command: Sequence[str], environment: dict, *, stdin: int = subprocess.DEVNULL) -> Child:
     """Start a process in a group of its own, so that Ctrl-C reaches it once; the kernel kills it with the launcher."""
-    launcher, libc = os.getpid(), ctypes.CDLL(None)
+    launcher = os.getpid()
+    libc = ctypes.CDLL(None)
 
     def ask_for_kill_with_launcher() -> None:
         libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

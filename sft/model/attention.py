@@ -346,7 +346,7 @@ def _try_packing(model, lengths: tuple[int, ...]) -> tuple[float, float]:
 
 def _measure_packing(model, lengths: tuple[int, ...]) -> tuple[float, float]:
     was_training = model.training
-    texts, others = _test_texts(model, lengths, seed=0), _test_texts(model, lengths, seed=1)
+    texts, others = (_test_texts(model, lengths, seed=seed) for seed in (0, 1))
     pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
     model.eval()
     for mixer in mixers_with_kernels(model):
@@ -362,7 +362,8 @@ def _measure_packing(model, lengths: tuple[int, ...]) -> tuple[float, float]:
 
 
 def _test_texts(model, lengths: tuple[int, ...], *, seed: int) -> list[torch.Tensor]:
-    device, size = next(model.parameters()).device, min(model.config.get_text_config().vocab_size, 1000)
+    device = next(model.parameters()).device
+    size = min(model.config.get_text_config().vocab_size, 1000)
     random = torch.Generator().manual_seed(seed)
     return [torch.randint(3, size, (length,), generator=random).to(device) for length in lengths]
 
@@ -390,10 +391,10 @@ def _gradients(model, batches: list[dict[str, torch.Tensor]]) -> dict[str, torch
     """Sum the gradients of the next token's loss, but for the first token of each document, which none predicts."""
     model.zero_grad()
     for batch in batches:
-        logits, tokens = model(**batch).logits.float()[0, :-1], batch["input_ids"][0, 1:]
+        tokens = batch["input_ids"][0, 1:]
         if "position_ids" in batch:
             tokens = tokens.where(batch["position_ids"][0, 1:] > 0, -100)
-        torch.nn.functional.cross_entropy(logits, tokens, reduction="sum").backward()
+        torch.nn.functional.cross_entropy(model(**batch).logits.float()[0, :-1], tokens, reduction="sum").backward()
     found = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
     model.zero_grad()
     return found

@@ -174,7 +174,8 @@ def _compiled_gate(module_class: type) -> type:
     def forward(self, x):
         if not self.runs_compiled():
             return module_class.forward(self, x)
-        gate, up = self.gate_proj(x), self.up_proj(x)
+        gate = self.gate_proj(x)
+        up = self.up_proj(x)
         rows = [states.flatten(0, -2) for states in (gate, up)]
         product = _run_compiled(_gated, self.act_fn, *rows, dynamic={1: (0,), 2: (0,)})
         return self.down_proj(product.view(up.shape))
@@ -271,7 +272,8 @@ def _kind_of(module: nn.Module) -> str | None:
     names = getattr(getattr(type(module).forward, "__code__", None), "co_names", ())
     if ("apply_rotary_pos_emb" in names or hasattr(type(module), "rotate")) and _has_usual_rotary(module):
         return "rotary positions"
-    name, is_leaf = type(module).__name__, not any(True for _ in module.children())
+    name = type(module).__name__
+    is_leaf = not any(True for _ in module.children())
     if not is_leaf or not _takes_states_alone(module):
         return None
     if name.endswith(("RMSNorm", "LayerNorm")):
@@ -322,7 +324,8 @@ def prove_compiled(model, *, num_rows: int = 1, packing: bool = True) -> str:
     """
     if not any(isinstance(module, Compiled) for module in model.modules()):
         return ""
-    began, was_training = time.monotonic(), model.training
+    began = time.monotonic()
+    was_training = model.training
     model.train()
     try:
         plain, compiled = (_run_once(model, on, min(num_rows, 2), packing) for on in (False, True))
@@ -347,7 +350,8 @@ def _switch(model, is_compiled: bool) -> None:
 def _run_once(model, is_compiled: bool, num_rows: int, packing: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the hidden states of random embeddings, and the gradient of a weighted sum of them."""
     _switch(model, is_compiled)
-    weight, random = model.get_input_embeddings().weight, torch.Generator().manual_seed(0)
+    weight = model.get_input_embeddings().weight
+    random = torch.Generator().manual_seed(0)
     size = model.get_input_embeddings().embedding_dim
     embedded = (torch.randn(num_rows, PROOF_TOKENS, size, generator=random) * 0.1).to(weight.device, weight.dtype)
     embedded.requires_grad_()

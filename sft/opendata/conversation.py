@@ -307,7 +307,8 @@ def _read_belle_turns(text: str, where: str, notes: Counter[str]) -> list[Messag
         notes["belle_lookalike"] += 1
         return [{"role": "user", "content": text}]
     _, *parts = _BELLE_MARKER.split(whole)
-    markers, bodies = parts[::2], parts[1::2]
+    markers = parts[::2]
+    bodies = parts[1::2]
     if markers != ["Human", "Assistant"] * (len(markers) // 2):
         order = ", ".join(markers[:8])
         raise RecordError(

@@ -145,7 +145,8 @@ def read_reply(item: dict, parts: Parts, where: str, counts: FieldCounts) -> dic
 
 def _read_call_message(item: dict, key: str, where: str, counts: FieldCounts) -> dict:
     """A message that holds nothing but calls, as JSON, maybe after a thought."""
-    value, thought = item.get(key), None
+    value = item.get(key)
+    thought = None
     if isinstance(value, str):
         thought, value = split_thought(read_text(value, f"{where}.{key}"), counts.notes)
     thought = join_thoughts(read_thought(item, f"{where}."), thought, where)
@@ -169,7 +170,10 @@ def _read_tool_message(item: dict, key: str, where: str) -> dict:
 
 def read_parts(parts: list, where: str, unread: Counter[str]) -> Parts:
     """Read the parts of OpenAI, LLaMA-Factory v1 (key `value`) and Anthropic; texts are joined. Raises RecordError."""
-    texts, thoughts, calls, results = [], [], [], []
+    texts = []
+    thoughts = []
+    calls = []
+    results = []
     for number, part in enumerate(parts):
         place = f"{where}[{number}]"
         kind = part.get("type", "text") if isinstance(part, dict) else name_type(part)
@@ -178,8 +182,7 @@ def read_parts(parts: list, where: str, unread: Counter[str]) -> Parts:
             raise RecordError("content_part", f"{place} is of type {json.dumps(kind)[:80]}; only text is read")
         keys = key or ("text",)
         name = next((name for name in keys if part.get(name) is not None), keys[0])
-        read = ("type", name, *(("id", "name") if kind == "tool_use" else ("tool_use_id",) * (kind == "tool_result")))
-        count_unread(part, frozenset(read), generalise(place), unread)
+        count_unread(part, frozenset({"type", name, *_MORE_PART_KEYS.get(kind, ())}), generalise(place), unread)
         if kind in ("reasoning", "thinking"):
             thoughts.append(read_text(part.get(name), f"{place}.{name}"))
         elif kind == "tool_call":
@@ -202,6 +205,7 @@ _PART_KEYS = {
     "tool_use": ("input",),
     "tool_result": ("content",),
 }
+_MORE_PART_KEYS = {"tool_use": ("id", "name"), "tool_result": ("tool_use_id",)}
 
 
 def _read_tool_result(part: dict, where: str, unread: Counter[str]) -> dict:

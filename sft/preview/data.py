@@ -19,7 +19,8 @@ MAX_SAMPLED_SOURCES = 20
 
 def describe_tokenizer(report: Report, run: Run) -> None:
     """Say what the chat format is, what ends a reply, and on how much of the data train = serve was checked."""
-    renderer, probes = run.renderer, pick_probes(run)
+    renderer = run.renderer
+    probes = pick_probes(run)
     named = sum(renderer.names_control(probe["messages"], probe.get("tools")) for probe in probes)
     name = renderer.tokenizer.convert_ids_to_tokens
     stops = ", ".join(f"{name(stop)} ({stop})" for stop in renderer.stop_ids)
@@ -50,8 +51,11 @@ def describe_tokenizer(report: Report, run: Run) -> None:
 def describe_all_data(report: Report, data: Data, stop_ids: Sequence[int]) -> np.ndarray:
     """Add the data to train on and the held-out data, with rows; return the statistics of the examples."""
     mixture = data.rows.mixture
-    examples, held_out, ledger = data.examples, data.held_out, data.ledgers["train"]
-    facts, eval_facts = examples.row_statistics(stop_ids), held_out.row_statistics(stop_ids)
+    examples = data.examples
+    held_out = data.held_out
+    ledger = data.ledgers["train"]
+    facts = examples.row_statistics(stop_ids)
+    eval_facts = held_out.row_statistics(stop_ids)
     describe_data(report, "training data", examples, ledger, facts)
     if not mixture.is_plain:
         report.sections.append(Section("mixture", mixture_table(mixture, examples.lengths)))
@@ -86,7 +90,8 @@ def _row(counted: dict, lengths: np.ndarray, facts: np.ndarray, max_length: int)
     row = [f"{counted['in']:,}", f"{len(lengths):,}", f"{shortened:,}", f"{lost:,}"]
     if not len(lengths):
         return [*row, *[""] * 9]
-    tokens, edges = int(lengths.sum()), np.percentile(lengths, [5, 50, 95])
+    tokens = int(lengths.sum())
+    edges = np.percentile(lengths, [5, 50, 95])
     row += [f"{facts['replies'].sum():,}", f"{tokens:,}", f"{facts['trained'].sum() / tokens:.0%}"]
     row += [f"{edge:,.0f}" for edge in edges]
     return [*row, f"{lengths.max():,}", histogram(lengths, max_length), f"{facts['stops'].mean():.1%}"]
@@ -120,7 +125,8 @@ def check_leaks(report: Report, train: Examples, held_out: Examples, facts: np.n
     for index, size in enumerate(eval_facts["prompt"].tolist()):
         wanted.setdefault(held_out[index]["input_ids"][:size].tobytes(), []).append(index)
     whole = {held_out[index]["input_ids"].tobytes() for index in range(len(held_out))}
-    asked, same = set(), 0
+    asked = set()
+    same = 0
     for index in np.flatnonzero(np.isin(facts["prompt"], np.unique(eval_facts["prompt"]))).tolist():
         ids = train[index]["input_ids"]
         asked.update(wanted.get(ids[: facts["prompt"][index]].tobytes(), ()))
@@ -135,7 +141,8 @@ def pick_samples(report: Report, examples: Examples, facts: np.ndarray, names: S
     """Choose rows to show: the first, the longest, the one of most replies, a shortened one, one of each source."""
     if not len(examples):
         return
-    ways, sources = examples.origins["way"], examples.origins["source"]
+    ways = examples.origins["way"]
+    sources = examples.origins["source"]
     chosen = {}
     wanted = {"first": 0, "longest": examples.lengths.argmax(), "most replies": facts["replies"].argmax()}
     for title, index in wanted.items():
@@ -146,7 +153,8 @@ def pick_samples(report: Report, examples: Examples, facts: np.ndarray, names: S
     for number in range(min(len(names), MAX_SAMPLED_SOURCES)):
         chosen.setdefault(int((sources == number).argmax()), "first of its source")
     for index, title in chosen.items():
-        row, source = examples[index], names[sources[index]]
+        row = examples[index]
+        source = names[sources[index]]
         title = (
             f"{title}: row {index:,} of {source}, {len(row['input_ids']):,} tokens, {facts['trained'][index]:,} trained"
         )

@@ -31,8 +31,10 @@ from sft.train.setup import Data, Run, count_row_groups
 NUM_WARM_UP_STEPS = 2
 # mallopt's numbers (glibc's malloc.h) and what a probe sets them to while it looks at the memory: freed blocks go back
 # at once, so that what is resident is what is allocated. That costs time, so that timed steps take glibc's largest.
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-EXACT, FAST = 2**16, 2**25
+M_TRIM_THRESHOLD = -1
+M_MMAP_THRESHOLD = -3
+EXACT = 2**16
+FAST = 2**25
 
 
 def measure_steps(report: Report, run: Run, data: Data, guard: Guard, build_trainer: Callable) -> None:
@@ -40,7 +42,8 @@ def measure_steps(report: Report, run: Run, data: Data, guard: Guard, build_trai
     guard.wait_for_all()  # preparing the data may take longer than NCCL waits in the next collective
     trained = data.examples.row_statistics(run.renderer.stop_ids)["trained"]
     heaviest, *_ = heaviest_rows(data.rows, trained)
-    measured, rows = _measured_run(run, str(guard.folder)), _measured_rows(run, data.rows, heaviest)
+    measured = _measured_run(run, str(guard.folder))
+    rows = _measured_rows(run, data.rows, heaviest)
     set_seed(run.seed)
     watch = Stopwatch()
     trainer = build_trainer(measured, data._replace(rows=rows, held_out=()), guard=guard, fingerprint={})
@@ -59,7 +62,9 @@ def _measured_run(run: Run, output_dir: str) -> Run:
     training.train_sampling_strategy = "sequential"
     for name in ("save_strategy", "eval_strategy", "logging_strategy"):
         setattr(training, name, type(getattr(training, name))("no"))
-    training.report_to, training.push_to_hub, training.load_best_model_at_end = [], False, False
+    training.report_to = []
+    training.push_to_hub = False
+    training.load_best_model_at_end = False
     return replace(run, settings=replace(run.settings, training=training), output_dir=output_dir)
 
 
@@ -96,7 +101,9 @@ class Stopwatch(TrainerCallback):
 
     def __init__(self):
         self.ends: list[tuple[float, int]] = []
-        self.peak, self.on_gpu, self.before = 0, torch.cuda.is_available(), _resident()
+        self.peak = 0
+        self.on_gpu = torch.cuda.is_available()
+        self.before = _resident()
         if not self.on_gpu:
             _set_malloc(EXACT)
 
@@ -140,7 +147,8 @@ def describe(report: Report, timed: list[tuple[float, int]], peaks: list[int], *
     """Add what a probe measured: `peaks` of each process, beside the bytes `counted`; the time of a run of `steps`."""
     seconds = statistics.median(seconds for seconds, _tokens in timed)
     speed = statistics.median(tokens / seconds for seconds, tokens in timed)
-    peak, kind = max(peaks), "allocated on the GPU" if torch.cuda.is_available() else "resident"
+    peak = max(peaks)
+    kind = "allocated on the GPU" if torch.cuda.is_available() else "resident"
     lines = [
         f"{NUM_WARM_UP_STEPS} steps of the rows that take most memory, not timed; "
         f"then {len(timed)} of those the run begins with",

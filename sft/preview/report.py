@@ -51,7 +51,8 @@ class Report:
 
 def show_report(report: Report, run: Run, *, since: int = 0) -> None:
     """Print the report, or its sections `since` one; write it as a page; exit 2 when it has a problem."""
-    page, tokenizer = Path(f"{run.output_dir.rstrip('/')}.dry_run.html"), run.renderer.tokenizer
+    page = Path(f"{run.output_dir.rstrip('/')}.dry_run.html")
+    tokenizer = run.renderer.tokenizer
     if int(os.environ.get("RANK", 0)) == 0:
         write_page(report, tokenizer, page)
     say(as_text(report, tokenizer, since=since))

@@ -14,7 +14,8 @@ from sft.report.provenance import PROJECT
 from sft.report.run_page import name_of
 from sft.report.templates import load_template
 
-CARD, OUR_CARD = "README.md", "<!-- written by train.py -->"
+CARD = "README.md"
+OUR_CARD = "<!-- written by train.py -->"
 # As the publishers say; the README's paragraph on licences.
 LICENCES = {
     "blossom": "Apache-2.0",

@@ -45,7 +45,8 @@ def chart(
     if not any(series):
         return None
     xs, ys = zip(*(point for points in series for point in points), strict=True)
-    (x0, x1), (y0, y1) = _widen(min(xs), max(xs)), _widen(min(*ys, low), max(ys))
+    (x0, x1) = _widen(min(xs), max(xs))
+    (y0, y1) = _widen(min(*ys, low), max(ys))
 
     def place(x: float, y: float) -> tuple[float, float]:
         across = CHART["left"] + (x - x0) / (x1 - x0) * (CHART["right"] - CHART["left"])

@@ -35,9 +35,15 @@ class RunPage(TrainerCallback):
         reply: Callable[[], list[Reply]] | None = None,
         mfu: float | None = None,
     ):
-        self.path, self.record, self.before = Path(folder) / PAGE, record, before
-        self.questions, self.reply, self.mfu = questions, reply, mfu
-        self.training, self.written, self.mark = False, 0.0, (0, 0.0)
+        self.path = Path(folder) / PAGE
+        self.record = record
+        self.before = before
+        self.questions = questions
+        self.reply = reply
+        self.mfu = mfu
+        self.training = False
+        self.written = 0.0
+        self.mark = (0, 0.0)
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.training = state.is_world_process_zero
@@ -86,7 +92,8 @@ class RunPage(TrainerCallback):
 def render_page(run: dict, folder: Path, *, step: int, steps: int, finished: bool = False) -> str:
     """Return the page of a run as HTML that needs nothing beside it; `run` is what run.json holds, or will hold."""
     history = run["log_history"]
-    training, held_out = points_of(history, "loss"), points_of(history, "eval_loss")
+    training = points_of(history, "loss")
+    held_out = points_of(history, "eval_loss")
     return load_template("report.html").render(
         run=run,
         name=name_of(folder),
@@ -105,7 +112,8 @@ def render_page(run: dict, folder: Path, *, step: int, steps: int, finished: boo
 
 def by_source(history: list[dict]) -> list[dict]:
     """Return of the training and the held-out loss by source: key, chart, and rows of number, name, first, last."""
-    found, keys = [], ("loss", "eval_loss")
+    found = []
+    keys = ("loss", "eval_loss")
     names = sorted(
         {name.partition("/")[2] for entry in history for name in entry if name.partition("/")[0] in keys} - {""}
     )

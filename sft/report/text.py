@@ -7,7 +7,9 @@ import numpy as np
 
 from sft.format.tokens import IGNORE_INDEX
 
-GREEN, DIM, RESET = "\033[32m", "\033[2m", "\033[0m"
+GREEN = "\033[32m"
+DIM = "\033[2m"
+RESET = "\033[0m"
 
 
 def say(text: str) -> None:

@@ -152,9 +152,9 @@ def _check_effect(arguments: dict[str, Any], typed: set[str]) -> list[str]:
     for name, (values, advice) in NO_EFFECT.items():
         if name in typed and (values is None or arguments[name] in values):
             value = arguments[name]
-            shown = (
-                str(value).lower() if isinstance(value, bool) else " ".join([value] if isinstance(value, str) else [])
-            )
+            shown = value if isinstance(value, str) else ""
+            if isinstance(value, bool):
+                shown = str(value).lower()
             problems.append(f"{f'--{name} {shown}'.strip()}: {advice}")
     if arguments["train_sampling_strategy"] not in ("random", "sequential"):
         strategy = arguments["train_sampling_strategy"]
@@ -235,8 +235,10 @@ def parse_gpu(text: str) -> tuple[int, int]:
     Raises ValueError for anything else.
     """
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(G|M)i?B?\s*(?:[x×*X]\s*(\d+))?", text.strip(), re.IGNORECASE)
-    size = float(found[1]) * (GIB if found[2].upper() == "G" else 2**20) if found else 0
-    count = int(found[3] or 1) if found else 0
+    size = count = 0
+    if found:
+        size = float(found[1]) * (GIB if found[2].upper() == "G" else 2**20)
+        count = int(found[3] or 1)
     if not size or not count:
         raise ValueError(f"--gpu {text}: write the memory of a GPU and their number, as in 80GBx8")
     return int(size), count

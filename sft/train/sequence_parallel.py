@@ -49,8 +49,10 @@ def check_model(config, *, parts: int, max_length: int, options: dict[str, Any])
     Its weights are not read: the model is built, with transformers' `options`, on the meta device.
     """
     text = config.get_text_config()
-    heads, rope = text.num_attention_heads, getattr(text, "rope_parameters", None) or {}
-    kind, window = rope.get("rope_type"), rope.get("original_max_position_embeddings") or context_window(config)
+    heads = text.num_attention_heads
+    rope = getattr(text, "rope_parameters", None) or {}
+    kind = rope.get("rope_type")
+    window = rope.get("original_max_position_embeddings") or context_window(config)
     if heads % parts:
         raise ValueError(f"{FLAG} {parts}: the {heads} attention heads can't be divided among {parts} GPUs")
     if kind in DYNAMIC_ROPE and window and max_length > window:
@@ -123,7 +125,8 @@ def join_group(parts: int) -> SharedRow:
     """Return this process's part in its group: `parts` neighbouring ranks, which share their rows."""
     from deepspeed.sequence.layer import _dim_zero_all_to_all, register_all_to_all_group
 
-    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    rank = torch.distributed.get_rank()
+    world_size = torch.distributed.get_world_size()
     groups = [torch.distributed.new_group(range(first, first + parts)) for first in range(0, world_size, parts)]
     group = groups[rank // parts]
     register_all_to_all_group(group)
@@ -142,7 +145,8 @@ def share_rows(model, parts: int) -> str:
 @torch.compiler.disable
 def _enter(model, args, kwargs):
     """Before the forward of a part: its documents are the whole row's, its positions are its own."""
-    documents, shared = current_documents.get(), model.shared_row
+    documents = current_documents.get()
+    shared = model.shared_row
     tokens = next(given for given in (*args[:1], kwargs.get("input_ids")) if given is not None)
     if documents is None or documents.positions.numel() == tokens.numel():
         return None
@@ -163,7 +167,9 @@ class Shares:
     """
 
     def __init__(self, collate: Callable, parts: int, part: int):
-        self.collate, self.parts, self.part = collate, parts, part
+        self.collate = collate
+        self.parts = parts
+        self.part = part
 
     def __call__(self, examples: Sequence[dict]) -> dict[str, torch.Tensor]:
         batch = self.collate(examples)
@@ -177,7 +183,8 @@ def cut_part(batch: dict[str, torch.Tensor], parts: int, part: int) -> dict[str,
     row = {name: values.reshape(1, -1) for name, values in {**batch, "labels": labels}.items()}
     size, rest = divmod(row["labels"].shape[1], parts)
     assert rest == 0, "rows are padded to a multiple of the group"
-    start, end = part * size, (part + 1) * size
+    start = part * size
+    end = (part + 1) * size
     following = torch.nn.functional.pad(row["labels"], (0, 1), value=IGNORE_INDEX)[:, start : end + 1].clone()
     following[:, 0] = IGNORE_INDEX
     return {
@@ -202,8 +209,10 @@ def self_test(model, *, exact: bool = True, lengths: Sequence[int] = TEST_LENGTH
     Raises ValueError, on all processes, when they are not the same. `exact`: the model computes in fp32.
     """
     inner = model.module if hasattr(model, "module") else model
-    shared, was_training = inner.shared_row, model.training
-    device, size = next(model.parameters()).device, min(inner.config.get_text_config().vocab_size, 1000)
+    shared = inner.shared_row
+    was_training = model.training
+    device = next(model.parameters()).device
+    size = min(inner.config.get_text_config().vocab_size, 1000)
     padded = (*lengths, -sum(lengths) % shared.parts)
     random = torch.Generator().manual_seed(0)
     tokens = torch.randint(3, size, (1, sum(padded)), generator=random).to(device)

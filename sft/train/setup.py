@@ -103,7 +103,8 @@ def prepare_run(settings: Settings, check: Callable, *, checkpoint: str | None, 
     check(models.check_window, path, settings.data.max_length, trust_remote_code=trust_remote_code)
     if settings.training.sequence_parallel_size > 1:
         check(check_sharing, settings, path)
-    data, trained = settings.data, find_trained_format(checkpoint)
+    data = settings.data
+    trained = find_trained_format(checkpoint)
     renderer = load_renderer(
         path,
         trained.get("name", "auto") if data.chat_format == "auto" else data.chat_format,
@@ -120,13 +121,13 @@ def prepare_run(settings: Settings, check: Callable, *, checkpoint: str | None, 
 
 def check_sharing(settings: Settings, path: str) -> None:
     """Raise ValueError when these processes can't share the rows of the model; its weights are not read."""
-    flags, training = settings.model, settings.training
-    parts, trusted = training.sequence_parallel_size, flags.trust_remote_code
-    sequence_parallel.check_processes(parts, count_processes(training))
+    parts = settings.training.sequence_parallel_size
+    trusted = settings.model.trust_remote_code
+    sequence_parallel.check_processes(parts, count_processes(settings.training))
     config = models.load_config(path, trust_remote_code=trusted)
     options = {"trust_remote_code": True} if trusted else {}
-    if flags.attn_implementation:
-        options["attn_implementation"] = flags.attn_implementation
+    if settings.model.attn_implementation:
+        options["attn_implementation"] = settings.model.attn_implementation
     sequence_parallel.check_model(config, parts=parts, max_length=settings.data.max_length, options=options)
 
 
@@ -190,7 +191,8 @@ def check_token_ids(run: Run, largest_id: int) -> None:
 
 def lay_out_rows(run: Run, examples: Examples, ledger: dict) -> TrainingRows:
     """Return the rows of the run: as many in every epoch that it can reach."""
-    data, training = run.settings.data, run.settings.training
+    data = run.settings.data
+    training = run.settings.training
     num_rows = {file: counts.get("kept", 0) + counts.get("further_rows", 0) for file, counts in ledger["files"].items()}
     mixture = mix(run.files.times, num_rows, examples.lengths, replay_share=data.replay_share, seed=run.seed)
     max_length = data.max_length if data.packing else None
@@ -224,8 +226,8 @@ def count_row_groups(training) -> int:
 
 def describe_processes(training) -> str:
     """Return, as in "8 processes" or "4 groups of 2 processes", what multiplies the rows of a process."""
-    groups, parts = count_row_groups(training), training.sequence_parallel_size
-    return f"{groups} processes" if parts == 1 else f"{groups} groups of {parts} processes"
+    parts = training.sequence_parallel_size
+    return f"{count_row_groups(training)} " + ("processes" if parts == 1 else f"groups of {parts} processes")
 
 
 class Gpus(NamedTuple):
@@ -302,7 +304,8 @@ def open_output_dir(training, guard: Guard) -> str | None:
         checkpoint, _lines, problem = find_named_checkpoint(training.resume_from_checkpoint, training.output_dir)
         return None if problem else checkpoint
     guard.lock_output_dir(training.output_dir, timeout=training.rank_timeout, resume_command=command_to_resume())
-    found, leftovers = None, []
+    found = None
+    leftovers = []
     if guard.rank == 0:
         leftovers = remove_leftovers(Path(training.output_dir))
         found = find_named_checkpoint(training.resume_from_checkpoint, training.output_dir)
@@ -319,7 +322,9 @@ def find_named_checkpoint(named: str | None, output_dir: str) -> tuple[str | Non
 
     And lines to say, and what is wrong with the named one. Changes nothing.
     """
-    checkpoint, lines, problem = named, [], None
+    checkpoint = named
+    lines = []
+    problem = None
     if named in ("auto", "True", "true"):
         checkpoint, skipped = find_checkpoint(output_dir)
         found = f"resuming from {checkpoint}" if checkpoint else f"no checkpoint in {output_dir}; starting anew"
@@ -338,9 +343,9 @@ def find_other_base(run: Run, checkpoint: str | None) -> str | None:
     allowed = (run.settings.training.allow_changed or "").replace(" ", "").split(",")
     if checkpoint is None or not run.settings.model.lora or "base" in allowed:
         return None
-    remedy, cache_dir = "name it with --model_name_or_path", run.settings.data.cache_dir
+    options = {"remedy": "name it with --model_name_or_path", "cache_dir": run.settings.data.cache_dir}
     try:
-        check_base(checkpoint, run.model_path, remedy=remedy, cache_dir=cache_dir, say=say)
+        check_base(checkpoint, run.model_path, say=say, **options)
     except ValueError as error:
         return str(error)
     return None
@@ -374,7 +379,8 @@ def command_to_resume() -> str:
 
 def fingerprint_of(run: Run) -> dict:
     """Return what the run depends on, for its checkpoints: flags, data, format, base, processes, versions."""
-    training, hashes = run.settings.training, run.files.train_hashes
+    training = run.settings.training
+    hashes = run.files.train_hashes
     names = [Path(file).name for file in hashes]
     if len(set(names)) < len(names):
         names = list(hashes)

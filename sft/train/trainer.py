@@ -269,7 +269,10 @@ class Trainer(transformers.Trainer):
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         skipped = self.is_deepspeed_enabled and getattr(self.model_wrapped.optimizer, "overflow", False)
         # Under fp16 a gradient that is not finite is no fault: its scale is lowered, and the update left out.
-        self.finite.check(norm=0.0 if self.args.fp16 else math.inf if skipped else norm)
+        if self.args.fp16:
+            self.finite.check(norm=0.0)
+        else:
+            self.finite.check(norm=math.inf if skipped else norm)
         return norm
 
     # --- checkpoints ---

@@ -143,7 +143,8 @@ class Handlers:
         """Yield (turns, each pane, each pane's status) as the replies grow; closing it cancels them."""
         if not turns or turns[-1].replies:
             return
-        system, session = check(turns, system, request), request.session_hash
+        system = check(turns, system, request)
+        session = request.session_hash
         self._admit(request)
         self.hang_up(session)
         if not await self._listens(session):

@@ -54,7 +54,8 @@ def build_page(handlers: Handlers) -> gr.Blocks:
 def _pane(handlers: Handlers, index: int) -> tuple:
     """Return (picker or None, conversation, status line); the pane names its model."""
     with gr.Column():
-        names, picker = list(handlers.models), None
+        names = list(handlers.models)
+        picker = None
         if len(names) > 1:
             picker = gr.Dropdown(names, value=names[index], show_label=False, container=False, filterable=False)
         else:
@@ -64,7 +65,8 @@ def _pane(handlers: Handlers, index: int) -> tuple:
 
 
 def _slider(name: str, low: float, high: float, step: float) -> gr.Slider:
-    default, precision = getattr(Sampling(), name), 0 if isinstance(step, int) else None
+    default = getattr(Sampling(), name)
+    precision = 0 if isinstance(step, int) else None
     return gr.Slider(low, high, default, step=step, precision=precision, label=I18N(name), min_width=300)
 
 
@@ -79,7 +81,8 @@ def _connect(handlers: Handlers, turns, panes: list[tuple], box, given: list, se
     """
     system = given[0]
     pickers = [picker for picker, _shown_pane, _status in panes if picker]
-    shown, status = _shown(panes), [line for _picker, _shown_pane, line in panes]
+    shown = _shown(panes)
+    status = [line for _picker, _shown_pane, line in panes]
     # Only an event that goes through the queue can show why it was refused.
     now = {"show_progress": "hidden", "outputs": [box, turns, *shown]}
     hidden = {**now, "api_visibility": "private"}

@@ -63,7 +63,10 @@ def _split(text: str) -> Iterator[str]:
 
     After a fence that is indented by one to three spaces, which may belong to a list, nothing is cut.
     """
-    block, fence, blank, may_cut = [], "", False, True
+    block = []
+    fence = ""
+    blank = False
+    may_cut = True
     for line in text.replace("\r\n", "\n").replace("\r", "\n").split("\n"):
         if may_cut and blank and not fence and NEW_BLOCK.match(line):
             yield "\n".join(block)
@@ -89,7 +92,8 @@ def to_plain_html(text: str) -> str:
 def _markdown() -> MarkdownIt:
     markdown = MarkdownIt("zero", {"html": False, "linkify": False, "typographer": False}).enable(RULES)
     markdown.validateLink = lambda url: bool(LINK.match(url))
-    block, inline = markdown.block.ruler, markdown.inline.ruler
+    block = markdown.block.ruler
+    inline = markdown.inline.ruler
     for name, keeps in (("list", _is_list), ("blockquote", _is_quote), ("hr", _is_rule)):
         rule = next(rule for rule in block.__rules__ if rule.name == name)
         block.at(name, _only_where(keeps, rule.fn), {"alt": rule.alt})
@@ -202,7 +206,8 @@ def _mark(state: StateInline, silent: bool) -> bool:
 
 
 def _run(state: StateInline, position: int) -> int:
-    marker, end = state.src[position], position
+    marker = state.src[position]
+    end = position
     while end < state.posMax and state.src[end] == marker:
         end += 1
     return end - position
@@ -210,7 +215,9 @@ def _run(state: StateInline, position: int) -> int:
 
 def _closing(state: StateInline, start: int, run: int) -> int | None:
     """Return where the mark that begins at `start` is closed, code and links left out."""
-    source, marker, inner = state.src, state.src[start], start + run
+    source = state.src
+    marker = state.src[start]
+    inner = start + run
     before = BEFORE_BOLD if run > 1 and marker != "_" else BEFORE
     if inner >= state.posMax or source[inner].isspace() or not before.search(source[max(0, start - 1) : start]):
         return None
@@ -226,9 +233,12 @@ def _closing(state: StateInline, start: int, run: int) -> int | None:
 
 
 def _find_closing(state: StateInline, inner: int, run: int) -> int | None:
-    source, marker = state.src, state.src[inner - 1]
+    source = state.src
+    marker = state.src[inner - 1]
     after = AFTER_BOLD if run > 1 and marker != "_" else AFTER
-    old, state.pos, found = state.pos, inner, None
+    old = state.pos
+    state.pos = inner
+    found = None
     while state.pos < state.posMax and found is None:
         position = state.pos
         if source[position] == marker:
@@ -255,7 +265,9 @@ def _push_marked(state: StateInline, start: int, end: int, marker: str, run: int
     tags = ["s"] if marker == "~" else {1: ["em"], 2: ["strong"], 3: ["em", "strong"]}[run]
     for tag in tags:
         state.push(f"{tag}_open", tag, 1)
-    old, state.pos, state.posMax = state.posMax, start, end
+    old = state.posMax
+    state.pos = start
+    state.posMax = end
     state.md.inline.tokenize(state)
     state.posMax = old
     for tag in reversed(tags):
@@ -282,12 +294,15 @@ def _only_with_address(rule: Callable) -> Callable:
     """Return the link rule without `[x]()`, which would lose its brackets."""
 
     def tried(state: StateInline, silent: bool) -> bool:
-        start, num_tokens, pending = state.pos, len(state.tokens), state.pending
+        start = state.pos
+        num_tokens = len(state.tokens)
+        pending = state.pending
         if not rule(state, silent):
             return False
         if not NO_ADDRESS.search(state.src[start : state.pos]):
             return True
-        state.pos, state.pending = start, pending
+        state.pos = start
+        state.pending = pending
         del state.tokens[num_tokens:]
         return False
 

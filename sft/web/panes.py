@@ -123,7 +123,8 @@ def read_asset(name: str) -> str:
 def _formula_assets() -> dict[str, str]:
     """Return the addresses of the KaTeX that comes with gradio 6; without it formulas stay as they were written."""
     folder = Path(gr.__file__).parent / "templates" / "frontend" / "assets"
-    script, style = sorted(folder.glob("auto-render-*.js")), sorted(folder.glob("katex-*.css"))
+    script = sorted(folder.glob("auto-render-*.js"))
+    style = sorted(folder.glob("katex-*.css"))
     found = script and style
     return {
         "katex_script": f"assets/{script[0].name}" if found else "",

@@ -64,7 +64,10 @@ class RequestFilter:
     """
 
     def __init__(self, app, limits: Limits, hang_up: Callable[[str], None], hosts: Sequence[str] | None):
-        self.app, self.limits, self.hang_up, self.hosts = app, limits, hang_up, hosts
+        self.app = app
+        self.limits = limits
+        self.hang_up = hang_up
+        self.hosts = hosts
         self.logins: OrderedDict[str, deque] = OrderedDict()
 
     async def __call__(self, scope, receive, send) -> None:
@@ -90,7 +93,8 @@ class RequestFilter:
 
     def _refuse(self, scope) -> PlainTextResponse | None:
         headers = Headers(scope=scope)
-        host, origin = headers.get("host", ""), headers.get("origin")
+        host = headers.get("host", "")
+        origin = headers.get("origin")
         if self.hosts is not None and not (_name(host) in self.hosts or _is_address(_name(host))):
             return PlainTextResponse("unknown host; with a login any name may be used", 403)
         foreign = origin is not None and urlsplit(origin).netloc != host
@@ -105,7 +109,8 @@ class RequestFilter:
 
     def _too_often(self, scope, address: str) -> JSONResponse | None:
         """Limit all calls of an address: each new session costs memory, and removes the oldest one."""
-        limits, is_call = self.limits, scope["path"].endswith("/queue/join")
+        limits = self.limits
+        is_call = scope["path"].endswith("/queue/join")
         if is_call and not is_within(limits.asked, f"calls {address}", 10 * CALLS_PER_REQUEST * limits.per_minute, 60):
             return JSONResponse({"detail": "请求太频繁，请稍后再试 · too many requests; wait a minute"}, 429)
         if limits.open_requests[address] >= MAX_OPEN:
@@ -151,7 +156,8 @@ def _is_address(name: str) -> bool:
 
 def is_within(times: OrderedDict[str, deque], name: str, limit: int, seconds: float) -> bool:
     """Count an event under `name`; return whether there were at most `limit` in the last `seconds`."""
-    now, seen = time.monotonic(), times.setdefault(name, deque())
+    now = time.monotonic()
+    seen = times.setdefault(name, deque())
     times.move_to_end(name)
     while seen and now - seen[0] > seconds:
         seen.popleft()
@@ -183,10 +189,12 @@ def read_logins(host: str, file: str | None) -> dict[str, str] | None:
 
     The variable is taken out of the environment, so that no child process inherits it.
     """
-    text, where = os.environ.pop("WEB_DEMO_AUTH", ""), "WEB_DEMO_AUTH"
+    text = os.environ.pop("WEB_DEMO_AUTH", "")
+    where = "WEB_DEMO_AUTH"
     if file:
         try:
-            text, where = Path(file).read_text(encoding="utf-8"), f"--auth_file {file}"
+            text = Path(file).read_text(encoding="utf-8")
+            where = f"--auth_file {file}"
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"--auth_file {file}: {getattr(error, 'strerror', None) or 'not UTF-8'}") from None
     pairs = [line.strip().partition(":") for line in text.splitlines() if line.strip()]
