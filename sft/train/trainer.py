@@ -65,14 +65,7 @@ class Trainer(transformers.Trainer):
     With `sources`, the loss of each is logged beside the one of all, as `loss/NAME` and `eval_loss/NAME`.
     """
 
-    def __init__(
-        self,
-        *arguments,
-        guard: Guard,
-        fingerprint: dict,
-        sources: Sources | None = None,
-        **options,
-    ):
+    def __init__(self, *arguments, guard: Guard, fingerprint: dict, sources: Sources | None = None, **options):
         super().__init__(*arguments, compute_metrics=self._metrics, **options)
         parts = self.args.sequence_parallel_size  # processes that share a row, neighbours in rank
         group, part = divmod(self.args.process_index, parts)
