@@ -94,6 +94,8 @@ def read_fingerprint(checkpoint: str) -> dict:
 
 
 def _brief(value) -> str:
+    if value is None:
+        return "not given"
     text = json.dumps(value, ensure_ascii=False) if not isinstance(value, str) else value
     return text if len(text) <= MAX_VALUE_CHARACTERS else text[:MAX_VALUE_CHARACTERS] + "..."
 

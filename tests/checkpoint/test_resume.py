@@ -276,7 +276,9 @@ def test_another_number_of_gpus_to_a_row_is_refused_and_allowed_with_its_batch(t
     shared = sizes | {"gradient_accumulation_steps": 8, "sequence_parallel_size": 2}
     old, new = ({"exact": exact, "told": {}} for exact in (sizes, shared))
     (tmp_path / "fingerprint.json").write_text(json.dumps(old))
-    with pytest.raises(ValueError, match="add --allow_changed sequence_parallel_size"):
+    with pytest.raises(
+        ValueError, match="sequence_parallel_size was not given and is 2; give the old one again, or add"
+    ):
         check_unchanged(str(tmp_path), new, None, print)
     changed = check_unchanged(str(tmp_path), new, "sequence_parallel_size", print)
     assert sorted(changed) == ["gradient_accumulation_steps", "sequence_parallel_size"]
