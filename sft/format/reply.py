@@ -345,6 +345,11 @@ def _is_in(part: str, text: str) -> bool:
     return any(string[1:-1] in text for string in written)
 
 
+def _is_in_text(part: str, text: str) -> bool:
+    """Say whether a text is in another one without its tags: the thought "think" is not in `</think>`."""
+    return _is_in(*(re.sub(r"</?\w+>", " ", each) for each in (part, text)))
+
+
 def check_prompt(prompt: str, messages: Sequence[dict], tools) -> None:
     """Raise RecordError where a rendered prompt lacks the text of a message or the definition of a tool."""
     for message in messages:
@@ -359,7 +364,7 @@ def check_reply(reply: str, message: dict) -> None:
     """Raise RecordError where a rendered reply lacks its text, its thought or a call."""
     parts = {"the text": message.get("content") or "", "the thought": message.get("reasoning_content") or ""}
     for name, part in parts.items():
-        if not _is_in(part, re.sub(r"</?\w+>", " ", reply) if name == "the thought" else reply):
+        if not _is_in(part, reply) or (name == "the thought" and part.strip() and not _is_in_text(part, reply)):
             if name == "the thought":
                 raise RecordError("template", "the chat template has no place for a thought")
             where = "a reply beside a call" if message.get("tool_calls") else "a reply"

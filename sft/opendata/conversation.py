@@ -4,6 +4,7 @@ A record is read by what it holds, never by its file's name. A record that can't
 reason. No text is changed here.
 """
 
+import itertools
 import os
 import re
 from collections import Counter
@@ -345,8 +346,21 @@ def take_tagged_tools(messages: list[dict], tools: list[dict], notes: Counter[st
         check_calls(parts)
     except ValueError:
         notes["tool_tags_left_as_text"] += 1
-        return messages, tools
+        return _results_as_text(messages), tools
     return [m for m in parts if m["role"] != "system" or m["content"].strip()], tools or defined
+
+
+def _results_as_text(messages: list[dict]) -> list[dict]:
+    """Make results user's text, in tags, where the calls before them stay text; those of one reply are one message."""
+    if any(message.get("tool_calls") for message in messages):
+        return messages
+    kept = []
+    for is_result, group in itertools.groupby(messages, lambda message: message["role"] == "tool"):
+        if is_result:
+            texts = [_RESULT_BLOCK.sub(r"\1", message["content"]).strip() for message in group]
+            group = [{"role": "user", "content": "\n".join(f"<tool_response>\n{t}\n</tool_response>" for t in texts)}]
+        kept += group
+    return kept
 
 
 def _take_definitions(message: dict) -> tuple[dict, list[dict]]:

@@ -215,3 +215,68 @@ def test_neither_module_of_the_data_side_loads_a_framework():
     heavy = {"torch", "transformers", "datasets", "numpy", "pyarrow", "huggingface_hub"}
     code = f"import sys; import sft.opendata; print(sorted({heavy} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
+
+
+def hermes(*replies: str, result: str = "<tool_response>\n18\n</tool_response>") -> dict:
+    """A conversation whose calls are tagged text, with a result after each reply but the last."""
+    turns = [{"role": "system", "content": 'Help.\n<tools>\n[{"name": "f", "parameters": {}}]\n</tools>'}]
+    turns.append({"role": "user", "content": "q"})
+    for reply in replies[:-1]:
+        turns += [{"role": "assistant", "content": reply}, {"role": "tool", "content": result}]
+    return {"messages": [*turns, {"role": "assistant", "content": replies[-1]}]}
+
+
+CALL = '<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call>'
+
+
+def test_the_tagged_text_of_hermes_becomes_tools_calls_and_results():
+    found = read_record(hermes(f"I look.\n{CALL}\n{CALL}", "18."), source="s", line=1)
+    call = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+    assert found["tools"] == [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+    assert found["messages"][2] == {"role": "assistant", "content": "I look.", "tool_calls": [call, call]}
+    assert [message["role"] for message in found["messages"]] == ["system", "user", "assistant", "tool", "assistant"]
+    assert found["messages"][3] == {"role": "tool", "content": "18"}
+
+
+@pytest.mark.parametrize("result", ["<tool_response>\n18\n</tool_response>", "18"])
+def test_one_block_of_hermes_that_cannot_be_read_leaves_all_of_it_as_text(result):
+    counts = FieldCounts()
+    record = hermes(CALL, "<tool_call>\n{broken\n</tool_call>", "18.", result=result)
+    found = read_record(record, source="s", line=1, counts=counts)
+    validate(found)
+    assert [message["role"] for message in found["messages"]] == ["system", *["user", "assistant"] * 3]
+    assert found["messages"][2]["content"] == CALL
+    assert found["messages"][3]["content"] == "<tool_response>\n18\n</tool_response>"
+    assert counts.notes["tool_tags_left_as_text"] == 1
+
+
+def test_content_blocks_of_anthropic_become_calls_and_results():
+    counts = FieldCounts()
+    record = {
+        "messages": [
+            {"role": "user", "content": [{"type": "text", "text": "q"}]},
+            {
+                "role": "assistant",
+                "content": [
+                    {"type": "text", "text": "I look."},
+                    {"type": "tool_use", "id": "t1", "name": "f", "input": {"x": 1}},
+                ],
+            },
+            {
+                "role": "user",
+                "content": [{"type": "tool_result", "tool_use_id": "t1", "content": "no such city", "is_error": True}],
+            },
+            {"role": "assistant", "content": "Sorry."},
+        ],
+        "tools": [{"name": "f", "input_schema": {"type": "object", "properties": {"x": {"type": "integer"}}}}],
+    }
+    found = read_record(record, source="s", line=1, counts=counts)
+    validate(found)
+    _user, call, result, _reply = found["messages"]
+    function = {"name": "f", "arguments": {"x": 1}}
+    assert call["content"] == "I look."
+    assert call["tool_calls"] == [{"id": "t1", "type": "function", "function": function}]
+    assert result == {"role": "tool", "content": "no such city", "tool_call_id": "t1"}
+    parameters = {"type": "object", "properties": {"x": {"type": "integer"}}}
+    assert found["tools"][0]["function"] == {"name": "f", "parameters": parameters}
+    assert any("is_error" in name for name in counts.unread)

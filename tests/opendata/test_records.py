@@ -1,10 +1,13 @@
 """Raw records: every layout, every broken file, and the rule that one bad record never costs another."""
 
+import bz2
 import gzip
 import json
+import lzma
 import os
 import subprocess
 import sys
+import zipfile
 
 import pyarrow
 import pyarrow.parquet
@@ -44,6 +47,23 @@ ALL = [("1", "q1"), ("2", "q2")]
 def test_arrays_lines_and_values_in_a_row_give_the_same_records(tmp_path, content, expected):
     assert read(tmp_path, content) == expected
     assert read(tmp_path, gzip.compress(content.encode())) == expected
+
+
+def compress_zstd(content: bytes) -> bytes:
+    return pyarrow.Codec("zstd").compress(content, asbytes=True)
+
+
+@pytest.mark.parametrize("compress", [bz2.compress, lzma.compress, compress_zstd])
+def test_every_compression_gives_the_records_of_the_plain_file(tmp_path, compress):
+    content = f"{pair(1)}\n{pair(2)}\n".encode()
+    assert read(tmp_path, compress(content)) == ALL
+
+
+def test_an_archive_is_named_for_what_it_is(tmp_path):
+    with zipfile.ZipFile(tmp_path / "data.json", "w") as archive:
+        archive.writestr("train.json", pair(1))
+    with pytest.raises(ValueError, match=r"data.json: this is a ZIP archive .*; unpack it"):
+        list(read_file(str(tmp_path / "data.json")))
 
 
 def test_splitting_does_not_depend_on_where_chunks_end(tmp_path, monkeypatch):
