@@ -20,6 +20,7 @@ PYTHON = [
     for path in sorted(ROOT.glob(pattern))
     if path != THIS
 ]
+CHINESE_PAGES = [*sorted(ROOT.glob("docs/zh/*.md")), ROOT / "README.zh.md"]
 PAGES = [*sorted(ROOT.glob("docs/*.md")), *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"))]
 NOTEBOOKS = [ROOT / "infer.ipynb", ROOT / "data_proj" / "process_data.ipynb"]
 SCRIPTS = [*sorted(ROOT.glob("*.sh")), *sorted(ROOT.glob("recipes/*.sh")), *sorted(ROOT.glob("benchmarks/*.sh"))]
@@ -37,6 +38,7 @@ HOME_MADE = re.compile(
     r"|(?:stands?|stood|standing)(?!-in| in for| for|ard))\b",
     re.IGNORECASE,
 )
+HOME_MADE_CHINESE = re.compile(r"旋钮|死掉|死了|杀死|不声不响|互不相知|孪生|没有声息|一个字也不|看见自己|说出两者")
 OLD_NAMES = re.compile(r"\b(?:WAYS|LET_GO_EVERY|FAR|LEAKED|HOPELESS|Agreed|from_first|agree_to_stop)\b")
 TEST_NAME = re.compile(r"test_(?:what|whatever|who|whoever|where|there|nothing|nobody)_")
 
@@ -115,6 +117,11 @@ def test_names_of_tests_are_plain():
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_pages_are_plain(path):
     assert dialect(lines_of_page(path.read_text(encoding="utf-8"))) == []
+
+
+@pytest.mark.parametrize("path", CHINESE_PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_chinese_pages_are_plain(path):
+    assert HOME_MADE_CHINESE.findall(path.read_text(encoding="utf-8")) == []
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)

@@ -51,7 +51,7 @@ def measure_steps(report: Report, run: Run, data: Data, guard: Guard, build_trai
     trainer.add_callback(watch)
     trainer.train()
     peaks = guard.all_gather(watch.peak)
-    describe(report, watch.timed(), peaks, steps=report.steps, counted=report.step_bytes)
+    describe_measured(report, watch.timed(), peaks, steps=report.steps, counted=report.step_bytes)
     show_report(report, run, since=-1)
 
 
@@ -143,7 +143,9 @@ def _set_malloc(threshold: int) -> None:
             ctypes.CDLL(None).mallopt(option, threshold)
 
 
-def describe(report: Report, timed: list[tuple[float, int]], peaks: list[int], *, steps: int, counted: int) -> None:
+def describe_measured(
+    report: Report, timed: list[tuple[float, int]], peaks: list[int], *, steps: int, counted: int
+) -> None:
     """Add what a probe measured: `peaks` of each process, beside the bytes `counted`; the time of a run of `steps`."""
     seconds = statistics.median(seconds for seconds, _tokens in timed)
     speed = statistics.median(tokens / seconds for seconds, tokens in timed)

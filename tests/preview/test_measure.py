@@ -42,14 +42,14 @@ def test_the_first_steps_are_not_timed_and_the_median_of_the_others_is_printed()
     watch.ends = [(10.0, 100), (15.0, 200), (16.0, 300), (18.0, 500), (19.0, 620)]
     assert watch.timed() == [(1.0, 100), (2.0, 200), (1.0, 120)]
     report = Report("")
-    probe.describe(report, watch.timed(), [2**30, 2**31], steps=7200, counted=2**31)
+    probe.describe_measured(report, watch.timed(), [2**30, 2**31], steps=7200, counted=2**31)
     assert report.sections[0].title == "measured on 2 processes"
     assert report.sections[0].lines[1:] == [
         "speed: 100 tokens/s without padding, 1 s a step (median)",
         "the run: 7,200 steps take about 2 h, without start, evaluations, replies, saves",
         "peak memory (resident, process with most): 2.0 GiB, counted 2.0 GiB (1.00 of it)",
     ]
-    probe.describe(report, watch.timed(), [2**31], steps=1, counted=2**30)
+    probe.describe_measured(report, watch.timed(), [2**31], steps=1, counted=2**30)
     assert report.sections[1].lines[-1].startswith("that is far from what was counted")
 
 
