@@ -330,10 +330,11 @@ def _try_adapters(twin, plan: Plan, variant: str) -> str | None:
         for name, weight in model.named_parameters():
             if "lora_B" in name:
                 weight.add_(0.2 * torch.randn(weight.shape, generator=random))
-    trained = model.train()(input_ids=tokens).logits
-    if not trained.requires_grad:
-        return "no gradient reaches an adapter of it"
-    trained.float().square().mean().backward()
+    for batch in (tokens, tokens[:1, 5:]):  # a layer that keeps a state must begin anew with each batch
+        trained = model.train()(input_ids=batch).logits
+        if not trained.requires_grad:
+            return "no gradient reaches an adapter of it"
+        trained.float().square().mean().backward()
     for name, weight in model.named_parameters():
         if "lora_A" in name and (weight.grad is None or not weight.grad.any()) and "expert" not in name:
             return "no gradient reaches an adapter of it"

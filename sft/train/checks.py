@@ -18,7 +18,7 @@ from sft.format.table import FORMAT_NAMES, TURNS_TO_TRAIN
 from sft.launch.deepspeed import check_deepspeed_config
 from sft.launch.environment import find_launcher_problems
 from sft.model.adapters import VARIANTS
-from sft.model.load import check_dtype, check_model_path
+from sft.model.load import check_dtype, check_model_path, check_window, load_config
 from sft.opendata.fields import check_choices
 
 # Flags of transformers that would change nothing here, or break: the values that are refused (None: any), and why.
@@ -242,3 +242,20 @@ def parse_gpu(text: str) -> tuple[int, int]:
     if not size or not count:
         raise ValueError(f"--gpu {text}: write the memory of a GPU and their number, as in 80GBx8")
     return int(size), count
+
+
+def check_against_config(settings, path: str) -> None:
+    """Raise ValueError for flags that the config of the model rules out."""
+    trusted = settings.model.trust_remote_code
+    check_window(path, settings.data.max_length, trust_remote_code=trusted)
+    check_checkpointing(path, settings.training.gradient_checkpointing_kwargs, trust_remote_code=trusted)
+
+
+def check_checkpointing(path: str, options: dict | None, *, trust_remote_code: bool = False) -> None:
+    """Raise ValueError for reentrant checkpointing of layers that share keys and values, as some of gemma3n's do."""
+    config = load_config(path, trust_remote_code=trust_remote_code).get_text_config()
+    if (options or {}).get("use_reentrant") and getattr(config, "num_kv_shared_layers", 0):
+        raise ValueError(
+            f"--gradient_checkpointing_kwargs: use_reentrant gives {config.model_type} a wrong gradient, as its layers "
+            "share keys and values; leave it out"
+        )

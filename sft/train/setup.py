@@ -34,7 +34,7 @@ from sft.report.provenance import package_versions, without_secrets
 from sft.report.text import say
 from sft.train import sequence_parallel
 from sft.train.arguments import Settings
-from sft.train.checks import parse_gpu
+from sft.train.checks import check_against_config, parse_gpu
 
 NUM_PROBES_OF_A_KIND = 4  # conversations of each kind in a file on which train = serve is checked
 USUAL_MFU = 0.4  # model FLOPs utilisation of a training step
@@ -100,7 +100,7 @@ def prepare_run(settings: Settings, check: Callable, *, checkpoint: str | None, 
     path = models.absolute(settings.model.model_name_or_path)
     trust_remote_code = settings.model.trust_remote_code
     models.load_config(path, trust_remote_code=trust_remote_code)  # a broken one ends a dry run too
-    check(models.check_window, path, settings.data.max_length, trust_remote_code=trust_remote_code)
+    check(check_against_config, settings, path)
     if settings.training.sequence_parallel_size > 1:
         check(check_sharing, settings, path)
     data = settings.data

@@ -131,6 +131,7 @@ def test_dora_counts_its_magnitudes_and_names_the_experts_that_it_leaves_out():
     ("kind", "name", "reason"),
     [
         ("glm_moe_dsa", "self_attn.indexer.wk", "no gradient reaches an adapter of it"),
+        ("recurrent_gemma", "rg_lru.input_gate_weight", "peft can't adapt it: The expanded size of the tensor"),
         ("zamba2", "shared_transformer.self_attn.q_proj", "an adapter of it can't be merged"),
         ("mamba2", "mixer.out_proj", "peft can't adapt it: Module 'out_proj' is incompatible with Mamba-based models"),
     ],

@@ -7,7 +7,7 @@ import torch
 
 import train
 from sft.train.arguments import OF_TRANSFORMERS, Settings, flag, is_within, parse_arguments
-from sft.train.checks import GIB, parse_gpu
+from sft.train.checks import GIB, check_checkpointing, parse_gpu
 from tests.train.test_train import data  # noqa: F401 (a fixture)
 
 
@@ -256,3 +256,15 @@ def test_the_best_checkpoint_has_the_lowest_perplexity_or_the_highest_accuracy(
     groups = (train.ModelArguments, train.DataArguments, train.TrainingArguments)
     words = [*flags_of(tiny_base("qwen2"), data, tmp_path / "r"), "--metric_for_best_model", metric]
     assert parse_arguments(groups, words).training.greater_is_better is is_greater_better
+
+
+def test_reentrant_checkpointing_of_shared_keys_and_values_is_refused(tmp_path):
+    from transformers import Gemma3nTextConfig
+
+    Gemma3nTextConfig(num_kv_shared_layers=10).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="use_reentrant gives gemma3n_text a wrong gradient"):
+        check_checkpointing(str(tmp_path), {"use_reentrant": True})
+    check_checkpointing(str(tmp_path), {"use_reentrant": False})
+    check_checkpointing(str(tmp_path), None)
+    Gemma3nTextConfig(num_kv_shared_layers=0).save_pretrained(tmp_path)
+    check_checkpointing(str(tmp_path), {"use_reentrant": True})
