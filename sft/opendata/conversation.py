@@ -387,8 +387,8 @@ def _take_calls_and_results(message: dict) -> list[dict]:
     text = message["content"]
     if message["role"] == "assistant" and "<tool_call>" in text:
         blocks = _CALL_BLOCK.findall(text)
-        if text.count("<tool_call>") != len(blocks):
-            raise ValueError("a block is not closed")
+        if text.count("<tool_call>") != len(blocks) or not all(map(str.strip, blocks)):
+            raise ValueError("a block is not closed")  # or is empty, as in a text about the tags
         parsed = [
             _parse_block(block, lambda value, where: parse_calls(value, where, Counter()), "") for block in blocks
         ]

@@ -250,6 +250,11 @@ def test_one_block_of_hermes_that_cannot_be_read_leaves_all_of_it_as_text(result
     assert counts.notes["tool_tags_left_as_text"] == 1
 
 
+def test_a_reply_about_the_tags_of_hermes_stays_text():
+    found = read_record(hermes("Write <tool_call> </tool_call> around a call."), source="s", line=1)
+    assert found["messages"][-1] == {"role": "assistant", "content": "Write <tool_call> </tool_call> around a call."}
+
+
 def test_content_blocks_of_anthropic_become_calls_and_results():
     counts = FieldCounts()
     record = {
