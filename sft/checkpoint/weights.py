@@ -57,3 +57,12 @@ def saved_shapes(model) -> dict[str, tuple[int, ...]] | None:
     shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in model.named_parameters()}
     without_memory = {name: torch.empty(shape, device="meta") for name, shape in shapes.items() if name not in tied}
     return {name: tuple(weight.shape) for name, weight in revert_weight_conversion(model, without_memory).items()}
+
+
+def leave_out_tied(state_dict: dict, model) -> dict:
+    """Return a state dict without the tensors that are tied to another one in it.
+
+    For DeepSpeed: accelerate 1.15 clones each tensor, so that transformers would save a tied head twice.
+    """
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    return {name: tensor for name, tensor in state_dict.items() if tied.get(name) not in state_dict}

@@ -18,19 +18,19 @@ from torch.utils.data import DataLoader
 from transformers import ProgressCallback
 
 from sft.checkpoint import zero
-from sft.checkpoint.manifest import FINGERPRINT, PROGRESS, checkpoint_bytes, hash_files, read_manifest, write_manifest
+from sft.checkpoint.manifest import FINGERPRINT, PROGRESS, checkpoint_bytes, read_manifest, write_manifest
 from sft.checkpoint.save import (
     SAVING,
     check_disk_space,
     delete_old_checkpoints,
     explain_error,
-    list_files,
     open_staging,
     publish_checkpoint,
     publish_model,
     remove_leftovers,
 )
-from sft.checkpoint.weights import find_bad_weight, saved_shapes, verify_saved
+from sft.checkpoint.weights import find_bad_weight, leave_out_tied, saved_shapes, verify_saved
+from sft.checkpoint.writing import hash_all, hash_while_saving
 from sft.dataset.sampler import Updates, WithEmpty
 from sft.files import write_json
 from sft.launch.processes import Guard, Stopped, UserError
@@ -280,14 +280,16 @@ class Trainer(transformers.Trainer):
         output, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
         staging = self.open_staging(self._bytes_of_a_checkpoint(output), name)
         self._staging = str(staging)
+        began = time.monotonic()
         try:
-            super()._save_checkpoint(model, trial)
+            with hash_while_saving(staging / name) as hashes:
+                super()._save_checkpoint(model, trial)
         except (OSError, RuntimeError, SafetensorError) as error:
             raise explain_error(error, self.args.output_dir) from error
         finally:
             self._staging = None
         self._write_progress(staging / name)
-        self._publish(staging / name, output)
+        self._publish(staging / name, output, hashes, began)
 
     def open_staging(self, needed: int, what: str) -> Path:
         """Empty the folder for what is being saved, when the disk has room for `needed` bytes more."""
@@ -332,15 +334,10 @@ class Trainer(transformers.Trainer):
             self.state.best_model_checkpoint = str(Path(self.args.output_dir) / folder.name)
             self.state.save_to_json(str(folder / "trainer_state.json"))
 
-    def _publish(self, folder: Path, output: Path) -> None:
-        """Each rank fsyncs and hashes its share of the files; rank 0 writes the manifest and renames the folder."""
-        began = time.monotonic()
-        self.guard.wait_for_all()
-        names = self.guard.broadcast(list_files(folder) if self.args.should_save else None)
-        share = names[self.args.process_index :: self.args.world_size]
-        parts = self.guard.all_gather(hash_files(folder, share, sync=True))
+    def _publish(self, folder: Path, output: Path, hashes: dict[str, list], began: float) -> None:
+        """Each rank fsyncs and hashes its share of the files without a hash; rank 0 writes the manifest and renames."""
+        files, step = hash_all(folder, hashes, self.guard), self.state.global_step
         if self.args.should_save:
-            step, files = self.state.global_step, {name: part[name] for part in parts for name in sorted(part)}
             write_manifest(folder, files, step=step, run=self.run)
             aside = publish_checkpoint(folder, output / folder.name, self.run)
             best = self.state.best_model_checkpoint
@@ -349,6 +346,9 @@ class Trainer(transformers.Trainer):
             remove_leftovers(output)
             say(aside or f"saved {output / folder.name}: {size:,} bytes in {time.monotonic() - began:.2f} s")
         self.guard.wait_for_all()
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict and leave_out_tied(state_dict, self.model))
 
     # --- the final model ---
 
