@@ -5,6 +5,7 @@ process. It ignores the signals that a terminal or a scheduler sends to all proc
 its end of their socket, which the kernel does however this process ends.
 """
 
+import ctypes
 import functools
 import os
 import pickle
@@ -25,6 +26,7 @@ AHEAD_PER_WORKER = 3  # tasks of which the results were not taken yet, for each 
 EXIT_SECONDS = 5.0  # to wait for the exit code of a worker that closed its socket
 HANDLED_BY_PARENT = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 ONE_THREAD = {"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+PR_SET_PDEATHSIG = 1  # of Linux's prctl: the signal that a process gets when its parent ends
 CGROUP_QUOTA = "/sys/fs/cgroup/cpu.max"
 
 
@@ -201,6 +203,8 @@ def serve(descriptor: int) -> None:
     """Receive a function, apply it to each task that comes, and send (number, result, error) back."""
     from multiprocessing.connection import Connection
 
+    if sys.platform == "linux":  # at once, also inside a call that lasts; elsewhere `_receive_tasks` ends the process
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     parent, tasks = Connection(descriptor), queue.SimpleQueue()
     setup = parent.recv_bytes()
     threading.Thread(target=_receive_tasks, args=(parent, tasks), daemon=True).start()
@@ -214,7 +218,10 @@ def serve(descriptor: int) -> None:
             message = number, run_task(function, task), None
         except TaskError as error:
             message = number, None, TaskError(str(error))
-        parent.send(message)
+        try:
+            parent.send(message)
+        except OSError:  # the parent is gone
+            os._exit(0)
 
 
 def _receive_tasks(parent, tasks: queue.SimpleQueue) -> None:

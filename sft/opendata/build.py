@@ -250,12 +250,11 @@ class _Writer:
         self.file = open(os.path.join(folder, name), "w+b")  # noqa: SIM115
         self.sha256, self.num_records, self.num_bytes = hashlib.sha256(), 0, 0
 
-    def write(self, line: str) -> None:
-        data = line.encode()
-        self.file.write(data)
-        self.sha256.update(data)
+    def write(self, line: bytes) -> None:
+        self.file.write(line)
+        self.sha256.update(line)
         self.num_records += 1
-        self.num_bytes += len(data)
+        self.num_bytes += len(line)
 
     def close(self) -> dict[str, Any]:
         self.file.close()

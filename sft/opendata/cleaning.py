@@ -307,7 +307,7 @@ class NearDuplicates:
         self.files: list[BinaryIO] = []
         self.places = array("Q")
 
-    def find_or_add(self, keys: tuple[int, ...], line: str, file: BinaryIO, offset: int) -> bool:
+    def find_or_add(self, keys: tuple[int, ...], line: bytes, file: BinaryIO, offset: int) -> bool:
         """Return whether a near duplicate of the conversation in `line` was added before; if not, add this one.
 
         `keys` are its band keys. Its line is about to be written at `offset` of `file`.
@@ -341,7 +341,7 @@ class Outcome(NamedTuple):
     """The fate of a record. `kind` is kept, malformed or cleaning; `line` is the JSON to write, newline and all."""
 
     kind: str
-    line: str
+    line: bytes
     reason: str = ""
     digest: int = 0
     in_eval: bool = False
@@ -375,16 +375,20 @@ def _process(raw: RawRecord, options: dict, rules: Collection[str], eval_share: 
         kind = "cleaning" if isinstance(error, NotChosen) else kind
         reject = {"file": options["source"], "line": raw.line, "kind": kind, "reason": error.reason}
         # Escapes keep what is no text: undecodable bytes and lone surrogates.
-        return Outcome(kind, json.dumps(reject | {"message": str(error), "raw": raw.raw}) + "\n", error.reason)
+        return Outcome(kind, _encode(reject | {"message": str(error), "raw": raw.raw}, ensure_ascii=True), error.reason)
     return Outcome(
         kind="kept",
-        line=json.dumps(conversation, ensure_ascii=False) + "\n",
+        line=_encode(conversation),
         digest=digest_conversation(conversation),
         in_eval=_is_held_out(conversation, eval_share),
         num_characters=sum(len(message["content"]) for message in conversation["messages"]),
         changed=tuple(changed),
         band_keys=band_keys(shingles(conversation)) if near else (),
     )
+
+
+def _encode(value: dict, *, ensure_ascii: bool = False) -> bytes:
+    return f"{json.dumps(value, ensure_ascii=ensure_ascii)}\n".encode()
 
 
 def _is_held_out(conversation: Conversation, eval_share: float) -> bool:
