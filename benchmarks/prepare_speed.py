@@ -48,7 +48,8 @@ def ours(base: str, records: str, fast: bool, chat_format: str | None = None) ->
     renderer = Renderer(tokenizer, chat_format or ("base" if carried else "chatml"))
     with tempfile.TemporaryDirectory() as folder:
         clock = CpuClock()
-        examples, _ledger = prepare([records], renderer, max_length=MAX_LENGTH, cache_dir=folder, say=lambda text: None)
+        options = {"cache_dir": folder, "num_workers": 1, "say": lambda text: None}
+        examples, _ledger = prepare([records], renderer, max_length=MAX_LENGTH, **options)
         rows = TrainingRows(examples, MAX_LENGTH, seed=0)
         report(seconds=clock.seconds(), tokens=int(examples.lengths.sum()), fill=rows.fill, encoder=renderer.encoder)
 
