@@ -11,6 +11,7 @@ from sft.model.load import context_window
 from sft.preview.activations import Activations, activations
 from sft.preview.shape import FULL, LORA, ONE, QLORA, ZERO2, ZERO3, Part, Plan, Shape, Step
 from sft.train.checks import GIB
+from sft.train.sequence_parallel import check_model, count_heads
 
 RESERVE = 2 * GIB  # CUDA's context, cuBLAS and NCCL workspaces, gaps between blocks
 MIN_ROW_TOKENS, MAX_ROW_TOKENS = 2**10, 2**20
@@ -184,9 +185,10 @@ def longest_rows(shape: Shape, step: Step, plan: Plan, gpu_bytes: int) -> list[t
     """Return (GPUs that share a row, tokens of the longest that fits) for 1, 2, 4 ... GPUs; lengths are powers of two.
 
     One row at a time, with checkpointing, up to the model's positions. Numbers of GPUs that don't divide both those of
-    the plan and the heads are left out.
+    the plan and the heads are left out, and all above 1 for a model whose rows can't be shared.
     """
-    heads, found, length = shape.config.get_text_config().num_attention_heads, [], MIN_ROW_TOKENS
+    heads = count_heads(shape.config) if _can_be_shared(shape) else 1
+    found, length = [], MIN_ROW_TOKENS
     longest = min(context_window(shape.config) or MAX_ROW_TOKENS, MAX_ROW_TOKENS)
     for shared in (2**power for power in range(plan.gpus.bit_length())):
         if plan.gpus % shared or heads % shared or length > longest:
@@ -197,6 +199,15 @@ def longest_rows(shape: Shape, step: Step, plan: Plan, gpu_bytes: int) -> list[t
         if length > MIN_ROW_TOKENS:
             found.append((shared, length // 2))
     return found
+
+
+def _can_be_shared(shape: Shape) -> bool:
+    options = {"trust_remote_code": True} if shape.trusted else {}
+    try:
+        check_model(shape.config, parts=2, max_length=MIN_ROW_TOKENS, options=options)
+    except ValueError:
+        return False
+    return True
 
 
 def _of_length(step: Step, length: int) -> Step:

@@ -49,7 +49,7 @@ def check_model(config, *, parts: int, max_length: int, options: dict[str, Any])
     Its weights are not read: the model is built, with transformers' `options`, on the meta device.
     """
     text = config.get_text_config()
-    heads = text.num_attention_heads
+    heads = count_heads(config)
     rope = getattr(text, "rope_parameters", None) or {}
     kind = rope.get("rope_type")
     window = rope.get("original_max_position_embeddings") or context_window(config)
@@ -69,6 +69,12 @@ def check_model(config, *, parts: int, max_length: int, options: dict[str, Any])
         model = AutoModelForCausalLM.from_config(copy.deepcopy(config), **options)
     if reason := find_reason_against(model):
         raise ValueError(f"{FLAG} {parts}: rows of {config.model_type} can't be shared: {reason}")
+
+
+def count_heads(config) -> int:
+    """Return the attention heads of a model; 0 where it has none, or another number in each layer."""
+    heads = getattr(config.get_text_config(), "num_attention_heads", None)
+    return heads if isinstance(heads, int) else 0
 
 
 def find_reason_against(model) -> str | None:

@@ -268,3 +268,11 @@ def test_offloaded_activations_are_counted_in_ram():
     inputs = 65_536 * 3584 * 2  # tokens, hidden size, bytes: of each of 28 layers
     assert (bytes_of(kept[1]), bytes_of(moved[1])) == ({}, {"activations": 28 * inputs})
     assert bytes_of(kept[0])["activations"] - bytes_of(moved[0])["activations"] == 28 * inputs
+
+
+def test_rows_of_a_model_that_mixes_tokens_without_attention_are_counted_on_one_gpu():
+    layers = {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2}
+    config = AutoConfig.for_model("lfm2", max_position_embeddings=1024, **layers)
+    step = Step(length=2048, trained=2048, accumulation=8)
+    found = memory.longest_rows(read_shape(config), step, Plan(FULL, ZERO3, False, 8), 80 * GIB)
+    assert found == [(1, 1024)]

@@ -207,6 +207,7 @@ def test_the_self_test_finds_a_row_whose_parts_attend_to_themselves_alone(monkey
         ("mixtral", MODELS["experts"][1], 2, None),
         ("qwen2", LLAMA_LIKE, 3, "the 4 attention heads can't be divided among 3 GPUs"),
         ("bamba", SETTINGS["bamba"], 2, "rows of bamba can't be shared: BambaMixer mix tokens without attention"),
+        ("mamba", {}, 2, "rows of mamba can't be shared: MambaMixer mix tokens without attention"),
         ("lfm2", SETTINGS["lfm2"], 2, "rows of lfm2 can't be shared: Lfm2ShortConv mix tokens without attention"),
         (
             "gpt_oss",
