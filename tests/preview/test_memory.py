@@ -79,6 +79,11 @@ PUBLISHED = {
     # transformers' own defaults, which its docstrings say are those of Qwen3.5-9B and 35B-A3B, GLM-4-9B-0414 and
     # GLM-4.7-Flash; Qwen3.5-4B: a config.json of a model trained from it.
     "Qwen3-30B-A3B": ("qwen3_moe", {"num_hidden_layers": 48, "head_dim": 128}, 30_532_122_624),
+    "Qwen3.5-4B": (
+        "qwen3_5_text",
+        {"hidden_size": 2560, "intermediate_size": 9216, "tie_word_embeddings": True},
+        4_205_751_296,
+    ),
     "Qwen3.5-35B-A3B": ("qwen3_5_moe_text", {}, 34_660_610_688),
     "GLM-4-9B-0414": ("glm4", {}, 9_400_279_040),
     "GLM-4.7-Flash": ("glm4_moe_lite", {}, 29_943_390_976),
