@@ -1,5 +1,5 @@
 #!/bin/sh
-# Qwen3.5 with LoRA, dense or the mixture of experts 35B-A3B; one GPU of 48 GB by default.
+# Qwen3.5 with LoRA, dense or the mixture of experts 35B-A3B; one GPU of 24 GB by default, 35B-A3B on 80 GB.
 #
 #   sh recipes/qwen3.5.sh                                     Qwen3.5-4B
 #   MODEL=Qwen/Qwen3.5-35B-A3B sh recipes/qwen3.5.sh          or Qwen/Qwen3.5-9B

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Qwen3 with LoRA, dense or the mixture of experts 30B-A3B; one GPU of 80 GB by default.
+# Qwen3 with LoRA, dense or the mixture of experts 30B-A3B; one GPU of 24 GB by default, 30B-A3B on 80 GB.
 #
 #   sh recipes/qwen3.sh                                       Qwen3-8B
 #   MODEL=Qwen/Qwen3-30B-A3B sh recipes/qwen3.sh              or Qwen/Qwen3-4B-Instruct-2507
