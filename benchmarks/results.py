@@ -8,12 +8,13 @@ The text under NOTES is kept as it is: a person writes there why a bar is missed
 import json
 import os
 import platform
+import re
 import subprocess
 from datetime import date
 from importlib import metadata
 from pathlib import Path
 
-from records import RESULTS, median, peer_python
+from records import FOLDER, RESULTS, median, peer_python
 
 FILE = Path(__file__).with_name("RESULTS.md")
 NOTES = "## Notes\n"
@@ -114,19 +115,14 @@ def startup_section(rows: dict) -> str:
     return text
 
 
-def gpu_section(rows: dict) -> str:
-    lines = []
-    for shape, sides in rows.items():
-        for side, (found,) in sides.items():
-            memory = found.get("gpu_peak_mib", found["peak_mib"]) / 1024
-            layers = f"{found['layers']} of {found['whole']}"
-            numbers = [f"{speed([found], 'wall_seconds'):,.0f}", f"{found['mfu']:.3f}", f"{memory:.1f}"]
-            lines.append([shape, side, layers, *numbers, found["device"]])
-    return (
-        "## On a GPU\n\n"
-        + table(["shape", "side", "layers", "tokens/s", "MFU", "peak GiB", "device"], lines)
-        + "\nMFU 0 means toy sizes on a CPU: such a row proves that the script runs, nothing else.\n\n"
-    )
+def gpu_section() -> str:
+    """The table that run_gpu.sh wrote, or that RESULTS.md has already."""
+    table = FOLDER / "gpu.md"
+    if table.exists():
+        return f"## On a GPU\n\n{table.read_text(encoding='utf-8')}\n"
+    before = FILE.read_text(encoding="utf-8") if FILE.exists() else ""
+    found = re.search(r"^## On a GPU\n.*?(?=^## )", before, re.MULTILINE | re.DOTALL)
+    return found[0] if found else ""
 
 
 def scale_section(rows: dict) -> str:
@@ -160,7 +156,6 @@ SECTIONS = {
     "step": step_section,
     "startup": startup_section,
     "scale": scale_section,
-    "gpu": gpu_section,
 }
 
 
@@ -168,6 +163,7 @@ def main() -> None:
     kept = json.loads(RESULTS.read_text())
     notes = FILE.read_text(encoding="utf-8").partition(NOTES)[2] if FILE.exists() else ""
     text = "# Results\n\n" + machine() + "".join(SECTIONS[name](kept[name]) for name in SECTIONS if name in kept)
+    text += gpu_section()
     FILE.write_text(text + NOTES + notes, encoding="utf-8")
     print(text)
 

@@ -1,13 +1,22 @@
 #!/bin/sh
-# Measure full fine-tuning steps on one GPU, ours beside TRL where that is importable; under ten minutes on an H200.
-# No network. Without a GPU it runs toys on the CPU and says so.
+# Measure training on one GPU: steps beside TRL, train.py, LoRA, exactness, memory, replies, the families; under nine
+# minutes on an H200. No network. The table and gpu.json lie in $OUT, else .cache/benchmarks. Without a GPU, or with
+# TOY=1, toy sizes on the CPU prove that all of it runs.
 #
 #   sh benchmarks/run_gpu.sh
-#   PYTHON=python3.12 sh benchmarks/run_gpu.sh --shapes qwen2.5-0.5b
+#   WHEELS=/tmp/wheels sh benchmarks/run_gpu.sh --only steps     # packages that the machine lacks; pack_gpu.sh fills it
+#   parts: selftest steps exact loop memory lora replies moe
 set -eu
 cd "$(dirname "$0")/.."
 
-: "${PYTHON:=python3}"
-: "${TRITON_CACHE_DIR:=${TMPDIR:-/tmp}/triton}"
-export TRITON_CACHE_DIR HF_HUB_OFFLINE=1
-exec "$PYTHON" benchmarks/gpu_step.py "$@"
+: "${PYTHON:=python3}" "${WHEELS:=}"
+if [ -n "$WHEELS" ]; then
+    SITE=$(mktemp -d)
+    trap 'rm -rf "$SITE"' EXIT
+    "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --target "$SITE" "$WHEELS"/*.whl
+    PYTHONPATH="$SITE${PYTHONPATH:+:$PYTHONPATH}"
+    export PYTHONPATH
+fi
+: "${TRITON_CACHE_DIR:=${TMPDIR:-/tmp}/triton}" "${TORCHINDUCTOR_CACHE_DIR:=${TMPDIR:-/tmp}/inductor}"
+export TRITON_CACHE_DIR TORCHINDUCTOR_CACHE_DIR HF_HUB_OFFLINE=1
+PYTHONPATH="benchmarks:benchmarks/gpu${PYTHONPATH:+:$PYTHONPATH}" "$PYTHON" -u benchmarks/gpu/run.py "$@"

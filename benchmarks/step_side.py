@@ -2,8 +2,9 @@
 
     python benchmarks/step_side.py ours '{"family": "qwen2", "vocab_size": 32000, ...}'
 
-`ours` is train.py's own assembly: packed rows, isolate_documents, use_chunked_loss, Collator. `trl` is SFTTrainer,
-packed or padded. `alpaca` is transformers' Trainer on padded batches with full logits. All get the same examples
+`ours` is train.py's own assembly: packed rows, isolate_documents, use_chunked_loss, fused kernels, Collator. `trl` is
+SFTTrainer, packed or padded; `trl_strongest` gets our attention, and Liger with its fused loss if it is installed and
+supports the family. `alpaca` is transformers' Trainer on padded batches with full logits. All get the same examples
 (random tokens, log-normal lengths, the first quarter without loss), the same model, arguments and fused AdamW. Prints
 wall seconds, CPU seconds and non-pad tokens of the measured steps.
 """
@@ -30,6 +31,10 @@ SETTINGS = {
     "steps": 2,
     "num_examples": 400,
     "seed": 0,
+    "fused": "auto",
+    "checkpointing": False,
+    "deterministic": False,
+    "lora": False,
 }
 
 
@@ -55,7 +60,7 @@ class Clock(TrainerCallback):
     """Notes the time at each step's end; the collator adds the tokens of its batches."""
 
     def __init__(self):
-        self.times, self.tokens, self.collate = [], [], None
+        self.times, self.tokens, self.graphs, self.collate = [], [], [], None
 
     def count(self, batch: dict) -> dict:
         """Count tokens that are not padding; a packed row's padding is left in, as less than a hundredth."""
@@ -66,12 +71,22 @@ class Clock(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if torch.cuda.is_available():
             torch.cuda.synchronize()
+        self.graphs.append(compiled_graphs())
         self.times.append((time.perf_counter(), time.process_time()))
+
+
+def compiled_graphs() -> int:
+    """Graphs that torch.compile has made in this process."""
+    if "torch._dynamo" not in sys.modules:
+        return 0
+    from torch._dynamo.utils import counters
+
+    return counters["stats"]["unique_graphs"]
 
 
 def build_model(settings: dict):
     """A random model in fp32, made on the device, as transformers gives it with its default attention."""
-    config = AutoConfig.for_model(settings["family"], **settings["config"])
+    config = AutoConfig.for_model(**{"model_type": settings.get("family"), **settings["config"]})
     torch.manual_seed(0)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -94,7 +109,8 @@ def arguments_for(settings: dict, arguments_class: type, folder: str, **more):
         disable_tqdm=True,
         dataloader_pin_memory=torch.cuda.is_available(),
         remove_unused_columns=False,
-        gradient_checkpointing=False,
+        gradient_checkpointing=settings["checkpointing"],
+        full_determinism=settings["deterministic"],
         **more,
     )
 
@@ -102,14 +118,35 @@ def arguments_for(settings: dict, arguments_class: type, folder: str, **more):
 def ours(settings: dict, model, examples: Examples, folder: str) -> Trainer:
     from sft.dataset.collate import Collator
     from sft.dataset.dataset import TrainingRows
+    from sft.model import fusion
     from sft.model.attention import isolate_documents
+    from sft.model.kernels import make_determinism_fast
     from sft.model.loss import use_chunked_loss
 
-    isolate_documents(model)
-    use_chunked_loss(model)
+    if settings["lora"]:
+        model = add_adapters(model, settings)
+    print(isolate_documents(model), use_chunked_loss(model), sep="; ")
+    on_gpu = torch.cuda.is_available()
+    facts = {"half": settings["bf16"], "lora": settings["lora"], "accumulation": settings["accumulation"]}
+    for note in fusion.fuse(model, settings["fused"], fusion.Circumstances(on_gpu=on_gpu, **facts)):
+        print(note)
     rows = TrainingRows(examples, settings["max_length"], seed=0)
     arguments = arguments_for(settings, TrainingArguments, folder)
-    return Trainer(model=model, args=arguments, train_dataset=rows, data_collator=Collator(0))
+    if settings["deterministic"]:
+        make_determinism_fast()
+    # As train.py does it: on a GPU one length for all packed rows.
+    collate = Collator(0, packed_length=settings["max_length"] if on_gpu else None)
+    return Trainer(model=model, args=arguments, train_dataset=rows, data_collator=collate)
+
+
+def add_adapters(model, settings: dict):
+    """LoRA on a frozen base in the type of the computing, as sft.model.load loads it."""
+    from sft.model import adapters
+
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16 if settings["bf16"] else torch.float32)
+    options = {"rank": 16, "alpha": 32, "dropout": 0.05}
+    return adapters.add_lora(model, gradient_checkpointing=settings["checkpointing"], **options)
 
 
 def trl(settings: dict, model, examples: Examples, folder: str) -> Trainer:
@@ -118,8 +155,17 @@ def trl(settings: dict, model, examples: Examples, folder: str) -> Trainer:
 
     options = {"max_length": settings["max_length"], "packing": settings["packing"]}
     rows = Dataset.from_list([{name: ids.tolist() for name, ids in row.items()} for row in examples])
-    arguments = arguments_for(settings, SFTConfig, folder, **options)
+    arguments = arguments_for(settings, SFTConfig, folder, use_liger_kernel=settings.get("liger", False), **options)
     return SFTTrainer(model=model, args=arguments, train_dataset=rows, processing_class=stub_tokenizer())
+
+
+def trl_strongest(settings: dict, model, examples: Examples, folder: str) -> Trainer:
+    """TRL with our attention, which its padding-free batches need, and Liger with its fused loss."""
+    from sft.model.attention import isolate_documents
+    from sft.model.load import has_liger
+
+    isolate_documents(model)
+    return trl(settings | {"liger": has_liger(model)}, model, examples, folder)
 
 
 def stub_tokenizer():
@@ -145,17 +191,21 @@ def alpaca(settings: dict, model, examples: Examples, folder: str) -> Trainer:
     return Trainer(model=model, args=arguments, train_dataset=examples, data_collator=pad)
 
 
+SIDES = {"ours": ours, "trl": trl, "trl_strongest": trl_strongest, "alpaca": alpaca}
+
+
 def main() -> None:
     settings = SETTINGS | json.loads(sys.argv[2])
     model = build_model(settings)
     sizes = [settings[name] for name in ("num_examples", "max_length", "seed")]
     examples = make_examples(sizes[0], model.config.vocab_size, *sizes[1:])
     with tempfile.TemporaryDirectory() as folder:
-        trainer = {"ours": ours, "trl": trl, "alpaca": alpaca}[sys.argv[1]](settings, model, examples, folder)
+        trainer = SIDES[sys.argv[1]](settings, model, examples, folder)
         clock, collate = Clock(), trainer.data_collator
         trainer.data_collator = lambda rows: clock.count(collate(rows))
         trainer.add_callback(clock)
         trainer.train()
+        clock.graphs.append(compiled_graphs())
     mean_seen = float((examples.lengths**2).sum() / examples.lengths.sum())
     report(**numbers(settings, clock), parameters=sum(p.numel() for p in model.parameters()), mean_seen=mean_seen)
 
@@ -168,9 +218,11 @@ def numbers(settings: dict, clock: Clock) -> dict:
         "tokens": int(per_step[settings["warmup"] :].sum()),
         "wall_seconds": last[0] - first[0],
         "seconds": last[1] - first[1],
+        "graphs_after_warmup": clock.graphs[-1] - clock.graphs[settings["warmup"] - 1],
     }
     if torch.cuda.is_available():
         found["gpu_peak_mib"] = torch.cuda.max_memory_allocated() / 2**20
+        found["gpu_reserved_mib"] = torch.cuda.max_memory_reserved() / 2**20
     return found
 
 
