@@ -15,7 +15,9 @@ from functools import lru_cache
 from sft.model.shrink import choose_layers, keep_layers, kinds_of_layers
 from sft.preview.shape import FULL, ONE, WRONG_CONFIG, Plan, Shape, Step, build_model
 
-SHORT_TOKENS = 64  # of a row that stands for a long one
+SHORT_TOKENS = 64  # of a row that stands for a long one: a chunk of linear attention
+MAX_TRACED_LAYERS = 8  # a layer takes up to a second
+TOKENS_OF_A_LOOP = 8  # where each token is a step of a loop, as in the first Mamba
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Activations:
 
 
 def activations(shape: Shape, step: Step, plan: Plan) -> Activations | None:
-    """Count what all layers keep, from the first two of each kind; None where that depends on the data."""
+    """Count what all layers keep, from the first two of each kind; None where that can't be done."""
     return _activations(shape, replace(step, trained=0, accumulation=1), plan.method != FULL, plan.launcher != ONE)
 
 
@@ -40,6 +42,8 @@ def activations(shape: Shape, step: Step, plan: Plan) -> Activations | None:
 def _activations(shape: Shape, step: Step, lora: bool, spread: bool) -> Activations | None:
     settings = shape.config.get_text_config().to_dict()
     kinds, chosen = kinds_of_layers(settings), choose_layers(settings, 2)
+    if len(chosen) > MAX_TRACED_LAYERS:
+        chosen = choose_layers(settings, 1)
     places = {kinds[layer]: place for place, layer in enumerate(chosen)}
     if chosen[-1] + 1 < len(kinds):  # the last layer of a model frees less than the others
         chosen.append(chosen[-1] + 1)
@@ -91,9 +95,12 @@ def _trace(shape: Shape, layers: Sequence[int], step: Step, lora: bool, spread: 
     one, as all that these layers keep grows with the number of tokens.
     """
     settings = shape.config.get_text_config().to_dict()
-    chunk = max(settings.get(name) or 0 for name in ("chunk_size", "mamba_chunk_size", "linear_chunk_size"))
-    sizes = [size * max(SHORT_TOKENS, chunk) for size in (1, 2)]
+    chunks = [settings[name] for name in ("chunk_size", "mamba_chunk_size") if settings.get(name)]
+    token_by_token = not chunks and any(settings.get(name) for name in ("time_step_rank", "mamba_dt_rank"))
+    sizes = [size * (TOKENS_OF_A_LOOP if token_by_token else max(SHORT_TOKENS, *chunks, 0)) for size in (1, 2)]
     tokens = step.rows * step.length
+    if token_by_token and len(layers) > MAX_TRACED_LAYERS // 2:  # jamba: minutes
+        return None
     if tokens <= sizes[1] or not _has_mixers(shape, tuple(layers), step):
         return _trace_whole(shape, layers, step, lora, spread)
     steps = [replace(step, rows=1, length=size, documents=(size,)) for size in sizes]
