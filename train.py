@@ -42,6 +42,7 @@ from sft.report.text import say
 from sft.train import sequence_parallel
 from sft.train.arguments import fail, flag, parse_arguments
 from sft.train.callbacks import SelfTest
+from sft.train.checks import check_held_out_metrics
 from sft.train.losses import group_sources
 from sft.train.setup import (
     Data,
@@ -219,7 +220,11 @@ def load_data(run: Run, check: Callable) -> Data:
     run.renderer.thinking = find_thinking_default(ledger)
     check(check_probes, run)
     check(check_token_ids, run, max(examples.largest_id, held_out.largest_id))
-    return Data(examples, held_out, ledgers, lay_out_rows(run, examples, ledger) if len(examples) else None)
+    data = Data(examples, held_out, ledgers, lay_out_rows(run, examples, ledger) if len(examples) else None)
+    sources = group_sources(data.with_source_names())
+    names = sources.held_out_names if sources else ()
+    check(check_held_out_metrics, run.settings.training, names, num_held_out=len(held_out))
+    return data
 
 
 def preview(run: Run, data: Data, report: Report, guard: Guard) -> None:

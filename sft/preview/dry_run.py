@@ -157,7 +157,7 @@ def _heaviest_step(run: Run, rows: TrainingRows, trained: np.ndarray, *, on_gpu:
         trained=int(np.resize(row_trained, batch).sum()),
         documents=tuple(size for size in (longest, length - longest) if size) * batch,
         packing=rows.max_length is not None,
-        checkpointing=bool(training.gradient_checkpointing),
+        checkpointing=bool(training.gradient_checkpointing or getattr(training, "activation_checkpointing", False)),
         accumulation=training.gradient_accumulation_steps,
         half=bool(training.bf16 or training.fp16 or training.gpu),
         lora_rank=run.settings.model.lora_rank,
@@ -298,9 +298,7 @@ def describe_memory(report: Report, shape: Shape, step: Step, plan: Plan, gpus: 
     table += [[part.name, gib(part.bytes), part.formula] for part in parts]
     table += [[f"{part.name}, in RAM", gib(part.bytes), part.formula] for part in host]
     if not any(part.name == "activations" for part in parts):
-        report.notes.append(
-            "memory: the activations of this type depend on the data, and are not counted; --probe_steps measures them"
-        )
+        report.notes.append("memory: the activations of this type are not counted; --probe_steps measures them")
     full = full_logits(shape, step)
     checkpointing = "with" if step.checkpointing else "without"
     lines = [

@@ -42,7 +42,7 @@ MAX_LOGIT_DISTANCE, MAX_LOGIT_DISTANCE_BF16 = 1e-4, 5e-2
 NEEDS_GPU = r"8bit|4bit|paged|bnb|apex|npu|anyprecision|rmsprop_bnb"  # optimizers
 REST = {  # flags of the run that a twin's single step leaves out
     **{"resume_from_checkpoint": None, "deepspeed": None, "use_cpu": True, "report_to": [], "push_to_hub": False},
-    **{"torch_compile": False, "use_liger_kernel": False, "fp16": False, "fp16_full_eval": False, "tf32": None},
+    **{"fused_kernels": "none", "sequence_parallel_size": 1, "fp16": False, "tf32": None},
     **{"max_steps": 1, "warmup_steps": 0, "gradient_accumulation_steps": 1, "per_device_train_batch_size": 2},
     **{"save_steps": 1, "eval_steps": 1, "eval_delay": 0, "eval_on_start": False, "disable_tqdm": True},
     **{"dataloader_num_workers": 0, "dataloader_persistent_workers": False, "dataloader_prefetch_factor": None},
@@ -261,8 +261,8 @@ def _left_out(run: Run) -> list[str]:
         f"--attn_implementation {flags.attn_implementation}": "flash" in (flags.attn_implementation or ""),
         f"--optim {_optimizer(training)}": re.search(NEEDS_GPU, _optimizer(training)),
         f"DeepSpeed ZeRO-{stage}": stage,
-        "--torch_compile": training.torch_compile,
-        "--use_liger_kernel": training.use_liger_kernel,
+        f"--fused_kernels {training.fused_kernels}": training.fused_kernels in ("liger", "compile"),
+        f"--sequence_parallel_size {training.sequence_parallel_size}": training.sequence_parallel_size > 1,
         "--fp16": training.fp16,
         **{f"kernels of {name}": importlib.util.find_spec(name) for name in ("fla", "causal_conv1d", "mamba_ssm")},
     }

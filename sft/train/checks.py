@@ -1,13 +1,17 @@
 """Checks of train.py's flags: every mistake is found before anything is loaded."""
 
+import copy
+import inspect
 import json
 import os
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.serialization._base import parse_size_to_int
 from transformers import Trainer, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
 
@@ -38,6 +42,38 @@ NO_EFFECT = {
     "fsdp": (None, "checkpoints of train.py are plain or DeepSpeed's; use --deepspeed ds_zero3.json"),
     "fsdp_config": (None, "checkpoints of train.py are plain or DeepSpeed's; use --deepspeed ds_zero3.json"),
 }
+NO_EFFECT |= {
+    "include_for_metrics": (None, "the metrics of train.py are made of losses and guesses; leave it out"),
+    "prediction_loss_only": ((True,), "three numbers are kept of a held-out row anyway; leave it out"),
+    "eval_do_concat_batches": ((False,), "the metrics of train.py are summed over all held-out rows; leave it out"),
+    "eval_use_gather_object": ((True,), "the metrics of train.py are tensors; leave it out"),
+    "bf16_full_eval": ((True,), "the evaluations of a training compute as it does; leave it out"),
+    "fp16_full_eval": ((True,), "the evaluations of a training compute as it does; leave it out"),
+    "use_cache": ((True,), "a training has no use for a KV cache; leave it out"),
+    "save_on_each_node": ((True,), "all machines save into one folder; leave it out"),
+    "restore_callback_states_from_checkpoint": ((True,), "no callback of train.py has a state; leave it out"),
+    "accelerator_config": (None, "batches, their shares and accumulation have flags of their own; leave it out"),
+    "dataloader_persistent_workers": ((True,), "the rows of each epoch are new to the workers; leave it out"),
+    "dataloader_in_order": ((False,), "a resumed run continues at its place in the data; leave it out"),
+    "torch_compile_backend": (None, "the parts that are compiled are chosen by --fused_kernels compile; leave it out"),
+    "torch_compile_mode": (None, "the parts that are compiled are chosen by --fused_kernels compile; leave it out"),
+    "length_column_name": (None, "rows are not grouped by length; leave it out"),
+}
+# Flags that change something only beside another one; a launcher may give both, and a user take the other one back.
+NEEDS = {
+    **dict.fromkeys(("lora_rank", "lora_alpha", "lora_dropout", "lora_variant", "lora_router"), "lora"),
+    **dict.fromkeys(("hub_model_id", "hub_private_repo", "hub_revision", "hub_strategy"), "push_to_hub"),
+    **dict.fromkeys(("run_name", "project", "trackio_space_id", "trackio_bucket_id"), "report_to"),
+    "trackio_static_space_id": "report_to",
+    "gradient_checkpointing_kwargs": "gradient_checkpointing",
+    "activation_checkpointing_kwargs": "activation_checkpointing",
+    "dataloader_multiprocessing_context": "dataloader_num_workers",
+    "greater_is_better": "metric_for_best_model",
+    "optim_target_modules": "optim",
+    "eval_steps": "eval_strategy",
+    "allow_changed": "resume_from_checkpoint",
+}
+TOKEN_COUNTS = ("all", "non_padding", "no", "true", "false")
 METRICS = ("loss", "perplexity", "token_accuracy")  # of the held-out rows; and loss/SOURCE for each source
 NEEDS_THE_MODEL = ("lomo", "adalomo")  # optimizers that can't be built without it
 GIB = 2**30
@@ -156,6 +192,9 @@ def _check_effect(arguments: dict[str, Any], typed: set[str]) -> list[str]:
             if isinstance(value, bool):
                 shown = str(value).lower()
             problems.append(f"{f'--{name} {shown}'.strip()}: {advice}")
+    for name, other in NEEDS.items():
+        if name in typed and other not in typed:
+            problems.append(f"--{name}: has no effect without --{other}; add that, or leave this out")
     if arguments["train_sampling_strategy"] not in ("random", "sequential"):
         strategy = arguments["train_sampling_strategy"]
         problems.append(f"--train_sampling_strategy {strategy}: use random or sequential")
@@ -168,7 +207,8 @@ def _check_effect(arguments: dict[str, Any], typed: set[str]) -> list[str]:
 def check_buildable(training) -> list[str]:
     """Build trackers, optimizer and schedule as the trainer will; return a line for each that fails."""
     optimizer, problem = _build_optimizer(training)
-    checks = [*_check_trackers(training.report_to), problem, _check_metric(training)]
+    checks = [*_check_trackers(training.report_to), problem, _check_optimizer_flags(training), _check_metric(training)]
+    checks += [*_check_checkpointing(training), *_check_values(training)]
     if optimizer is not None:
         checks.append(_check_schedule(training, optimizer))
     return [line for line in checks if line]
@@ -200,6 +240,49 @@ def _build_optimizer(training) -> tuple[torch.optim.Optimizer | None, str | None
         return None, None if needs_model else f"{flags}: {_one_line(error)}"
 
 
+def _check_optimizer_flags(training) -> str | None:
+    """Return which flag this optimizer doesn't read, or None."""
+    name = str(getattr(training.optim, "value", training.optim))
+    if training.optim_target_modules and not name.startswith(("galore", "apollo")):
+        return f"--optim_target_modules: --optim {name} doesn't read it; leave it out"
+    if not training.optim_args:
+        return None
+    without = copy.copy(training)
+    without.optim_args = None
+    with suppress(ImportError, ValueError, TypeError, RuntimeError, AttributeError):
+        if Trainer.get_optimizer_cls_and_kwargs(training) == Trainer.get_optimizer_cls_and_kwargs(without):
+            return f"--optim_args {training.optim_args}: --optim {name} doesn't read it; leave it out"
+    return None
+
+
+def _check_checkpointing(training) -> list[str]:
+    """Find options that torch's checkpointing doesn't take."""
+    from torch.utils.checkpoint import checkpoint
+
+    known = [name for name in inspect.signature(checkpoint).parameters if name not in ("function", "args", "kwargs")]
+    known.append("preserve_rng_state")  # in its kwargs
+    given = training.gradient_checkpointing_kwargs or getattr(training, "activation_checkpointing_kwargs", None) or {}
+    if unknown := sorted(given.keys() - set(known)):
+        return [f"--gradient_checkpointing_kwargs: no option {', '.join(unknown)}; use {', '.join(known)}"]
+    return []
+
+
+def _check_values(training) -> list[str]:
+    problems = []
+    if str(training.include_num_input_tokens_seen).lower() not in TOKEN_COUNTS:
+        value = training.include_num_input_tokens_seen
+        problems.append(f"--include_num_input_tokens_seen {value}: use all, non_padding or no")
+    try:
+        parse_size_to_int(training.max_shard_size)
+    except ValueError:
+        problems.append(f"--max_shard_size {training.max_shard_size}: write a size, as in 5GB or 500MB")
+    if training.dataloader_multiprocessing_context and not training.dataloader_num_workers:
+        problems.append("--dataloader_multiprocessing_context: needs --dataloader_num_workers above 0")
+    if any("tpu" in str(getattr(option, "value", option)) for option in training.debug):
+        problems.append("--debug tpu_metrics_debug: is for TPUs; leave it out")
+    return problems
+
+
 def _check_schedule(training, optimizer: torch.optim.Optimizer) -> str | None:
     options = training.lr_scheduler_kwargs or {}
     try:
@@ -222,7 +305,30 @@ def _check_metric(training) -> str | None:
         )
     if training.metric_for_best_model and training.eval_strategy == "no":
         return f"--metric_for_best_model {training.metric_for_best_model}: --eval_strategy no measures nothing"
+    if training.save_strategy == "best" and not training.metric_for_best_model:
+        return f"--save_strategy best: add --metric_for_best_model, one of {', '.join(METRICS)}"
     return None
+
+
+def check_held_out_metrics(training, names: Sequence[str], *, num_held_out: int) -> None:
+    """Raise ValueError when a flag needs what the held-out data doesn't give; `names` are the sources shown."""
+    metric = (training.metric_for_best_model or "").removeprefix("eval_")
+    schedule = getattr(training.lr_scheduler_type, "value", training.lr_scheduler_type)
+    waiting = {
+        "load_best_model_at_end": training.load_best_model_at_end,
+        "metric_for_best_model": metric and not training.load_best_model_at_end,  # which sets it
+        "lr_scheduler_type": schedule == "reduce_lr_on_plateau",
+        "eval_on_start": training.eval_on_start,
+    }
+    problems = []
+    if not num_held_out:
+        missing = [name for name, is_given in waiting.items() if is_given]
+        problems = [f"--{name}: needs held-out data; give --eval_data_path, or leave it out" for name in missing]
+    elif metric.startswith("loss/") and metric.removeprefix("loss/") not in names:
+        known = ", ".join(f"loss/{name}" for name in names)
+        problems = [f"--metric_for_best_model {metric}: no such source is held out; use loss{known and f', {known}'}"]
+    if problems:
+        raise ValueError("\n".join(problems))
 
 
 def _one_line(error: Exception) -> str:

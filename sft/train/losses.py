@@ -32,6 +32,11 @@ class Sources:
     train: np.ndarray
     held_out: np.ndarray
 
+    @property
+    def held_out_names(self) -> list[str]:
+        """The names that the held-out examples have."""
+        return [self.names[number] for number in np.unique(self.held_out)]
+
 
 def group_sources(parts: Sequence[tuple[Examples, Sequence[str]]]) -> Sources | None:
     """Number the sources of (examples, names of their sources), training and held out; None if each has only one.

@@ -42,6 +42,7 @@ WRITERS = {
     "opendata/fields.py": (),
     "opendata/records.py": (),
     "opendata/files.py": ("describe_skipped",),
+    "train/checks.py": ("check_held_out_metrics",),
     "train/setup.py": ("find_gpus", "find_named_checkpoint"),
     "checkpoint/resume.py": ("compare_fingerprints", "check_unchanged"),
     "checkpoint/manifest.py": ("find_checkpoint", "find_damage", "find_incomplete", "read_manifest"),

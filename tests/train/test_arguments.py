@@ -7,7 +7,7 @@ import torch
 
 import train
 from sft.train.arguments import OF_TRANSFORMERS, Settings, flag, is_within, parse_arguments
-from sft.train.checks import GIB, check_checkpointing, parse_gpu
+from sft.train.checks import GIB, NEEDS, NO_EFFECT, check_checkpointing, check_held_out_metrics, parse_gpu
 from tests.train.test_train import data  # noqa: F401 (a fixture)
 
 
@@ -226,7 +226,27 @@ def test_a_wrong_value_for_the_chat_template_is_one_line(flag, value, problem, t
             "--sequence_parallel_size 2: --neftune_noise_alpha scales by the length of whole rows",
         ),
         ("--activation_offload", "--activation_offload: moves what checkpointing keeps; add --gradient_checkpointing"),
-        ("--hub_strategy checkpoint", "--hub_strategy checkpoint: the model is pushed once, after training"),
+        ("--push_to_hub --hub_strategy checkpoint", "--hub_strategy checkpoint: the model is pushed once"),
+        ("--optim_args foo=1", "--optim_args foo=1: --optim adamw_torch_fused doesn't read it"),
+        ("--optim sgd --optim_target_modules q_proj", "--optim_target_modules: --optim sgd doesn't read it"),
+        ("--torch_compile_mode max-autotune", "--torch_compile_mode max-autotune: the parts that are compiled are"),
+        (
+            '--gradient_checkpointing --gradient_checkpointing_kwargs {"a":1}',
+            "--gradient_checkpointing_kwargs: no option",
+        ),
+        ("--include_num_input_tokens_seen some", "--include_num_input_tokens_seen some: use all, non_padding or no"),
+        ("--max_shard_size huge", "--max_shard_size huge: write a size, as in 5GB or 500MB"),
+        ("--save_strategy best", "--save_strategy best: add --metric_for_best_model"),
+        ("--debug tpu_metrics_debug", "--debug tpu_metrics_debug: is for TPUs"),
+        (
+            "--dataloader_num_workers 0 --dataloader_multiprocessing_context spawn",
+            "--dataloader_multiprocessing_context",
+        ),
+        ("--lora_rank 4", "--lora_rank: has no effect without --lora; add that"),
+        ("--run_name mine", "--run_name: has no effect without --report_to"),
+        ("--eval_steps 5", "--eval_steps: has no effect without --eval_strategy"),
+        ('--accelerator_config {"split_batches":true}', "--accelerator_config"),
+        ("--eval_do_concat_batches false", "--eval_do_concat_batches false: the metrics of train.py are summed"),
     ],
 )
 @pytest.mark.parametrize("mode", [[], ["--dry_run"]])
@@ -243,6 +263,47 @@ def test_all_that_flags_alone_show_is_said_before_anything_is_loaded(
     monkeypatch.setattr("sft.train.setup.load_renderer", lambda *_, **__: pytest.fail("something was loaded"))
     (line,) = problems_of(capsys, *flags_of(tiny_base("qwen2"), data, tmp_path / "r"), *flags.split(), *mode)
     assert line.startswith(f"train.py: {start}")
+
+
+# Flags of transformers that a run honours, each tried away from its default (dev/LOG.md, 2026-11-30).
+HONOURED = """
+    output_dir per_device_train_batch_size num_train_epochs max_steps lr_scheduler_kwargs optim optim_args weight_decay
+    adam_beta1 adam_beta2 adam_epsilon gradient_accumulation_steps average_tokens_across_devices max_grad_norm
+    label_smoothing_factor bf16 fp16 tf32 activation_checkpointing gradient_checkpointing torch_compile
+    use_liger_kernel liger_kernel_config neftune_noise_alpha
+    torch_empty_cache_steps logging_strategy logging_first_step log_on_each_node log_level log_level_replica
+    disable_tqdm report_to eval_strategy eval_delay per_device_eval_batch_size eval_on_start eval_accumulation_steps
+    save_only_model save_strategy save_steps push_to_hub hub_token load_best_model_at_end metric_for_best_model
+    full_determinism seed data_seed use_cpu parallelism_config dataloader_drop_last dataloader_num_workers
+    dataloader_pin_memory dataloader_prefetch_factor train_sampling_strategy ddp_find_unused_parameters
+    ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout deepspeed debug
+    skip_memory_metrics resume_from_checkpoint local_rank
+"""
+
+
+def test_each_flag_of_transformers_is_honoured_or_refused():
+    """A flag that a later transformers adds has to be tried before it may pass."""
+    ours = {name for name in vars(train.TrainingArguments)["__annotations__"]}
+    of_transformers = {entry.name for entry in fields(train.TrainingArguments) if entry.init} - ours
+    assert of_transformers - set(HONOURED.split()) - {*NO_EFFECT, *NEEDS} == set()
+
+
+@pytest.mark.parametrize(
+    ("flags", "num_held_out", "problem"),
+    [
+        ({"load_best_model_at_end": True}, 0, "--load_best_model_at_end: needs held-out data; give --eval_data_path"),
+        ({"lr_scheduler_type": "reduce_lr_on_plateau"}, 0, "--lr_scheduler_type: needs held-out data"),
+        ({"metric_for_best_model": "eval_loss/c"}, 9, "loss/c: no such source is held out; use loss, loss/a, loss/b"),
+    ],
+)
+def test_a_flag_that_needs_held_out_data_or_a_source_is_refused_without_it(flags, num_held_out, problem):
+    given = {"eval_strategy": "epoch", "save_strategy": "epoch", "metric_for_best_model": None, **flags}
+    training = train.TrainingArguments(output_dir="r", use_cpu=True, **given)
+    with pytest.raises(ValueError) as refused:
+        check_held_out_metrics(training, ["a", "b"], num_held_out=num_held_out)
+    assert problem in str(refused.value)
+    training.metric_for_best_model = "eval_loss/b"
+    check_held_out_metrics(training, ["a", "b"], num_held_out=9)
 
 
 @pytest.mark.parametrize(("metric", "is_greater_better"), [("perplexity", False), ("eval_token_accuracy", True)])
