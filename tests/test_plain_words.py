@@ -174,3 +174,27 @@ def test_a_line_has_one_condition(path):
             inner = [each for part in (node.test, node.body, node.orelse) for each in ast.walk(part)]
             assert not any(isinstance(each, ast.IfExp) for each in inner), f"line {node.lineno}: nested conditionals"
         assert not is_product_with_condition(node), f"line {node.lineno}: write an if"
+
+
+def is_two_statements(node: ast.AST) -> bool:
+    """Whether `a, b = x, y` assigns values that have no name in common with the targets, so that it is no swap."""
+    if not (
+        isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Tuple) and isinstance(node.value, ast.Tuple)
+    ):
+        return False
+    sides = [
+        {ast.unparse(each) for each in ast.walk(side) if isinstance(each, ast.Name | ast.Attribute | ast.Subscript)}
+        for side in (node.targets[0], node.value)
+    ]
+    return not sides[0] & sides[1] and not any(isinstance(value, ast.Starred) for value in node.value.elts)
+
+
+FOLDERS = ("chat", "checkpoint", "dataset", "evaluate", "export", "launch", "report", "web")
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_a_line_has_one_assignment(folder):
+    for path in (ROOT / "sft" / folder).glob("*.py"):
+        for node in ast.walk(syntax(path)):
+            is_constant = isinstance(node, ast.Assign) and ast.unparse(node.targets[0]).strip("()_")[:1].isupper()
+            assert is_constant or not is_two_statements(node), f"{path.name} line {node.lineno}"

@@ -61,7 +61,8 @@ def to_prompt(record: object, *, source: str = "record", line: int | str = 1) ->
             record = {key: record[key] for key in (*SYSTEM_KEYS, "tools") if key in record}
             record["messages"] = [{"role": "user", "content": lone[0]}]
     read = read_record(record, source=source, line=line)
-    messages, tools = read["messages"], read.get("tools")
+    messages = read["messages"]
+    tools = read.get("tools")
     while messages and messages[-1]["role"] == "assistant":
         messages = messages[:-1]
     if not messages or messages[-1]["role"] not in ("user", "tool"):

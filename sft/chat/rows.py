@@ -115,13 +115,15 @@ class RowModel:
 
         longest = max(len(request.prompt) for request in requests)
         shared = self.num_shared(requests)
-        rows, marks = [], []
+        rows = []
+        marks = []
         for prompt in (request.prompt for request in requests):
             missing = longest - len(prompt)
             rows.append(prompt[:shared] + [self.pad_id] * missing + prompt[shared:])
             marks.append([1] * shared + [0] * missing + [1] * (len(prompt) - shared))
         device = self.model.device
-        ids, mask = torch.tensor(rows, device=device), torch.tensor(marks, device=device)
+        ids = torch.tensor(rows, device=device)
+        mask = torch.tensor(marks, device=device)
         # Without the config each layer's cache keeps all tokens; the mask still applies a sliding window.
         return Rows(requests, ids, mask, DynamicCache() if self.joins_rows else None, num_shared=shared)
 

@@ -45,7 +45,10 @@ class Examples:
     def __init__(
         self, input_ids: np.ndarray, in_loss: np.ndarray, starts: np.ndarray, origins: np.ndarray | None = None
     ):
-        self._input_ids, self._in_loss, self._starts, self._num_read = input_ids, in_loss, starts, 0
+        self._input_ids = input_ids
+        self._in_loss = in_loss
+        self._starts = starts
+        self._num_read = 0
         self.origins = np.zeros(len(starts) - 1, ORIGIN) if origins is None else origins
 
     def __len__(self) -> int:
@@ -109,7 +112,10 @@ class TrainingRows:
     def __init__(
         self, examples: Examples, max_length: int | None, *, seed: int, mixture: Mixture | None = None, epochs: int = 1
     ):
-        self.examples, self.max_length, self.seed, self.mixture = examples, max_length, seed, mixture
+        self.examples = examples
+        self.max_length = max_length
+        self.seed = seed
+        self.mixture = mixture
         self.num_rows = 0
         if max_length and mixture and mixture.changes:
             taken = (examples.lengths[mixture.take(epoch)] for epoch in range(epochs))
@@ -120,7 +126,8 @@ class TrainingRows:
         """Take the examples of an epoch, counted from 0, and pack them anew."""
         taken = np.arange(len(self.examples)) if self.mixture is None else self.mixture.take(epoch)
         lengths = self.examples.lengths[taken]
-        self.num_examples, self.num_tokens = len(taken), int(lengths.sum())
+        self.num_examples = len(taken)
+        self.num_tokens = int(lengths.sum())
         if self.max_length is None:
             self.rows = packing.Rows(taken, np.arange(len(taken) + 1))
         else:
@@ -146,7 +153,8 @@ class TrainingRows:
 
 
 def _read_statistics(ids: np.ndarray, in_loss: np.ndarray, starts: np.ndarray, stop_ids: Sequence[int], found) -> None:
-    is_first, is_last = np.zeros(len(ids), bool), np.zeros(len(ids), bool)
+    is_first = np.zeros(len(ids), bool)
+    is_last = np.zeros(len(ids), bool)
     is_first[starts[:-1]] = is_last[starts[1:] - 1] = True
     opens = in_loss & (is_first | ~np.roll(in_loss, 1))
     closes = np.flatnonzero(in_loss & (is_last | ~np.roll(in_loss, -1)))
@@ -225,7 +233,8 @@ def prepare(
         settings = {"max_length": max_length, "reading": reading, "num_workers": num_workers}
         _build_once(files, renderer, folder, say=say, **settings)
     ledger = json.loads((folder / "ledger.json").read_text(encoding="utf-8"))
-    starts, origins = np.load(folder / "starts.npy"), np.load(folder / "origins.npy")
+    starts = np.load(folder / "starts.npy")
+    origins = np.load(folder / "origins.npy")
     kinds = (("input_ids", "<i4"), ("in_loss", "?"))
     mapped = [np.memmap(folder / name, kind, "r") if starts[-1] else np.zeros(0, kind) for name, kind in kinds]
     return Examples(*mapped, starts, origins), ledger
@@ -245,7 +254,8 @@ def _cache_key(files: Sequence[str], renderer: Renderer, settings: str) -> str:
 def _build_once(files: Sequence[str], renderer: Renderer, folder: Path, *, say: Callable, **settings) -> None:
     """Build the cache, or wait for the process that does; ValueError with its reason when that one failed."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    failure, waited_for = folder.with_suffix(".failed"), []
+    failure = folder.with_suffix(".failed")
+    waited_for = []
 
     def wait_for(holder: dict) -> None:
         waited_for.append(holder)
@@ -308,7 +318,10 @@ class DifferentIds(Exception):
 def _write(
     files: Sequence[str], renderer: Renderer, folder: Path, *, max_length: int, reading: dict, num_workers: int
 ) -> None:
-    ledger, lengths, origins, numbers = new_ledger(files, max_length), array("q", [0]), [np.zeros(0, ORIGIN)], {}
+    ledger = new_ledger(files, max_length)
+    lengths = array("q", [0])
+    origins = [np.zeros(0, ORIGIN)]
+    numbers = {}
     counts = {file: FieldCounts() for file in files}
     load_renderer = pack_renderer(renderer) if num_workers > 1 else lambda: renderer
     make_function = partial(make_tokeniser, load_renderer, max_length=max_length, reading=reading)

@@ -8,7 +8,9 @@ from sft.opendata.fields import list_counts
 
 KEPT_OUTCOMES = ("whole", "turns_dropped", "cut")
 LOST_OUTCOMES = ("rejected", "not_chosen", "prompt_too_long", "no_trained_token", "boundary", "template")
-WITH_THOUGHT, WITHOUT_THOUGHT = "replies_with_a_thought", "replies_without_a_thought"  # notes
+# notes
+WITH_THOUGHT = "replies_with_a_thought"
+WITHOUT_THOUGHT = "replies_without_a_thought"
 MAX_WORDS_SHOWN = 5  # of chat formats that refuse conversations
 
 
@@ -69,7 +71,8 @@ def add_up(ledger: dict) -> None:
     )
     for part in ("files", "sources"):
         ledger[part] = {name: {"in": 0, "kept": 0, **counts} for name, counts in ledger[part].items()}
-    ledger["rejected"], ledger["total"] = dict(ledger["rejected"]), {"in": 0, "kept": 0, **total}
+    ledger["rejected"] = dict(ledger["rejected"])
+    ledger["total"] = {"in": 0, "kept": 0, **total}
     ledger["template_words"] = dict(ledger["template_words"].most_common())
 
 

@@ -90,12 +90,16 @@ def _unpack_renderer(
 
 def tokenise(task: Work, *, renderer: Renderer, max_length: int, reading: dict) -> Part | None:
     """Read, render and label the conversations of a piece; None for a range that was wrongly cut."""
-    ledger, counts, numbers = new_ledger([task.name], max_length), FieldCounts(), _Numbers()
+    ledger = new_ledger([task.name], max_length)
+    counts = FieldCounts()
+    numbers = _Numbers()
     try:
         readable = list(_read(task, ledger, counts, renderer, reading))
     except WrongCut:
         return None
-    parts, origins, different = [], [np.zeros(0, ORIGIN)], None
+    parts = []
+    origins = [np.zeros(0, ORIGIN)]
+    different = None
     for batch in batches(readable, BATCH_SIZE):
         rows = _render(task, batch, renderer, max_length)
         different = different or _compare_one(task, batch, rows, renderer, max_length)

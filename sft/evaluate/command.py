@@ -168,7 +168,8 @@ def read_others(folder: str, suite: Suite) -> dict[str, list[str]]:
 
 def run_judged(options: argparse.Namespace, settings: dict) -> None:
     """Print the requests and their cost, then answer the questions, judge the answers and write the results."""
-    suite, folder = load_suite(options), Path(options.output_dir)
+    suite = load_suite(options)
+    folder = Path(options.output_dir)
     overlap = _overlap(options, [(question.id, question.turns) for question in suite.questions])
     if options.judgments:
         rows, names = judge.read_judgments(suite, options.judgments, options.model)
@@ -272,7 +273,8 @@ def run_quick(options: argparse.Namespace, settings: dict) -> None:
     asked = quick.questions(options.seed)[: options.limit]
     overlap = _overlap(options, [(question["id"], [question["prompt"]]) for question in asked])
     find_files([], options.eval_data_path or ())
-    replies, losses = [], []
+    replies = []
+    losses = []
     for path in filter(None, (options.model_path, options.base_path)):
         chat = _load(options, path)
         open_output(Path(options.output_dir), settings)

@@ -36,7 +36,10 @@ class LocalModel:
     """Answers in batches; an answer is kept by the model's bytes (`identity`) and what it was asked."""
 
     def __init__(self, chat: Chat, identity: str, *, batch_size: int, seed: int):
-        self.chat, self.identity, self.batch_size, self.seed = chat, identity, batch_size, seed
+        self.chat = chat
+        self.identity = identity
+        self.batch_size = batch_size
+        self.seed = seed
 
     def asked(self, messages: Sequence[dict], attempt: int = 0, **parameters) -> dict:
         asked = {"weights": self.identity, "format": self.chat.renderer.fingerprint(), "messages": list(messages)}
@@ -195,7 +198,8 @@ def judged_rows(
     rows = {q.id: _row(q, answers[q.id]) for q in suite.questions}
     step = 2 if pairs else 1
     for place in range(0, len(asked), step):
-        (question, turn, _messages), found = asked[place], verdicts[place : place + step]
+        (question, turn, _messages) = asked[place]
+        found = verdicts[place : place + step]
         parts = [one["verdict"] for one in found]
         score = pair_result(*parts) if pairs else parts[0].score
         first = score if pairs else parts[0].first
@@ -220,7 +224,8 @@ def read_judgments(suite: Suite, path: str, model: str | None) -> tuple[list[dic
             raise ValueError(f"--judgments {path}: question {line['question_id']} is not one of the suite's")
         verdict = suite.read(line["judgment"])
         # The published averages go by the first rating, and such a verdict can't be asked for again.
-        row, said = rows[str(line["question_id"])], [([line["judgment"]], verdict)]
+        row = rows[str(line["question_id"])]
+        said = [([line["judgment"]], verdict)]
         _add(row, line["turn"], verdict.first, verdict.first, said)
         differ += line.get("score", verdict.first) != (-1 if verdict.first is None else verdict.first)
     names = {"model": model or models[0], "compared_with": None, "judge": chosen[0]["judge"][0]}
@@ -264,7 +269,8 @@ def judged_results(suite: Suite, rows: Sequence[dict], overlap: dict | None, *, 
 
 def judged_tables(found: dict) -> str:
     """Return the results as Markdown: the row of the published table, then each column with its interval."""
-    columns, digits = found["columns"], 3 if found["compared_with"] else 2
+    columns = found["columns"]
+    digits = 3 if found["compared_with"] else 2
     name = cell(Path(found["model"]).parent.name if found["model"].endswith("/model") else found["model"])
     beside = f" beside {found['compared_with']}" if found["compared_with"] else ""
     lines = [f"# {found['suite']} of {name}{beside}, judged by {found['judge']}", ""]

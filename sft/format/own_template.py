@@ -69,7 +69,8 @@ class OwnTemplate:
 
     def prompt(self, messages: Sequence[dict], tools, thinking: bool | None, variables: Mapping) -> str:
         """Render up to the start of the reply, as an escaped text; `variables` hold for this prompt alone."""
-        prepared, escaped = self.prepare(messages), self.escaper.escape(tools)
+        prepared = self.prepare(messages)
+        escaped = self.escaper.escape(tools)
         return self._render(prepared, escaped, thinking, add_generation_prompt=True, **variables)
 
     def text(self, messages: Sequence[dict], tools: Sequence[dict] | None, thinking: bool | None) -> str:

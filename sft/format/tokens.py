@@ -106,7 +106,9 @@ def rows_of_turns(turns: Sequence[TurnIds], backend: Tokenizer, max_length: int 
         if rows and prompt[: len(rows[-1][0])] == rows[-1][0]:
             ids, labels, ends = rows[-1]
         else:
-            ids, labels, ends = [], [], []
+            ids = []
+            labels = []
+            ends = []
             rows.append((ids, labels, ends))
         labels += [IGNORE_INDEX] * (len(prompt) - len(ids)) + reply
         ids += prompt[len(ids) :] + reply
@@ -139,14 +141,16 @@ def shorten(
     of a character, and without a stop token, as it must not teach the model to stop. `text_around(length)` returns the
     text before and after a length of the row, or None inside a character.
     """
-    length, outcome = len(ids), "whole"
+    length = len(ids)
+    outcome = "whole"
     if max_length is not None and length > max_length:
         fitting = turn_ends[turn_ends <= max_length]
         if len(fitting):
             length = int(fitting[-1])
             outcome = "whole" if length == turn_ends[-1] else "turns_dropped"
         else:
-            length, outcome = max_length, "cut"
+            length = max_length
+            outcome = "cut"
             while length and not _can_end_at(text_around(length)):
                 length -= 1
     if (labels[:length] == IGNORE_INDEX).all():
@@ -232,9 +236,12 @@ class BareTokenizer:
     def __init__(self, tokenizer):
         self.backend_tokenizer = tokenizer.backend_tokenizer
         self.special_tokens_map = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-        self.bos_token, self.bos_token_id = tokenizer.bos_token, tokenizer.bos_token_id
-        self.eos_token, self.eos_token_id = tokenizer.eos_token, tokenizer.eos_token_id
-        self.chat_template, self.name_or_path = tokenizer.chat_template, tokenizer.name_or_path
+        self.bos_token = tokenizer.bos_token
+        self.bos_token_id = tokenizer.bos_token_id
+        self.eos_token = tokenizer.eos_token
+        self.eos_token_id = tokenizer.eos_token_id
+        self.chat_template = tokenizer.chat_template
+        self.name_or_path = tokenizer.name_or_path
         self._added_vocab = tokenizer.get_added_vocab()
 
     def __call__(self, text: str) -> dict[str, list[int]]:

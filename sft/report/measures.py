@@ -65,10 +65,12 @@ def mfu_of_a_token(model, *, device: str, world_size: int) -> float | None:
     if peak is None:
         return None
     trained, total = count_parameters(model)
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    embedding = model.get_input_embeddings()
+    head = model.get_output_embeddings()
     if head is not None and embedding.weight is not head.weight:
         size = getattr(embedding.weight, "ds_numel", embedding.weight.numel())
-        total, trained = total - size, trained - size * embedding.weight.requires_grad
+        total = total - size
+        trained = trained - size * embedding.weight.requires_grad
     return (4 * total + 2 * trained) / (peak * world_size)
 
 
@@ -85,7 +87,9 @@ def summarise(log_history: list[dict]) -> dict:
     def values(key: str) -> list[float]:
         return [value for _step, value in points_of(log_history, key)]
 
-    losses, speeds, shares = values("loss"), values("tokens_per_second"), values("mfu")
+    losses = values("loss")
+    speeds = values("tokens_per_second")
+    shares = values("mfu")
     last = ("router_loss", "eval_loss", "eval_perplexity", "eval_token_accuracy", "stop_rate", "repetition_rate")
     return {
         "first_loss": losses[0] if losses else None,

@@ -84,7 +84,8 @@ def check(turns: Sequence[Turn], system: str, request: gr.Request | None = None)
         raise refusal(request, "too_long", limit=MAX_MESSAGE)
     if len(turns) > MAX_TURNS:
         raise refusal(request, "too_many_turns", limit=MAX_TURNS)
-    before, answer = turns[:-1], turns[-1].question
+    before = turns[:-1]
+    answer = turns[-1].question
     counts = [len(open_calls(before, pane)) for pane in range(max((len(turn.replies) for turn in before), default=0))]
     if max(counts, default=0) > 1 and len(answer.splitlines()) != max(counts):
         raise refusal(request, "results", count=max(counts))
