@@ -23,7 +23,9 @@ class HashingStream:
     """A new file for torch.save; a thread hashes each piece while this one writes it."""
 
     def __init__(self, path: Path):
-        self._stream, self._sha256, self._size = open(path, "wb", buffering=0), hashlib.sha256(), 0  # noqa: SIM115
+        self._stream = open(path, "wb", buffering=0)  # noqa: SIM115
+        self._sha256 = hashlib.sha256()
+        self._size = 0
         self._thread = ThreadPoolExecutor(1)
 
     def write(self, data) -> int:
@@ -62,7 +64,9 @@ def hash_while_saving(folder: Path) -> Iterator[dict[str, list]]:
 
     Yields a dict that gets [bytes, sha256] of each file, by its name in the folder, once it is on the disk.
     """
-    save, hashes, folder = torch.save, {}, Path(os.path.abspath(folder))
+    save = torch.save
+    hashes = {}
+    folder = Path(os.path.abspath(folder))
 
     def save_and_hash(value, target, *arguments, **options):
         path = Path(os.path.abspath(target)) if isinstance(target, str | os.PathLike) else None
