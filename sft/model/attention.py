@@ -16,7 +16,7 @@ from transformers.masking_utils import sdpa_mask
 
 from sft.model.kernels import Documents, attend, current_documents, read_documents
 from sft.model.mixers import carry_documents, find_mixers, leave_out_kernels, mixers_with_kernels, run_by_document
-from sft.model.shrink import build_twin, family_class
+from sft.model.shrink import build_twin, describe_twin, family_class
 
 # The name of our attention among transformers' own.
 IMPLEMENTATION = "documents"
@@ -43,7 +43,7 @@ def isolate_documents(model) -> str:
         model.register_forward_hook(_leave, always_call=True)
     implementation = base.config.get_text_config()._attn_implementation
     implementation = "sdpa" if implementation == IMPLEMENTATION else implementation
-    family = _Family(family_class(base), base.config.to_json_string(), implementation, base.config)
+    family = _Family(family_class(base), describe_twin(base.config), implementation, base.config)
     with torch.device("cpu"):
         isolate_attention, mixers = _choose_way(family)
     if mixers is None:
@@ -63,7 +63,7 @@ def run_model_by_document(model) -> str:
 
 @dataclass(frozen=True)
 class _Family:
-    """A model's class and config; the config's JSON tells families apart, and may not hold the config whole (inf)."""
+    """A model's class and config; the JSON of its twin's tells families apart, and may not hold it whole (inf)."""
 
     model_class: type
     described: str

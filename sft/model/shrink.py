@@ -77,6 +77,16 @@ def build_twin(model_class: type, config, attn_implementation: str):
     return twin.eval()
 
 
+def describe_twin(config) -> str:
+    """Return the JSON of a twin's config, which models of a family share at any depth and size."""
+    try:
+        small = shrink_config(config)
+    except Exception:  # a config that can't be shrunk fails in many ways
+        return config.to_json_string()
+    small.dtype = None
+    return small.to_json_string()
+
+
 def build_twin_of(model):
     """Return a twin of a model, with its attention implementation."""
     implementation = model.config.get_text_config()._attn_implementation
