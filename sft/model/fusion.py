@@ -62,12 +62,13 @@ def fuse(model, wanted: str, facts: Circumstances) -> list[str]:
     chosen = choose_kernels(model, wanted, facts)
     if wanted == "none" or (chosen == "none" and not facts.on_gpu):
         return []
+    notes = []
     if chosen == "liger":
-        notes = [f"fused kernels: {use_liger_kernels(model)}"]
-    elif chosen == "compile":
-        notes = [compile_elementwise(model)]
-    else:
-        notes = [f"fused kernels: none ({_reason_for_none(facts)})"]
+        chosen = _apply_liger(model, wanted, facts, notes)
+    if chosen == "compile":
+        notes.append(compile_elementwise(model))
+    elif chosen == "none":
+        notes.append(f"fused kernels: none ({_reason_for_none(facts)})")
     if wanted == "auto" and facts.on_gpu and util.find_spec("liger_kernel") is None:
         notes.append(WITHOUT_LIGER)
     if facts.on_gpu and facts.half and not facts.lora and facts.zero_stage is None:
@@ -84,10 +85,24 @@ def choose_kernels(model, wanted: str, facts: Circumstances) -> str:
         return wanted
     if not facts.on_gpu:
         return "none"
-    if has_liger(model):
-        return "liger"
+    return "liger" if has_liger(model) else _choose_without_liger(facts)
+
+
+def _choose_without_liger(facts: Circumstances) -> str:
     is_short = facts.seconds is not None and facts.seconds < MIN_SECONDS_TO_COMPILE
     return "none" if is_short or facts.zero_stage == 3 else "compile"
+
+
+def _apply_liger(model, wanted: str, facts: Circumstances, notes: list[str]) -> str:
+    """Use Liger's kernels, or if they fail and were not asked for, choose another way; return the way."""
+    try:
+        notes.append(f"fused kernels: {use_liger_kernels(model)}")
+        return "liger"
+    except Exception as error:  # it patches modules of transformers, whose versions differ
+        if wanted == "liger":
+            raise
+        notes.append(f"Liger's kernels failed: {' '.join(str(error).split())[:200]}")
+        return _choose_without_liger(facts)
 
 
 def _reason_for_none(facts: Circumstances) -> str:

@@ -266,11 +266,15 @@ def use_liger_kernels(model) -> str:
         return f"no Liger kernels: there are none for {family}"
     modules = {sys.modules[type(module).__module__] for module in base.modules()}
     before = {module: dict(vars(module)) for module in modules if module.__name__.startswith("transformers.models.")}
-    monkey_patch._apply_liger_kernel_to_instance(model=base, fused_linear_cross_entropy=False)
-    for module, names in before.items():
-        rotate = vars(module).get("apply_rotary_pos_emb")
-        vars(module).update(names)
-        if rotate is not names.get("apply_rotary_pos_emb"):
+    rotations = {}
+    try:
+        monkey_patch._apply_liger_kernel_to_instance(model=base, fused_linear_cross_entropy=False)
+    finally:
+        for module, names in before.items():
+            rotations[module] = vars(module).get("apply_rotary_pos_emb")
+            vars(module).update(names)
+    for module, rotate in rotations.items():
+        if rotate is not vars(module).get("apply_rotary_pos_emb"):
             _rotate_with(base, rotate, module.__name__)
     return f"Liger's for {family}"
 

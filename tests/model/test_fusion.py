@@ -172,6 +172,21 @@ def test_liger_is_taken_where_it_has_the_family(monkeypatch):
     assert fusion.choose_kernels(None, "auto", replace(ON_GPU, seconds=1.0, zero_stage=3)) == "liger"
 
 
+def test_liger_that_fails_is_replaced_unless_it_was_asked_for(load, monkeypatch):
+    def fail(model):
+        raise AttributeError("no such module\nin this version")
+
+    monkeypatch.setattr(fusion, "has_liger", lambda model: True)
+    monkeypatch.setattr(fusion, "use_liger_kernels", fail)
+    notes = fusion.fuse(load("bloom"), "auto", replace(ON_GPU, lora=True))
+    assert notes[:2] == [
+        "Liger's kernels failed: no such module in this version",
+        "fused kernels: compiled 6 norms, 2 activations",
+    ]
+    with pytest.raises(AttributeError):
+        fusion.fuse(load("bloom"), "liger", ON_GPU)
+
+
 def test_a_run_says_what_liger_would_gain(load):
     notes = fusion.fuse(load("falcon"), "auto", replace(ON_GPU, seconds=1.0, half=False))
     assert notes == [
