@@ -1,10 +1,11 @@
-"""Every causal model type of the installed transformers, tiny and random: packing, loss, LoRA; writes FAMILIES.md.
+"""Every causal model type of transformers, tiny and random: packing, loss, LoRA, replies; writes docs/families.md.
 
-    python benchmarks/families.py                    all types, a few minutes on two cores
+    python benchmarks/families.py                    all types, ten minutes on two cores; writes the pages
     python benchmarks/families.py qwen3 gpt_oss      these, on the screen alone
 
 A type is a config's default, shrunk to a few layers of each kind. Distances are those of the gradient of a packed row
-from that of its documents alone, in fp32, over all weights.
+from that of its documents alone, in fp32, over all weights. Replies are greedy, to prompts that join a running batch in
+turn, longer and shorter than the sliding windows; each is compared with `generate`'s for its prompt alone.
 """
 
 import os
@@ -87,9 +88,46 @@ SETTINGS = {
         **{"indexer_budget": 2048, "indexer_compress_ratio": 4},
     },
 }
-HEADER = (
-    "| type | packing | gradient | with checkpointing | loss | LoRA covers | seconds |\n|---|---|---|---|---|---|---|"
-)
+PROMPT_LENGTHS = (5, 40, 17, 3)
+REPLY_TOKENS = (9, 16, 9, 12)
+COLUMNS = ("type", "packing", "gradient", "with checkpointing", "loss", "LoRA covers", "replies", "seconds")
+TITLE = "# Model families"
+CHINESE = {
+    TITLE: "# 模型家族",
+    "types of causal language models in transformers": "种因果语言模型类型，transformers",
+    "train packed with the gradient of their documents alone": "种打包训练的梯度与各文档单独训练相同",
+    "compute their loss in chunks": "种分块计算损失",
+    "have LoRA on at least 99% of the layers' weights": "种的 LoRA 覆盖至少 99% 的层权重",
+    "give the greedy replies of `generate`": "种的贪心回复与 `generate` 相同",
+    "refused": "拒绝",
+    "running the model once per document": "整个模型按文档逐段运行",
+    "one attention call for each": "每段文档一次注意力调用",
+    "transformers' own mask": "transformers 自己的掩码",
+    "run once per document": "按文档逐段运行",
+    "through the head as it is": "经过原本的输出层",
+    "loss in chunks": "分块",
+    "loss over the full logits": "完整 logits",
+    "logits times": "logits 乘以",
+    "soft cap": "软上限",
+    "not supported": "不支持",
+    "equal, rows join": "相同，行可加入",
+    "equal, in turn": "相同，轮流",
+    "| type | packing | gradient | with checkpointing | loss | LoRA covers | replies | seconds |": (
+        "| 类型 | 打包 | 梯度 | 加检查点 | 损失 | LoRA 覆盖 | 回复 | 秒 |"
+    ),
+}
+NOTES = """
+A distance is the one of a packed row's gradient from its documents alone, in fp32, over all weights of a tiny random
+model of the type; up to 1e-6 is rounding. On a GPU, linear attention and Mamba use the kernels of
+flash-linear-attention, causal-conv1d and mamba-ssm where installed, with the documents' edges. LoRA leaves routers out;
+at the start a run names every matrix that it leaves out, and why. `python benchmarks/families.py` writes this page.
+"""
+CHINESE_NOTES = """
+距离是打包行的梯度与各文档单独计算的梯度之差，用该类型的极小随机模型在 fp32 下对全部权重测得；
+1e-6 以内是舍入误差。在 GPU 上，线性注意力和 Mamba 在装有 flash-linear-attention、causal-conv1d、mamba-ssm 时
+使用其内核，并传入文档边界。LoRA 不含路由器；启动时会列出每个没有适配的矩阵及原因。
+`python benchmarks/families.py` 生成本页。
+"""
 
 
 def causal_types() -> list[str]:
@@ -139,9 +177,47 @@ def measure(kind: str) -> dict:
         if model.supports_gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
             found["checkpointed"] = attention.compare_gradients(model, LENGTHS, seed=3)
+        found["replies"] = compare_replies(build_model(kind))
     except Exception as error:  # any error of one type must not end the others
         found["refused"] = f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"
     return found | {"seconds": time.monotonic() - started}
+
+
+def compare_replies(model) -> str:
+    """Compare greedy replies of rows that join a running batch with `generate`'s for each prompt alone."""
+    import torch
+
+    from sft.chat.batching import Decoder
+    from sft.chat.sampling import Sampling
+
+    random = torch.Generator().manual_seed(5)
+    prompts = [torch.randint(3, 400, (length,), generator=random).tolist() for length in PROMPT_LENGTHS]
+    decoder, requests = Decoder(model, stop_ids=[]), []
+    for prompt, num_tokens in zip(prompts, REPLY_TOKENS, strict=True):
+        greedy = Sampling(temperature=0.0, repetition_penalty=1.0, max_new_tokens=num_tokens)
+        requests.append(decoder.add(prompt, greedy))
+        for _ in range(4):
+            decoder.step()
+    decoder.run()
+    differing = sum(
+        request.error is not None or request.ids != generated(model, prompt, len(request.ids))
+        for request, prompt in zip(requests, prompts, strict=True)
+    )
+    if errors := [request.error for request in requests if request.error]:
+        return f"{type(errors[0]).__name__} in {len(errors)} of {len(requests)}"
+    if differing:
+        return f"{differing} of {len(requests)} differ"
+    return "equal, rows join" if decoder.joins_rows else "equal, in turn"
+
+
+def generated(model, prompt: list[int], num_tokens: int) -> list[int]:
+    import torch
+
+    ids = torch.tensor([prompt])
+    options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": num_tokens}
+    with torch.inference_mode():
+        found = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True, **options)
+    return found[0, len(prompt) :].tolist()
 
 
 def is_right(found: dict) -> bool:
@@ -151,37 +227,53 @@ def is_right(found: dict) -> bool:
 
 def row(found: dict) -> str:
     if "refused" in found:
-        return f"| {found['type']} | refused: {found['refused']} | | | | | {found['seconds']:.1f} |"
-    checkpointed = f"{found['checkpointed']:.0e}" if "checkpointed" in found else "not supported"
-    cells = [found["type"], found["packing"], f"{found['distance']:.0e}", checkpointed]
-    cells += [found["loss"], f"{found['share']:.1%}", f"{found['seconds']:.1f}"]
-    return f"| {' | '.join(cells)} |"
+        cells = [found["type"], f"refused: {found['refused']}", *[""] * 5]
+    else:
+        checkpointed = f"{found['checkpointed']:.0e}" if "checkpointed" in found else "not supported"
+        cells = [found["type"], found["packing"], f"{found['distance']:.0e}", checkpointed, found["loss"]]
+        cells += [f"{found['share']:.1%}", found["replies"]]
+    return f"| {' | '.join([*cells, format(found['seconds'], '.1f')])} |"
 
 
-def sums(results: list[dict]) -> str:
-    right, covered = sum(map(is_right, results)), sum(found.get("share", 0) >= 0.99 for found in results)
-    chunked = sum(found.get("loss", "").startswith("loss in chunks") for found in results)
-    return (
-        f"Of {len(results)} types {right} train packed with the gradient of their documents alone (fp32, to "
-        f"{MAX_DISTANCE:.0e}); {chunked} compute their loss in chunks; LoRA covers at least 99% of the layers' weights "
-        f"in {covered}."
-    )
+def sums(results: list[dict]) -> list[tuple[int, str]]:
+    """Return (number, what it counts) of the table."""
+    import transformers
+
+    return [
+        (len(results), f"types of causal language models in transformers {transformers.__version__}"),
+        (sum(map(is_right, results)), "train packed with the gradient of their documents alone"),
+        (sum(found.get("loss", "").startswith("loss in chunks") for found in results), "compute their loss in chunks"),
+        (sum(found.get("share", 0) >= 0.99 for found in results), "have LoRA on at least 99% of the layers' weights"),
+        (
+            sum(found.get("replies", "").startswith("equal") for found in results),
+            "give the greedy replies of `generate`",
+        ),
+    ]
+
+
+def write_page(results: list[dict]) -> str:
+    """Return docs/families.md."""
+    counts = [f"* {number} {counted}" for number, counted in sums(results)]
+    table = [f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS), *map(row, results)]
+    return "\n".join([TITLE, "", "[中文](zh/families.md)", "", *counts, NOTES, *table, ""])
+
+
+def to_chinese(page: str) -> str:
+    page = page.replace("[中文](zh/families.md)", "[English](../families.md)").replace(NOTES, CHINESE_NOTES)
+    for english, chinese in CHINESE.items():
+        page = page.replace(english, chinese)
+    return page
 
 
 def main() -> None:
     chosen = sys.argv[1:] or causal_types()
     with ProcessPoolExecutor(2) as processes:
         results = list(processes.map(measure, chosen))
-    lines = [sums(results), "", HEADER, *map(row, results)]
-    print("\n".join(lines))
+    page = write_page(results)
+    print(page)
     if not sys.argv[1:]:
-        import transformers
-
-        title = (
-            f"# Model families\n\nWritten by `python benchmarks/families.py` (transformers {transformers.__version__})."
-        )
-        text = "\n".join([title, "", *lines, ""])
-        (ROOT / "benchmarks" / "FAMILIES.md").write_text(text, encoding="utf-8")
+        (ROOT / "docs" / "families.md").write_text(page, encoding="utf-8")
+        (ROOT / "docs" / "zh" / "families.md").write_text(to_chinese(page), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -97,7 +97,7 @@ class RowModel:
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         accepted = set(inspect.signature(base.forward).parameters)
         self.accepted = accepted if "input_ids" in accepted else FORWARD
-        self.joins_rows = _joins_rows(base)
+        self.joins_rows = _joins_rows(base) and "past_key_values" in self.accepted
         # With a sliding window, padding between two tokens would count as distance.
         self.has_window = bool(getattr(base.config.get_text_config(decoder=True), "sliding_window", None))
 

@@ -120,6 +120,12 @@ def test_a_state_space_or_hybrid_model_answers_in_turns_too(kind):
     assert found == [alone(model, text, 9 + 7 * (index % 3)) for index, text in enumerate(texts)]
 
 
+def test_a_model_without_a_cache_answers_in_turns():
+    from benchmarks.families import build_model, compare_replies
+
+    assert compare_replies(build_model("openai-gpt")) == "equal, in turn"
+
+
 def test_remote_code_answers_in_turns(model, monkeypatch):
     monkeypatch.setattr(type(model), "__module__", "transformers_modules.someone.modeling")
     assert not Decoder(model, stop_ids=[]).joins_rows
