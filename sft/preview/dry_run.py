@@ -54,6 +54,7 @@ from sft.train.setup import (
 )
 
 MAX_RATE_RATIO = 4.0  # of a learning rate to what is published, after scaling
+COUNTED_OPTIMIZERS = {"adamw_torch", "adamw_torch_fused", "adamw_apex_fused"}  # two moments in fp32
 PUBLISHED_RUNS = Path(__file__).with_name("published.csv")  # that recipes/ and docs/recipes.md follow
 
 
@@ -130,6 +131,7 @@ def describe_run(report: Report, run: Run, rows: TrainingRows, trained: np.ndarr
         report.sections.append(Section("adapters", shape.adapters.table(), lines))
     gpus = find_gpus(training.gpu)
     step, plan = _heaviest_step(run, rows, trained, on_gpu=gpus.on_gpu), _plan_of(run)
+    report.notes += find_uncounted_optimizer(str(getattr(training.optim, "value", training.optim)))
     counted = report.check(describe_memory, report, shape, step, plan, gpus)
     describe_disk(report, shape, step, plan, run, steps=steps)
     return steps, counted or 0
@@ -284,6 +286,16 @@ def _compare_recipes(learning_rate: float, conversations: float, lora: bool) -> 
     method = "LoRA" if lora else "full fine-tuning"
     return [
         f"--learning_rate {learning_rate:g}: published {method} scaled to {conversations:,.0f} conversations is {span}"
+    ]
+
+
+def find_uncounted_optimizer(name: str) -> list[str]:
+    """Return a note on an optimizer whose states are not AdamW's two moments in fp32: 8-bit, paged, Adafactor."""
+    if name in COUNTED_OPTIMIZERS:
+        return []
+    return [
+        f"memory: the optimizer is counted as AdamW with 8 bytes a trained parameter; --optim {name} takes another "
+        "number, which --probe_steps measures"
     ]
 
 

@@ -13,7 +13,7 @@ import train
 from sft.dataset.dataset import Examples
 from sft.format.tokens import IGNORE_INDEX
 from sft.preview.data import histogram
-from sft.preview.dry_run import count_saves, describe_steps
+from sft.preview.dry_run import count_saves, describe_steps, find_uncounted_optimizer
 from sft.preview.report import Report
 from sft.train.arguments import Settings
 
@@ -322,3 +322,10 @@ def test_a_dry_run_of_a_resume_tells_what_is_left_and_what_has_changed(set_up, c
     assert "allowed: learning_rate was 1e-05 and is 2e-05" in text
     assert f"{tmp_path}/run/checkpoint-3 would be continued: 3 steps are made, 1 are left" in text
     assert folder_state(tmp_path / "run") == before
+
+
+def test_optimizers_of_other_sizes_are_named_as_not_counted():
+    assert find_uncounted_optimizer("adamw_torch_fused") == find_uncounted_optimizer("adamw_torch") == []
+    for name in ("adamw_8bit", "paged_adamw_32bit", "adafactor", "sgd"):
+        (note,) = find_uncounted_optimizer(name)
+        assert note.startswith("memory: the optimizer is counted as AdamW") and f"--optim {name} " in note
