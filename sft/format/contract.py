@@ -235,6 +235,15 @@ def own_chat_template(tokenizer) -> str | None:
     return template.get("default") if isinstance(template, dict) else template
 
 
+def require_template(tokenizer) -> str:
+    """Return the tokenizer's own chat template; ValueError says which ones it has in place of it."""
+    if template := own_chat_template(tokenizer):
+        return template
+    if names := ", ".join(sorted(tokenizer.chat_template or ())):
+        raise ValueError(f"its chat templates are {names}, none is named default; save one as chat_template.jinja")
+    raise ValueError("chat format 'base': this tokenizer has no chat template of its own; name another format")
+
+
 def choose_format(name: str, tokenizer) -> tuple[str, str]:
     """Resolve "auto" to a format; return its name and why.
 

@@ -23,7 +23,7 @@ from datetime import date
 from functools import lru_cache
 
 from sft.format import bulk
-from sft.format.contract import choose_format, odd_conversations, own_chat_template, probe_conversations, saved_run
+from sft.format.contract import choose_format, odd_conversations, probe_conversations, require_template, saved_run
 from sft.format.own_template import OwnTemplate
 from sft.format.reply import NO_FRAME, field_beyond_text, find_trained, split_reply
 from sft.format.table import CHAT_FORMATS, TURNS_TO_TRAIN, Part, adds_bos, bind_format, jinja_template, table_layout
@@ -81,11 +81,7 @@ class Renderer:
         self._own: OwnTemplate | None = None
         self._frame = NO_FRAME
         if self.name == "base":
-            self.chat_template = own_chat_template(tokenizer)
-            if self.chat_template is None:
-                raise ValueError(
-                    "chat format 'base': this tokenizer has no chat template of its own; name another format"
-                )
+            self.chat_template = require_template(tokenizer)
             self._hashed_template = self.chat_template
             self._bind_template()
         else:

@@ -143,6 +143,21 @@ def test_of_a_list_of_templates_the_default_is_used(own):
     assert renderer.chat_template == PLAIN_TEMPLATE
 
 
+def test_a_list_of_templates_without_a_default_is_named(own):
+    with pytest.raises(ValueError, match="its chat templates are rag, tool_use, none is named default; save one"):
+        own({"tool_use": PLAIN_TEMPLATE, "rag": PLAIN_TEMPLATE})
+
+
+def test_a_template_that_always_writes_the_assistant_header_trains_each_turn_once(own):
+    """Llama 3's first template ignores `add_generation_prompt`."""
+    headed = re.sub(r"{% if add_generation_prompt %}(.*){% endif %}$", r"\1", PLAIN_TEMPLATE)
+    renderer = own(headed)
+    assert check_contract(renderer, [TURNS]) == []
+    row = renderer.render([*TURNS[:2], *TURNS])
+    assert replies(renderer, row) == [f"{TURNS[1]['content']}<|im_end|>"] * 2 + ["**4**<|im_end|>"]
+    assert renderer.tokenizer.decode(row.input_ids).count("<|im_start|>assistant") == 3
+
+
 def test_variables_of_the_run_reach_the_template_and_a_fixed_switch_stays(own):
     switch = (
         PLAIN_TEMPLATE.replace("{% endif %}", "", 1)
