@@ -329,3 +329,18 @@ def test_reentrant_checkpointing_of_shared_keys_and_values_is_refused(tmp_path):
     check_checkpointing(str(tmp_path), None)
     Gemma3nTextConfig(num_kv_shared_layers=0).save_pretrained(tmp_path)
     check_checkpointing(str(tmp_path), {"use_reentrant": True})
+
+
+@pytest.mark.parametrize(
+    ("words", "chosen"),
+    [
+        ([], "auto"),
+        (["--fused_kernels", "none"], "none"),
+        (["--torch_compile", "true"], "compile"),
+    ],
+)
+def test_flags_of_torch_compile_are_read_as_fused_kernels(words, chosen, tiny_base, data, tmp_path):  # noqa: F811
+    """transformers' own compiling would compile a graph for each batch."""
+    groups = (train.ModelArguments, train.DataArguments, train.TrainingArguments)
+    training = parse_arguments(groups, [*flags_of(tiny_base("qwen2"), data, tmp_path / "r"), *words]).training
+    assert (training.fused_kernels, training.torch_compile) == (chosen, False)
