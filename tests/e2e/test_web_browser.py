@@ -24,7 +24,7 @@ class Parrot(LocalModel):
     script, seconds, thought, calls, thinking = "好", 0.0, "", (), None
     has_thinking_switch = False
 
-    def start(self, messages: list[dict], sampling: Sampling, *, thinking: bool | None = None):
+    def start(self, messages: list[dict], sampling: Sampling, *, thinking: bool | None = None, tools=None):
         self.thinking = thinking
         return Line(self, messages)
 
