@@ -265,7 +265,7 @@ def test_all_that_flags_alone_show_is_said_before_anything_is_loaded(
     assert line.startswith(f"train.py: {start}")
 
 
-# Flags of transformers that a run honours, each tried away from its default (dev/LOG.md, 2026-11-30).
+# Flags of transformers that a run honours: tried away from their defaults, or read in transformers (dev/LOG.md).
 HONOURED = """
     output_dir per_device_train_batch_size num_train_epochs max_steps lr_scheduler_kwargs optim optim_args weight_decay
     adam_beta1 adam_beta2 adam_epsilon gradient_accumulation_steps average_tokens_across_devices max_grad_norm
