@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from sft.model.kernels import HALF_DTYPES, MasterLinear, SharedRounding, read_documents
-from sft.model.load import has_liger, use_liger_kernels, with_globals
-from sft.model.mixers import documents_set_to
+from sft.model.load import has_liger, use_liger_kernels
+from sft.model.mixers import documents_set_to, with_globals
 
 CHOICES = ("auto", "liger", "compile", "none")
 BACKEND = "inductor"
@@ -346,7 +346,7 @@ def prove_compiled(model, *, num_rows: int = 1, packing: bool = True) -> str:
         plain, compiled = (_run_once(model, on, min(num_rows, 2), packing) for on in (False, True))
     except Exception as error:  # compilers fail in many ways
         _switch(model, False)
-        return f"fused kernels: none (compiling failed: {str(error).strip().splitlines()[0]})"
+        return f"fused kernels: none (compiling failed: {_first_line(error)})"
     finally:
         model.train(was_training)
     distance = max(_distance(found, expected) for found, expected in zip(compiled, plain, strict=True))
@@ -354,6 +354,10 @@ def prove_compiled(model, *, num_rows: int = 1, packing: bool = True) -> str:
         _switch(model, False)
         return f"fused kernels: none (compiled functions end {distance:.0e} from the plain ones)"
     return f"fused kernels: compiled in {time.monotonic() - began:.1f} s, hidden states within {distance:.0e} of plain"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def _switch(model, is_compiled: bool) -> None:

@@ -8,8 +8,7 @@ import functools
 import importlib.util
 import os
 import sys
-import types
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from sft.base import ADAPTER, base_of_adapter
@@ -241,12 +240,14 @@ def _gathered_rows(_layer, weight, rows: Sequence[int], _size: int):
 
 
 def has_liger(model) -> bool:
-    """Whether Liger is installed and has kernels for the model's family."""
+    """Whether Liger is installed and has kernels for the model's family; if its import fails, using it says so."""
     if importlib.util.find_spec("liger_kernel") is None:
         return False
-    from liger_kernel.transformers import monkey_patch
-
-    return model.config.get_text_config().model_type in monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN
+    try:
+        from liger_kernel.transformers import monkey_patch
+    except Exception:  # it imports much of transformers and Triton, whose versions differ
+        return True
+    return family_model(model).config.model_type in monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN
 
 
 def use_liger_kernels(model) -> str:
@@ -260,41 +261,41 @@ def use_liger_kernels(model) -> str:
         from liger_kernel.transformers import monkey_patch
     except ImportError:
         raise ValueError("--use_liger_kernel: pip install -r requirements-gpu.txt, or leave the flag out") from None
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    family = base.config.get_text_config().model_type
+    from sft.model.mixers import rotate_with
+
+    base = family_model(model)
+    family = base.config.model_type
     if family not in monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN:
         return f"no Liger kernels: there are none for {family}"
     modules = {sys.modules[type(module).__module__] for module in base.modules()}
     before = {module: dict(vars(module)) for module in modules if module.__name__.startswith("transformers.models.")}
     rotations = {}
     try:
-        monkey_patch._apply_liger_kernel_to_instance(model=base, fused_linear_cross_entropy=False)
+        monkey_patch._apply_liger_kernel_to_instance(model=base, **_liger_options(base.config))
     finally:
         for module, names in before.items():
             rotations[module] = vars(module).get("apply_rotary_pos_emb")
             vars(module).update(names)
     for module, rotate in rotations.items():
         if rotate is not vars(module).get("apply_rotary_pos_emb"):
-            _rotate_with(base, rotate, module.__name__)
+            rotate_with(base, rotate, module.__name__)
     return f"Liger's for {family}"
 
 
-def _rotate_with(base, rotate: Callable, modeling: str) -> None:
-    """Let the attention modules that a module of transformers defines rotate with another function."""
-    for module in base.modules():
-        plain = type(module).forward
-        if type(module).__module__ == modeling and "apply_rotary_pos_emb" in getattr(plain, "__code__", plain).co_names:
-            module.forward = types.MethodType(with_globals(plain, apply_rotary_pos_emb=rotate), module)
+def _liger_options(config) -> dict[str, bool]:
+    """Return the kernels of Liger 0.8.5 that must not be used: its losses, and an MLP that computes something else.
 
-
-def with_globals(function: Callable, **replaced) -> Callable:
-    """Return the same code with other values for some of its globals."""
-    names = function.__globals__ | replaced
-    copied = types.FunctionType(
-        function.__code__, names, function.__name__, function.__defaults__, function.__closure__
-    )
-    copied.__kwdefaults__ = function.__kwdefaults__
-    return copied
+    It never looks at the activation. For experts it tries 160 variants in each process, multiplies fp32 in TF32, sums
+    in any order, and computes gradients of frozen weights.
+    """
+    text, options = config.get_text_config(), {"cross_entropy": False, "fused_linear_cross_entropy": False}
+    activation = getattr(text, "hidden_act", None) or getattr(text, "hidden_activation", None)
+    has_experts = any(getattr(text, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
+    if has_experts or activation not in ("silu", "swish"):
+        options["swiglu"] = False
+    if activation != "gelu_pytorch_tanh":
+        options["geglu"] = False
+    return options
 
 
 def family_model(model):

@@ -9,6 +9,7 @@ import functools
 import importlib.util
 import inspect
 import re
+import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -306,3 +307,24 @@ def is_changed(output, other, lengths: Sequence[int]) -> bool:
             if float(apart) > 1e-5:
                 return True
     return False
+
+
+# --- functions with other globals -----------------------------------------------------------------------------------
+
+
+def rotate_with(model, rotate: Callable, modeling: str) -> None:
+    """Let the attention modules that a module of transformers defines rotate with another function."""
+    for module in model.modules():
+        plain = type(module).forward
+        if type(module).__module__ == modeling and "apply_rotary_pos_emb" in getattr(plain, "__code__", plain).co_names:
+            module.forward = types.MethodType(with_globals(plain, apply_rotary_pos_emb=rotate), module)
+
+
+def with_globals(function: Callable, **replaced) -> Callable:
+    """Return the same code with other values for some of its globals."""
+    names = function.__globals__ | replaced
+    copied = types.FunctionType(
+        function.__code__, names, function.__name__, function.__defaults__, function.__closure__
+    )
+    copied.__kwdefaults__ = function.__kwdefaults__
+    return copied

@@ -125,6 +125,17 @@ def test_a_compiler_that_fails_leaves_the_plain_model_and_says_so(load, compile_
     gradients_of(model, packed(5, 9))
 
 
+def test_a_compiler_that_fails_without_a_word_is_named_by_its_error(load, compile_with):
+    def failing(graph, inputs):
+        raise AssertionError
+
+    compile_with(failing)
+    assert fusion._first_line(AssertionError()) == "AssertionError"
+    model = load("bloom")
+    fusion.compile_elementwise(model)
+    assert fusion.prove_compiled(model).startswith("fused kernels: none (compiling failed: ")
+
+
 def test_compiled_functions_that_give_something_else_are_turned_off(load, compile_with):
     def doubled(graph, inputs):
         return lambda *arguments: tuple(output * 1.01 for output in graph(*arguments))

@@ -10,6 +10,7 @@ import torch
 from sft.format.render import Renderer
 from sft.model.adapters import untrained_ids
 from sft.model.load import (
+    _liger_options,
     absolute,
     check_dtype,
     check_model_path,
@@ -17,6 +18,7 @@ from sft.model.load import (
     check_window,
     choose_compute,
     count_parameters,
+    has_liger,
     load_model,
     load_tokenizer,
     offload_activations,
@@ -146,7 +148,31 @@ def test_liger_kernels_are_used_for_supported_families_and_others_are_named(tiny
     qwen2, bloom = (load_model(tiny_base(family)) for family in ("qwen2", "bloom"))
     assert use_liger_kernels(qwen2) == "Liger's for qwen2"
     assert use_liger_kernels(bloom) == "no Liger kernels: there are none for bloom"
-    assert calls == [{"model": qwen2, "fused_linear_cross_entropy": False}]
+    assert calls == [{"model": qwen2, "cross_entropy": False, "fused_linear_cross_entropy": False, "geglu": False}]
+
+
+@pytest.mark.parametrize(
+    ("settings", "left_out"),
+    [
+        ({}, {"geglu"}),
+        ({"hidden_act": "gelu_pytorch_tanh"}, {"swiglu"}),
+        ({"hidden_act": "gelu"}, {"swiglu", "geglu"}),
+        ({"num_experts": 8}, {"swiglu", "geglu"}),
+    ],
+)
+def test_liger_computes_no_other_activation_and_no_experts(settings, left_out):
+    from transformers import Qwen2Config
+
+    losses = {"cross_entropy": False, "fused_linear_cross_entropy": False}  # Liger's for granite replaces torch's own
+    assert _liger_options(Qwen2Config(**settings)) == losses | dict.fromkeys(left_out, False)
+
+
+def test_a_liger_that_cannot_be_imported_is_found_when_it_is_used(monkeypatch):
+    from sft.model import load
+
+    monkeypatch.setattr(load.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setitem(sys.modules, "liger_kernel", None)
+    assert has_liger(None)
 
 
 def test_liger_kernels_stay_in_their_model(tiny_base, monkeypatch):
