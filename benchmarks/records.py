@@ -11,6 +11,7 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -69,13 +70,13 @@ def write_records(num_records: int) -> Path:
     if path.exists():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
-    staged = path.with_suffix(".part")
-    with open(staged, "w", encoding="utf-8") as file:
+    # Checks that run beside each other write it at the same time.
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", encoding="utf-8", delete=False) as file:
         for number, (asked, answer) in enumerate(make_texts(num_records)):
             messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
             record = {"id": str(number), "source": path.name, "messages": messages}
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
-    staged.rename(path)
+    os.replace(file.name, path)
     return path
 
 

@@ -7,9 +7,17 @@
 #   WHEELS=/tmp/wheels sh benchmarks/run_gpu.sh --only steps     # packages that the machine lacks; pack_gpu.sh fills it
 #   parts: selftest steps exact loop memory lora replies moe
 set -eu
+: "${PYTHON:=python3}" "${WHEELS:=}" "${OUT:=}"
+if [ -n "$WHEELS" ]; then
+    WHEELS=$(cd "$WHEELS" && pwd)
+fi
+if [ -n "$OUT" ]; then
+    mkdir -p "$OUT"
+    OUT=$(cd "$OUT" && pwd)
+    export OUT
+fi
 cd "$(dirname "$0")/.."
 
-: "${PYTHON:=python3}" "${WHEELS:=}"
 if [ -n "$WHEELS" ]; then
     SITE=$(mktemp -d)
     trap 'rm -rf "$SITE"' EXIT

@@ -132,11 +132,12 @@ def ours(settings: dict, model, examples: Examples, folder: str) -> Trainer:
         print(note)
     rows = TrainingRows(examples, settings["max_length"], seed=0)
     arguments = arguments_for(settings, TrainingArguments, folder)
-    if settings["deterministic"]:
-        make_determinism_fast()
     # As train.py does it: on a GPU one length for all packed rows.
     collate = Collator(0, packed_length=settings["max_length"] if on_gpu else None)
-    return Trainer(model=model, args=arguments, train_dataset=rows, data_collator=collate)
+    trainer = Trainer(model=model, args=arguments, train_dataset=rows, data_collator=collate)
+    if settings["deterministic"]:
+        make_determinism_fast()  # the trainer has set transformers' own settings
+    return trainer
 
 
 def add_adapters(model, settings: dict):

@@ -7,7 +7,6 @@ python benchmarks/gpu/checks.py exact qwen2 | replies BASE | selftest qwen2 | co
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -40,8 +39,8 @@ def build_base(name: str, folder: str) -> dict:
     return {"parameters": sum(parameter.numel() for parameter in model.parameters())}
 
 
-def train(base: str, flags: list[str], output: str, *, records: int = 400, wait: bool = True):
-    """Start train.py on made-up records; return its process, ended if `wait`."""
+def start_train(base: str, flags: list[str], output: str, *, records: int = 400) -> subprocess.Popen:
+    """Start train.py on made-up records."""
     words = ["--model_name_or_path", base, "--data_path", str(write_records(records)), "--output_dir", output]
     words += [
         "--max_lost",
@@ -56,15 +55,17 @@ def train(base: str, flags: list[str], output: str, *, records: int = 400, wait:
         "false",
     ]
     words += ["--cache_dir", f"{output}-cache", "--logging_steps", "1", "--disable_tqdm", "true", *flags]
-    done = subprocess.Popen(
+    return subprocess.Popen(
         [sys.executable, "train.py", *words], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
-    if wait:
-        text, _ = done.communicate()
-        if done.returncode:
-            sys.exit(f"train.py {' '.join(words)} failed:\n{text[-2000:]}")
-        done.text = text
-    return done
+
+
+def read_output(process: subprocess.Popen) -> str:
+    """Wait for train.py and return what it printed; if it failed, end this process with the end of that."""
+    text, _ = process.communicate()
+    if process.returncode:
+        sys.exit(f"{' '.join(process.args)} failed:\n{text[-2000:]}")
+    return text
 
 
 def run_loop(base: str, flags: str) -> dict:
@@ -75,16 +76,18 @@ def run_loop(base: str, flags: str) -> dict:
     sizes = ["--max_length", "256" if TOY else "4096", "--save_strategy", "no", "--max_steps", "3" if TOY else "20"]
     sizes += ["--bf16", "true", *([] if ON_GPU else ["--use_cpu", "true"])]
     with tempfile.TemporaryDirectory() as folder:
-        done = train(base, [*sizes, *json.loads(flags)], f"{folder}/run", records=60 if TOY else 6000)
+        text = read_output(
+            start_train(base, [*sizes, *json.loads(flags)], f"{folder}/run", records=60 if TOY else 6000)
+        )
         run = json.loads(Path(folder, "run", "run.json").read_text())
     found = run["metrics"]
-    kernels = [line for line in done.text.splitlines() if line.startswith(("fused kernels", "liger-kernel", "weights"))]
+    kernels = [line for line in text.splitlines() if line.startswith(("fused kernels", "liger-kernel", "weights"))]
     names = ("tokens_per_second", "mfu", "peak_memory_gib")
     return {name: found.get(name) for name in names} | {"kernels": kernels}
 
 
 def check_exact(family: str) -> dict:
-    """Train three times under --full_determinism, the last one killed and resumed; compare the bytes of the weights."""
+    """Train three times under --full_determinism, one of them killed and resumed; compare the bytes of the weights."""
     from tests.families import build_tiny
 
     flags = ["--full_determinism", "true", "--max_length", "128" if TOY else "1024", "--max_steps", "8"]
@@ -92,19 +95,25 @@ def check_exact(family: str) -> dict:
     flags += ["--bf16", "true"] if ON_GPU else ["--use_cpu", "true"]
     with tempfile.TemporaryDirectory() as folder:
         base = str(build_tiny(family, Path(folder, "base"), hidden_size=64 if TOY else 512, num_layers=2))
-        weights = []
-        for name in ("first", "second"):
-            train(base, flags, f"{folder}/{name}", records=120)
-            weights.append(Path(folder, name, "model.safetensors").read_bytes())
-        killed = train(base, flags, f"{folder}/killed", records=120, wait=False)
-        while killed.poll() is None and not Path(folder, "killed", "checkpoint-4").exists():
-            time.sleep(0.02)
-        was_running = killed.poll() is None
-        killed.send_signal(signal.SIGKILL)
-        killed.wait()
-        train(base, [*flags, "--resume_from_checkpoint", "auto"], f"{folder}/killed", records=120)
-        weights.append(Path(folder, "killed", "model.safetensors").read_bytes())
-    return {"same_twice": weights[0] == weights[1], "same_resumed": weights[0] == weights[2], "killed": was_running}
+        # Beside each other: on a GPU a start takes most of a minute.
+        names = ("first", "second", "resumed")
+        runs = [start_train(base, flags, f"{folder}/{name}", records=120) for name in names]
+        was_killed = kill_after(runs.pop(), Path(folder, "resumed", "checkpoint-4"))
+        for run in runs:
+            read_output(run)
+        read_output(start_train(base, [*flags, "--resume_from_checkpoint", "auto"], f"{folder}/resumed", records=120))
+        first, second, resumed = (Path(folder, name, "model.safetensors").read_bytes() for name in names)
+    return {"same_twice": first == second, "same_resumed": first == resumed, "killed": was_killed}
+
+
+def kill_after(process: subprocess.Popen, checkpoint: Path) -> bool:
+    """Kill train.py once it has saved a checkpoint; return whether it was still running."""
+    while process.poll() is None and not checkpoint.exists():
+        time.sleep(0.02)
+    was_running = process.poll() is None
+    process.kill()
+    process.wait()
+    return was_running
 
 
 def check_family(family: str) -> dict:
@@ -126,9 +135,34 @@ def check_family(family: str) -> dict:
                 loss.self_test(model, exact=exact)
                 logits, _reach = attention.self_test(model, exact=exact)
                 gradients = attention.compare_gradients(model)
+                if not exact:
+                    found["fused_gradients"] = compare_fused(model)
             name = str(dtype).removeprefix("torch.")
             found |= {f"{name}_logits": logits, f"{name}_gradients": gradients}
     return found
+
+
+def compare_fused(model) -> float:
+    """Return how far the gradient of two accumulated batches is with the fused kernels from the one without.
+
+    On a CPU only the products of fp32 weights in half precision are fused.
+    """
+    from sft.model import fusion
+
+    ids = torch.randint(3, 200, (1, 96), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    positions = torch.cat([torch.arange(60), torch.arange(36)])[None].to(DEVICE)
+
+    def gradient() -> torch.Tensor:
+        model.zero_grad()
+        for _ in range(2):  # the second is added in place
+            model(input_ids=ids, labels=ids, position_ids=positions).loss.backward()
+        return torch.cat([weight.grad.float().flatten() for weight in model.parameters()])
+
+    model.train()
+    plain = gradient()
+    facts = {"half": True, "accumulation": 2, "seconds": None if ON_GPU else 0.0}
+    fusion.fuse(model, "auto", fusion.Circumstances(on_gpu=True, **facts))
+    return ((gradient() - plain).norm() / plain.norm()).item()
 
 
 def count_memory(text: str) -> dict:

@@ -29,6 +29,7 @@ ON_GPU = torch.cuda.is_available()
 TOY = not ON_GPU or os.environ.get("TOY") == "1"
 FAMILIES = ("qwen2", "bloom", "falcon", "mistral", "yi", "falcon-rw", "qwen3")
 PACKAGES = ("torch", "triton", "transformers", "accelerate", "peft", "liger-kernel", "bitsandbytes", "trl")
+MAX_FUSED_DISTANCE = 0.05  # relative, in bf16: of gradients with the fused kernels from those without
 PART_SECONDS = 150  # after which a part begins no further row
 PROCESS_SECONDS = 900 if TOY else 170  # a process that takes longer is broken
 
@@ -273,6 +274,11 @@ def check_families(results: Results) -> None:
     """Packed against alone, logits and gradients, of seven families."""
     families = FAMILIES[:2] if TOY else FAMILIES
     run_together(results, "selftest", {family: ("gpu/checks.py", "selftest", family) for family in families})
+    wrong = [
+        name for name, found in results.parts["selftest"].items() if not found["fused_gradients"] < MAX_FUSED_DISTANCE
+    ]
+    if wrong:
+        print(f"FUSED KERNELS GIVE OTHER GRADIENTS: {', '.join(wrong)}", flush=True)
 
 
 def measure_mixtures(results: Results) -> None:

@@ -35,6 +35,7 @@ def test_every_part_runs_at_toy_size(tmp_path):
     exact = record["parts"]["exact"]["qwen2"]
     assert (exact["same_twice"], exact["same_resumed"]) == (True, True)
     assert record["parts"]["selftest"]["bloom"]["float32_gradients"] < 1e-6
+    assert record["parts"]["selftest"]["bloom"]["fused_gradients"] < 0.01
     assert record["parts"]["steps"]["7B ours, 8 accumulated"]["graphs_after_warmup"] == 0
     assert "toy sizes" in record["machine"]
     table = (tmp_path / "gpu.md").read_text()
@@ -46,6 +47,26 @@ def test_a_process_that_fails_ends_the_measurements_with_its_output(scripts):
 
     with pytest.raises(run.Broken, match="ended with 0"):
         run.run("gpu/shapes.py")  # which reports nothing
+
+
+def test_records_are_written_by_several_processes_at_a_time(scripts, tmp_path, monkeypatch):
+    """A second writer begins and ends while the first is at its first record."""
+    import records
+
+    others = []
+
+    def make_texts(num_records):
+        if not others:
+            others.append("begun")
+            others[0] = records.write_records(num_records)
+        yield from [("question", "answer")] * num_records
+
+    monkeypatch.setattr(records, "FOLDER", tmp_path)
+    monkeypatch.setattr(records, "make_texts", make_texts)
+    path = records.write_records(3)
+    assert others == [path]
+    assert [json.loads(line)["id"] for line in path.read_text().splitlines()] == ["0", "1", "2"]
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_the_utilisation_is_that_of_the_hand_count(scripts):
