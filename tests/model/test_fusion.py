@@ -125,7 +125,7 @@ def test_a_compiler_that_fails_leaves_the_plain_model_and_says_so(load, compile_
     gradients_of(model, packed(5, 9))
 
 
-def test_a_compiler_that_fails_without_a_word_is_named_by_its_error(load, compile_with):
+def test_a_compiler_error_without_a_message_is_named_by_its_class(load, compile_with):
     def failing(graph, inputs):
         raise AssertionError
 
