@@ -17,7 +17,7 @@ rm -f "$FOLDER/wheels"/*.whl
 "$PYTHON" -m pip download -q --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
     --platform manylinux_2_28_x86_64 --platform manylinux_2_24_x86_64 --platform manylinux_2_17_x86_64 \
     --platform manylinux2014_x86_64 -d "$FOLDER/wheels" \
-    -r requirements-gpu.txt transformers==5.23.0 peft==0.21.2 trl==1.16.0 datasets==5.2.0 dill multiprocess xxhash
+    -r requirements-gpu.txt transformers==5.23.0 peft==0.21.2 trl==1.16.0 datasets==5.2.0 dill==0.4.1 multiprocess==0.70.19 xxhash
 "$PYTHON" benchmarks/gpu/slim_wheel.py "$FOLDER"/wheels/bitsandbytes-*.whl "$CUDA"
 SIZE=$(du -sk "$FOLDER" | cut -f1)
 echo "$FOLDER: $((SIZE / 1024)) MiB"

@@ -283,9 +283,11 @@ def check_families(results: Results) -> None:
 
 def measure_mixtures(results: Results) -> None:
     """Shapes with experts and with linear attention: do they train, and how fast."""
-    for shape in ("qwen3-30b-a3b",) if TOY else ("qwen3-30b-a3b", "gpt-oss-20b", "qwen3.5-4b"):
+    # gpt-oss has transformers' eager attention: 15 GB of scores a layer for two rows of 4096.
+    changes = {"qwen3-30b-a3b": {}, "gpt-oss-20b": {"rows": 1}, "qwen3.5-4b": {}}
+    for shape in list(changes)[:1] if TOY else changes:
         if not results.is_late():
-            found = measure(shape, "ours", warmup=2, steps=3)
+            found = measure(shape, "ours", warmup=2, steps=3, **changes[shape])
             results.add("moe", shape, layers=layers_of(shape), **found)
 
 
