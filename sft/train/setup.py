@@ -282,8 +282,8 @@ def estimate_seconds(run: Run, data: Data, model, device: str) -> float | None:
     if share_of_peak is None:
         return None
     tokens = training.num_train_epochs * data.examples.lengths.sum() / training.world_size
-    if training.max_steps > 0:
-        rows = training.max_steps * training.train_batch_size * training.gradient_accumulation_steps
+    if (steps := getattr(training, "planned_steps", training.max_steps)) > 0:
+        rows = steps * training.train_batch_size * training.gradient_accumulation_steps
         longest = run.settings.data.max_length if run.settings.data.packing else data.examples.lengths.mean()
         tokens = rows * longest
     return float(tokens * share_of_peak / USUAL_MFU)

@@ -1,10 +1,12 @@
 """The steps of a probe, its measurements and lines; and that no file of it remains."""
 
 import re
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from transformers import IntervalStrategy
 
 import train
 from sft.dataset.dataset import Examples, TrainingRows
@@ -12,6 +14,7 @@ from sft.dataset.packing import Rows
 from sft.preview import measure as probe
 from sft.preview.data import heaviest_rows
 from sft.preview.report import Report
+from sft.train import setup
 from tests.e2e.test_launchers import sh
 from tests.preview.test_dry_run import dry_run, set_up  # noqa: F401 (a fixture)
 
@@ -113,3 +116,31 @@ def test_a_probe_runs_on_all_processes_of_the_launcher(zero, set_up, tmp_path): 
     assert "== measured on 2 processes" in done.stdout
     assert done.stdout.count("== steps") == 1
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["model.dry_run.html"]
+
+
+@dataclass
+class SomeSettings:
+    training: SimpleNamespace
+    data: SimpleNamespace
+
+
+@dataclass
+class SomeRun:
+    settings: SomeSettings
+    output_dir: str = "runs/one"
+
+
+@pytest.mark.parametrize(("max_steps", "seconds"), [(-1, 100.0), (1000, 800.0)])
+def test_a_probe_chooses_the_kernels_of_the_whole_run(max_steps, seconds, monkeypatch):
+    """At 0.01 s a token: three epochs of 10,000 / 3 tokens take 100 s, 1000 updates of 8 rows of 10 tokens 800 s."""
+    training = SimpleNamespace(max_steps=max_steps, probe_steps=5, num_train_epochs=3, world_size=1)
+    training.train_batch_size, training.gradient_accumulation_steps = 2, 4
+    for name in ("save_strategy", "eval_strategy", "logging_strategy"):
+        setattr(training, name, IntervalStrategy.STEPS)
+    run = SomeRun(SomeSettings(training, SimpleNamespace(packing=True, max_length=10)))
+    data = SimpleNamespace(examples=SimpleNamespace(lengths=np.full(1000, 10 / 3)))
+    monkeypatch.setattr(setup, "mfu_of_a_token", lambda model, **options: 0.01 * setup.USUAL_MFU)
+    measured = probe._measured_run(run, "elsewhere")
+    assert measured.settings.training.max_steps == 5
+    assert setup.estimate_seconds(measured, data, None, "a GPU") == pytest.approx(seconds)
+    assert setup.estimate_seconds(run, data, None, "a GPU") == pytest.approx(seconds)
