@@ -109,6 +109,7 @@ def run(script: str, *arguments: object) -> dict:
     paths = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "gpu"), os.environ.get("PYTHONPATH", "")]
     threads = "8" if ON_GPU else "1"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": threads}
+    environment["TORCHINDUCTOR_COMPILE_THREADS"] = "4"  # several processes compile at a time
     command = [sys.executable, str(ROOT / "benchmarks" / script), *map(str, arguments)]
     try:
         done = subprocess.run(
@@ -293,7 +294,7 @@ def measure_mixtures(results: Results) -> None:
 
 def run_together(results: Results, part: str, commands: dict[str, tuple]) -> None:
     """Run checks beside each other: none of them measures time."""
-    with ThreadPoolExecutor(2 if TOY else 4) as pool:
+    with ThreadPoolExecutor(2 if TOY else len(commands)) as pool:
         for name, found in zip(commands, pool.map(lambda command: run(*command), commands.values()), strict=True):
             numbers = {key: value for key, value in found.items() if key not in ("printed", "peak_mib")}
             results.add(part, name, **numbers)
