@@ -240,6 +240,8 @@ class Trainer(transformers.Trainer):
         if "loss" in logs:
             logs |= self.router_losses.take_mean(self.guard.all_gather)
             logs |= self.source_losses.take_means(self.guard.all_gather) if self.source_losses else {}
+        if "train_loss" in logs:  # of all steps; transformers 5.23 divides their sum by those since the resume
+            logs["train_loss"] = self._total_loss_scalar / max(1, self.state.global_step)
         if "eval_loss" in logs:
             logs["eval_perplexity"] = math.exp(min(logs["eval_loss"], 700))
         super().log(logs, start_time)

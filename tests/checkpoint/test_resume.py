@@ -69,10 +69,10 @@ def stop_at(monkeypatch, step: int, *, method: str = "training_step") -> None:
 
 
 def logs_of(output: Path) -> list[dict]:
-    kept = ("loss", "grad_norm", "learning_rate", "eval_loss", "step", "epoch", "num_input_tokens_seen")
+    kept = ("loss", "grad_norm", "learning_rate", "eval_loss", "train_loss", "step", "epoch", "num_input_tokens_seen")
     history = json.loads((output / "run.json").read_text())["log_history"]
     lines = [{name: entry[name] for name in entry if name in kept or "loss/" in name} for entry in history]
-    return [line for line in lines if "loss" in line or "eval_loss" in line]
+    return [line for line in lines if not line.keys().isdisjoint(("loss", "eval_loss", "train_loss"))]
 
 
 def weights_of(output: Path) -> dict[str, torch.Tensor]:
