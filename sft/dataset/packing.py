@@ -36,10 +36,10 @@ def pack(lengths: Sequence[int] | np.ndarray, max_length: int, *, seed: int, epo
 
     When that makes less than `num_rows`, some rows are cut in two until there are so many (at most one per example).
     """
-    lengths = np.asarray(lengths, dtype=np.int64)
+    lengths = np.asarray(lengths, dtype=np.int32)
     assert lengths.size == 0 or 0 < lengths.min() <= lengths.max() <= max_length, "an example is empty or too long"
     random = np.random.default_rng([seed, epoch])
-    shuffled = random.permutation(len(lengths))
+    shuffled = random.permutation(len(lengths)).astype(np.int32)
     by_length = shuffled[np.argsort(lengths[shuffled], kind="stable")]
     counts = np.bincount(lengths, minlength=1)
     examples, sizes = _fill(_best_fit_decreasing(counts, max_length), by_length, np.cumsum(counts) - counts)
@@ -116,5 +116,6 @@ def _reorder(examples: np.ndarray, sizes: np.ndarray, order: np.ndarray) -> Rows
     old_starts = np.cumsum(sizes) - sizes
     new_sizes = sizes[order]
     starts = np.concatenate([[0], np.cumsum(new_sizes)]).astype(np.int64)
-    within = np.arange(len(examples)) - np.repeat(starts[:-1], new_sizes)
-    return Rows(examples[np.repeat(old_starts[order], new_sizes) + within], starts)
+    places = np.repeat((old_starts[order] - starts[:-1]).astype(np.int32), new_sizes)
+    places += np.arange(len(examples), dtype=np.int32)
+    return Rows(examples[places], starts)

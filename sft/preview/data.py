@@ -74,12 +74,11 @@ def describe_data(report: Report, name: str, examples: Examples, ledger: dict, f
     numbers = {source: number for number, source in enumerate(ledger["source_names"])}
     for source, counted in ledger["sources"].items():
         chosen = examples.origins["source"] == numbers.get(source, -1)
+        if chosen.all():
+            chosen = slice(None)  # a view, and no copy
         section.table.append([source, *_row(counted, examples.lengths[chosen], facts[chosen], ledger["max_length"])])
     if len(section.table) > 2:
-        every = np.ones(len(examples), bool)
-        section.table.append(
-            ["all", *_row(ledger["total"], examples.lengths[every], facts[every], ledger["max_length"])]
-        )
+        section.table.append(["all", *_row(ledger["total"], examples.lengths, facts, ledger["max_length"])])
     section.lines = ledger_lines(ledger)
     report.sections.append(section)
 
@@ -127,7 +126,7 @@ def check_leaks(report: Report, train: Examples, held_out: Examples, facts: np.n
     whole = {held_out[index]["input_ids"].tobytes() for index in range(len(held_out))}
     asked = set()
     same = 0
-    for index in np.flatnonzero(np.isin(facts["prompt"], np.unique(eval_facts["prompt"]))).tolist():
+    for index in np.flatnonzero(np.isin(facts["prompt"], np.unique(eval_facts["prompt"]))):
         ids = train[index]["input_ids"]
         asked.update(wanted.get(ids[: facts["prompt"][index]].tobytes(), ()))
         same += ids.tobytes() in whole
@@ -166,7 +165,9 @@ def heaviest_rows(rows: TrainingRows, trained: np.ndarray) -> tuple[np.ndarray, 
 
     Padded, that are the longest; packed rows are about as long as each other, and the loss takes the trained tokens.
     """
-    sums = [np.concatenate([[0], np.cumsum(of[rows.rows.examples])]) for of in (rows.examples.lengths, trained)]
-    tokens, trained = (np.diff(summed[rows.rows.starts]) for summed in sums)
+    tokens, trained = (
+        np.add.reduceat(of[rows.rows.examples], rows.rows.starts[:-1], dtype=np.int64)
+        for of in (rows.examples.lengths, trained)
+    )
     order = np.lexsort((tokens, trained) if rows.max_length else (trained, tokens))[::-1]
     return order, tokens[order], trained[order]

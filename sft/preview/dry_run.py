@@ -16,7 +16,7 @@ import numpy as np
 
 from sft.checkpoint.manifest import PROGRESS
 from sft.checkpoint.resume import check_unchanged
-from sft.dataset.dataset import TrainingRows
+from sft.dataset.dataset import TrainingRows, release_freed_memory
 from sft.dataset.sampler import Updates
 from sft.launch.processes import Guard
 from sft.model import load as models
@@ -69,8 +69,9 @@ def show_run(report: Report, run: Run, data: Data, guard: Guard, build_trainer: 
     report.notes += describe_skipped(run.files.skipped)
     describe_tokenizer(report, run)
     if data.rows is not None:
-        trained = describe_all_data(report, data, run.renderer.stop_ids)["trained"]
+        trained = describe_all_data(report, data, run.renderer.stop_ids)["trained"].copy()  # without the other columns
         report.steps, report.step_bytes = describe_run(report, run, data.rows, trained)
+        release_freed_memory()
         if settings.training.resume_from_checkpoint:
             describe_resume(report, run, num_rows=len(data.rows))
         if not settings.training.probe_steps and settings.training.world_size == 1:
