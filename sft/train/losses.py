@@ -172,9 +172,10 @@ class RouterLosses:
         return {name: [float(total), count] for name, (total, count) in self.sums.items()}
 
     def take_mean(self, gather: Callable[[dict], list[dict]]) -> dict[str, float]:
-        """Return the mean since the last log line, over all ranks (`gather`), and begin anew."""
-        if not self.sums:
-            return {}
+        """Return the mean since the last log line, over all ranks (`gather`), and begin anew.
+
+        Every rank gathers: one that had no row since then has no sum, and the others wait for it.
+        """
         total = sum_by_source(gather(self.read_sums()))
         self.sums = {}
         return {name: loss / count for name, (loss, count) in total.items()}

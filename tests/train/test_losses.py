@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sft.dataset.dataset import ORIGIN
-from sft.train.losses import MAX_SOURCES, group_sources, statistics_of_rows
+from sft.train.losses import MAX_SOURCES, RouterLosses, group_sources, statistics_of_rows
 from tests.e2e.test_launchers import sh
 
 
@@ -99,3 +99,14 @@ def test_the_router_loss_of_a_mixture_is_logged_summed_up_and_leaves_evaluation_
     assert record["metrics"]["router_loss"] == logged[-1]
     evaluated = [entry for entry in record["log_history"] if "eval_loss" in entry]
     assert evaluated[-1]["eval_tokens"] > 0 and "eval_router_loss" not in evaluated[-1]
+
+
+def test_a_rank_without_a_row_since_the_last_log_line_gathers_router_losses_with_the_others():
+    """The last update of an epoch may have fewer rows than ranks; a rank that left out the exchange hung the run."""
+    other = RouterLosses()
+    other.add({"router_loss": torch.tensor(2.0)})
+    other.add({"router_loss": torch.tensor(3.0)})
+    idle = RouterLosses()
+    idle.add({})
+    assert idle.take_mean(lambda mine: [mine, other.read_sums()]) == {"router_loss": 2.5}
+    assert idle.take_mean(lambda mine: [mine, {}]) == {}
