@@ -5,6 +5,7 @@ process. It ignores the signals that a terminal or a scheduler sends to all proc
 its end of their socket, which the kernel does however this process ends.
 """
 
+import contextlib
 import ctypes
 import functools
 import os
@@ -91,7 +92,8 @@ class _Worker:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
             theirs.close()
         self.socket, self.tasks = Connection(ours.detach()), deque()
-        self.socket.send_bytes(setup)
+        with contextlib.suppress(OSError):  # it has ended already; the first task says so
+            self.socket.send_bytes(setup)
 
     def kill(self) -> None:
         self.process.kill()

@@ -111,6 +111,13 @@ def test_a_worker_that_can_not_start_its_function_says_why():
         list(started.map([Number(0)]))
 
 
+def test_a_worker_that_ends_before_it_reads_its_function_names_the_task(monkeypatch):
+    monkeypatch.setattr(workers.sys, "executable", "/bin/false")
+    ended = pytest.raises(TaskError, match=r"data\.json line 1: the worker that read it ended with code 1")
+    with Workers(2, partial(partial, times, bytes(1 << 24))) as started, ended:
+        list(started.map([Number(1)]))
+
+
 def test_a_worker_ends_when_its_parent_closes_the_socket():
     """The kernel closes it however the parent ends."""
     with Workers(2, partial(partial, times, 1)) as started:
