@@ -25,16 +25,27 @@ def consolidate(folder: str, output: str | None = None, max_shard_size: str = MA
     hold only tensors and numbers. Raises ValueError otherwise, and when `output` is not empty.
     """
     checkpoint = _find_whole_checkpoint(Path(folder))
-    target = Path(output) if output else Path(folder) / "consolidated"
-    if target.exists() and any(target.iterdir()):
-        raise ValueError(f"{target}: is not empty; name a new folder with --output")
+    target = choose_target(checkpoint, output)
     if not (checkpoint / "latest").is_file():
         raise ValueError(f"{checkpoint}: is no ZeRO checkpoint; its weights are in it as they are")
     shards = zero.Shards(checkpoint)
-    check_disk_space(checkpoint, 4 * sum(math.prod(shape) for shape in shards.shapes.values()), "the model")
     target.parent.mkdir(parents=True, exist_ok=True)
+    check_disk_space(target.parent, 4 * sum(math.prod(shape) for shape in shards.shapes.values()), "the model")
     with stage_folder(target) as staged:
         _write_model(checkpoint, shards, staged, max_shard_size)
+    return target
+
+
+def choose_target(checkpoint: Path, output: str | None) -> Path:
+    """Return the folder for the model: `output`, else `consolidated` beside the checkpoint.
+
+    Raises ValueError when it is not empty, or in the checkpoint: with a further file that could not be resumed.
+    """
+    target = Path(output) if output else checkpoint.absolute().parent / "consolidated"
+    if target.resolve().is_relative_to(checkpoint.resolve()):
+        raise ValueError(f"{target}: is inside the checkpoint, which must stay as it is; name another --output")
+    if target.exists() and any(target.iterdir()):
+        raise ValueError(f"{target}: is not empty; name a new folder with --output")
     return target
 
 
@@ -71,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     commands = parser.add_subparsers(required=True, dest="command")
     rebuild = commands.add_parser("consolidate", help="rebuild a model from the newest ZeRO checkpoint")
     rebuild.add_argument("folder", help="the output_dir of a run, or one checkpoint")
-    rebuild.add_argument("--output", help="folder for the model; default FOLDER/consolidated")
+    rebuild.add_argument("--output", help="folder for the model; default consolidated, in the output_dir")
     rebuild.add_argument("--max_shard_size", default=MAX_SHARD_SIZE, help="largest file of weights, as in 5GB")
     options = parser.parse_args(arguments)
     try:
