@@ -1,4 +1,6 @@
-"""Callbacks of the trainer: proofs before the first step, the state of a resumed run, the progress bar."""
+"""Callbacks of the trainer: proofs before the first step, the position of a resumed run, the progress bar."""
+
+from dataclasses import dataclass, field
 
 import torch
 from transformers import ProgressCallback, TrainerCallback
@@ -7,6 +9,22 @@ from sft.model import adapters, attention, fusion, loss
 from sft.report.text import say
 from sft.train import sequence_parallel
 from sft.train.losses import sum_by_source
+
+
+@dataclass
+class Progress:
+    """Position of a run between two updates: it has taken `taken` rows of `epoch`, and made `updates` in all."""
+
+    epoch: int = 0
+    taken: int = 0
+    updates: int = 0
+    num_rows: int = 0
+    losses: list[float] = field(default_factory=list)  # summed since the last log line, of each rank
+    total_loss: float = 0.0
+    last_logged: int = 0
+    by_source: list[dict] = field(default_factory=list)  # as `losses`: {source: [sum, trained tokens]} of each rank
+    router: list[dict] = field(default_factory=list)  # as `by_source`: {"router_loss": [sum, batches]} of each rank
+    evaluate: bool = False  # an evaluation was due, and cut off by a signal
 
 
 class Restore(TrainerCallback):

@@ -6,7 +6,7 @@ import time
 import uuid
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -35,24 +35,8 @@ from sft.dataset.sampler import Updates, WithEmpty
 from sft.files import write_json
 from sft.launch.processes import Guard, Stopped, UserError
 from sft.report.text import say
-from sft.train.callbacks import ProgressWithSpeed, Restore
+from sft.train.callbacks import Progress, ProgressWithSpeed, Restore
 from sft.train.losses import FiniteCheck, RouterLosses, SourceLosses, Sources, statistics_of_rows
-
-
-@dataclass
-class Progress:
-    """Position of a run between two updates: it has taken `taken` rows of `epoch`, and made `updates` in all."""
-
-    epoch: int = 0
-    taken: int = 0
-    updates: int = 0
-    num_rows: int = 0
-    losses: list[float] = field(default_factory=list)  # summed since the last log line, of each rank
-    total_loss: float = 0.0
-    last_logged: int = 0
-    by_source: list[dict] = field(default_factory=list)  # as `losses`: {source: [sum, trained tokens]} of each rank
-    router: list[dict] = field(default_factory=list)  # as `by_source`: {"router_loss": [sum, batches]} of each rank
-    evaluate: bool = False  # an evaluation was due, and cut off by a signal
 
 
 class EvaluationStopped(Exception):
@@ -170,6 +154,12 @@ class Trainer(transformers.Trainer):
         zero.load_into(self.model_wrapped if self.is_deepspeed_enabled else self.model, self.optimizer, source)
         self.lr_scheduler.load_state_dict(zero.load_safely(folder / "scheduler.pt"))
         return prepared
+
+    def _issue_warnings_after_load(self, load_result) -> None:
+        """Leave out tied weights, which a checkpoint holds once: transformers 5.23 warns that they are missing."""
+        tied = getattr(self.model, "all_tied_weights_keys", None) or {}
+        load_result.missing_keys[:] = [name for name in load_result.missing_keys if name not in tied]
+        super()._issue_warnings_after_load(load_result)
 
     def _is_laid_out_anew(self, folder: Path) -> bool:
         sharded = (folder / "latest").is_file()
