@@ -17,7 +17,7 @@ def check_deepspeed_config(arguments: dict) -> list[str]:
     path = arguments["deepspeed"]
     if not path:
         return ["--offload: works with --deepspeed ds_zero2.json or ds_zero3.json only"] if arguments["offload"] else []
-    if not Path(path).is_file():
+    if not os.path.isfile(path):  # of JSON in the flag, Path would raise that the name is too long
         return [f"--deepspeed {path}: no such file; use ds_zero2.json or ds_zero3.json"]
     try:
         config = json.loads(Path(path).read_text(encoding="utf-8"))

@@ -62,9 +62,12 @@ def test_a_deepspeed_file_that_is_none_is_refused(tmp_path, text, problem):
     assert problem in line
 
 
-def test_a_missing_deepspeed_file_names_those_there_are():
-    assert check_deepspeed_config({**FLAGS, "deepspeed": "ds_zero9.json"}) == [
-        "--deepspeed ds_zero9.json: no such file; use ds_zero2.json or ds_zero3.json"
+@pytest.mark.parametrize(
+    "given", ["ds_zero9.json", '{"zero_optimization": {"stage": 2}}' + " " * 300], ids=["file", "json"]
+)
+def test_a_missing_deepspeed_file_names_those_there_are(given):
+    assert check_deepspeed_config({**FLAGS, "deepspeed": given}) == [
+        f"--deepspeed {given}: no such file; use ds_zero2.json or ds_zero3.json"
     ]
 
 
