@@ -26,6 +26,14 @@ case "${OFFLOAD:=0}" in
 1) set -- --offload "$@" ;;
 *) echo "ds_all.sh: OFFLOAD=$OFFLOAD: use 0 or 1" >&2; exit 2 ;;
 esac
+previous=
+for word in "$@"; do # given as a flag, it counts for the rows of an update too
+    case "$previous:$word" in
+    --sequence_parallel_size:*) SEQUENCE_PARALLEL=$word ;;
+    *:--sequence_parallel_size=*) SEQUENCE_PARALLEL=${word#*=} ;;
+    esac
+    previous=$word
+done
 case "${SEQUENCE_PARALLEL:=1}" in
 1) ;;
 0* | *[!0-9]*) echo "ds_all.sh: SEQUENCE_PARALLEL=$SEQUENCE_PARALLEL: use a whole number from 1" >&2; exit 2 ;;

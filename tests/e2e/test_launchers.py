@@ -90,9 +90,14 @@ def test_processes_that_share_rows_take_them_once(show, tmp_path):
     fake.write_text(f'#!/bin/sh\n[ "$3" = --processes ] && echo 8 && exit\nexec {show} "$@"\n')
     fake.chmod(0o755)
     knobs = {"MODEL": "m", "OUTPUT": "o", "PYTHON": str(fake), "BATCH_SIZE": "4", "ACCUMULATION": "8"}
-    flags = json.loads(sh("ds_all.sh", SEQUENCE_PARALLEL="4", **knobs).stdout)
-    assert [flags[flags.index(f"--{name}") + 1] for name in SHARED] == ["4", "4"]
-    assert flags[-2:] == ["--sequence_parallel_size", "4"]
+    for done in (
+        sh("ds_all.sh", SEQUENCE_PARALLEL="4", **knobs),
+        sh("ds_all.sh", "--sequence_parallel_size", "4", **knobs),
+        sh("ds_all.sh", "--sequence_parallel_size=4", **knobs),
+    ):
+        flags = json.loads(done.stdout)
+        assert [flags[flags.index(f"--{name}") + 1] for name in SHARED] == ["4", "4"]
+        assert flags[flags.index("--sequence_parallel_size") + 1] == "4"
 
 
 @pytest.mark.parametrize("bad", [{"BATCH_SIZE": "x"}, {"ACCUMULATION": "0"}, {"BATCH_SIZE": "-2"}])
