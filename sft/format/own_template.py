@@ -22,6 +22,7 @@ from sft.opendata.fields import RecordError
 CALL_STOPS = ("<|call|>", "<|eom_id|>", "<|return|>")
 LOOKS_LIKE_END = re.compile(r"end|eot|eom|eos|stop|return|</|\[/", re.IGNORECASE)
 SWITCH_NAME = re.compile(r"think|reason", re.IGNORECASE)
+AMOUNT_NAME = re.compile(r"budget|effort|strength|level|length|limit|tokens", re.IGNORECASE)
 EMPTY_THOUGHT = re.compile("|".join(rf"\A{re.escape(start)}\s*{re.escape(end)}\s*" for start, end in OPENERS.items()))
 TAG = re.compile(r"</?[^<>\s]{1,40}>|\[/?[A-Z_]{2,40}\]")
 
@@ -71,7 +72,7 @@ class OwnTemplate:
         """Render up to the start of the reply, as an escaped text; `variables` hold for this prompt alone."""
         prepared = self.prepare(messages)
         escaped = self.escaper.escape(tools)
-        return self._render(prepared, escaped, thinking, add_generation_prompt=True, **variables)
+        return self._render(prepared, escaped, thinking, add_generation_prompt=True, variables=variables)
 
     def text(self, messages: Sequence[dict], tools: Sequence[dict] | None, thinking: bool | None) -> str:
         """Render as a server does, nothing escaped; with a generation prompt unless the last turn is a reply."""
@@ -84,12 +85,12 @@ class OwnTemplate:
         return self.escaper.unescape(escaped)
 
     def _render(
-        self, messages: list[dict], tools, thinking: bool | None, *, add_generation_prompt: bool, **variables
+        self, messages: list[dict], tools, thinking: bool | None, *, add_generation_prompt: bool, variables=None
     ) -> str:
         options = {"tools": tools, "add_generation_prompt": add_generation_prompt}
         if self.switch is not None and thinking is not None and self.switch not in self._fixed:
             options[self.switch] = thinking
-        return self.template.render(messages, **{**options, **variables})
+        return self.template.render(messages, **{**options, **(variables or {})})
 
     def prepare(self, messages: Sequence[dict]) -> list[dict]:
         """Return the messages in the form that the template takes, their texts escaped."""
@@ -230,15 +231,16 @@ class OwnTemplate:
         return None
 
     def _find_switch(self) -> str | None:
-        """Find the variable that turns thoughts on and off by rendering a prompt both ways."""
-        names = [name for name in self.template.undeclared if SWITCH_NAME.search(name)]
+        """Find the variable that turns thoughts on and off by rendering a prompt both ways; it takes no number."""
+        names = [name for name in self.template.undeclared if SWITCH_NAME.search(name) and not AMOUNT_NAME.search(name)]
         for name in sorted(names, key=lambda name: (name != "enable_thinking", name)):
             options = {"tools": self._probe_tools, "add_generation_prompt": True}
             try:
                 on, off = (self.template.render([_probe("user")], **options, **{name: on}) for on in (True, False))
             except RecordError:
                 continue
-            if on != off:
+            writes_value = on.lower().count("true") > off.lower().count("true")
+            if on != off and (name.startswith("enable") or not writes_value):
                 return name
         return None
 

@@ -150,8 +150,12 @@ class Renderer:
 
     @property
     def thinking_switch(self) -> str | None:
-        """The template's variable that turns thoughts on and off, such as enable_thinking; None without one."""
-        return self._own.switch if self._own else None
+        """The template's variable that turns thoughts on and off, such as enable_thinking.
+
+        None without one, and where `template_kwargs` sets it.
+        """
+        switch = self._own.switch if self._own else None
+        return None if switch in self.template_kwargs else switch
 
     @property
     def writes_date(self) -> bool:

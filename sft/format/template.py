@@ -82,7 +82,7 @@ class ChatTemplate:
         self.undeclared = meta.find_undeclared_variables(self._tree)
 
     def render(
-        self, messages: Sequence[dict], *, tools: Sequence[dict] | None, add_generation_prompt: bool, **variables
+        self, messages: Sequence[dict], /, *, tools: Sequence[dict] | None, add_generation_prompt: bool, **variables
     ) -> str:
         """Render as a string; raises RecordError with the template's own words where it refuses the messages."""
         try:

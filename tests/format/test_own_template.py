@@ -167,6 +167,7 @@ def test_variables_of_the_run_reach_the_template_and_a_fixed_switch_stays(own):
     assert own(switch).text(TURNS[:1], thinking=False).endswith("<think>\n\n</think>\n\n")
     fixed = own(switch, template_kwargs={"enable_thinking": False})
     assert fixed.text(TURNS[:1], thinking=True).endswith("<think>\n\n</think>\n\n")
+    assert fixed.thinking_switch is None
     assert own(PLAIN_TEMPLATE).thinking_switch is None
 
 
@@ -196,3 +197,25 @@ def test_auto_takes_the_own_template_of_a_chat_model_and_not_of_a_base(tiny_base
     name, reason = choose_format("auto", tokenizer())
     assert name == "blossom"
     assert re.search(r"its own template ends turns with <\|im_end\|>, on which it may not have been trained", reason)
+
+
+@pytest.mark.parametrize("name", ["thinking_budget", "reasoning_effort", "thinking_mode"])
+def test_a_variable_that_takes_a_number_or_a_word_is_no_switch(own, name):
+    """ByteDance's Seed-OSS writes its thinking_budget, and nothing for one of -1."""
+    head = (
+        f"{{% if {name} is not defined %}}{{% set {name} = -1 %}}{{% endif %}}{{% if {name} != -1 %}}"
+        f"<|im_start|>system\n{{{{ {name} }}}}<|im_end|>\n{{% endif %}}"
+    )
+    renderer = own(head + PLAIN_TEMPLATE)
+    assert renderer.thinking_switch is None
+    assert renderer.text(TURNS[:1]) == "<|im_start|>user\n你好<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_a_prompts_own_variables_may_have_any_name(own):
+    """DeepSeek V3.1 and Kimi call their switch thinking."""
+    renderer = own(PLAIN_TEMPLATE + "{% if thinking %}<think>{% endif %}")
+    prompts = [renderer.prompt(TURNS[:1], variables={"thinking": value}) for value in (True, False)]
+    ends = [renderer.tokenizer.decode(ids).split("<|im_start|>")[-1] for ids in prompts]
+    assert ends == ["assistant\n<think>", "assistant\n"]
+    with pytest.raises(RecordError, match="multiple values for keyword argument 'messages'"):
+        renderer.prompt(TURNS[:1], variables={"messages": []})
