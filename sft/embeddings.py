@@ -114,7 +114,9 @@ def _spread(begin: int, end: int) -> list[int]:
 def _find_unused(rows: np.ndarray, others: np.ndarray, usual: float) -> np.ndarray:
     """Return which rows are tiny or as good as equal to one of the others, (rows,); in the same matrix, another one."""
     lengths = np.linalg.norm(rows, axis=1)
-    distances = np.linalg.norm(rows[:, None] - others[None], axis=2)
+    distances = np.zeros((len(rows), len(others)), rows.dtype)
+    for number, row in enumerate(rows):  # one at a time: all pairs of 256 rows of 8192 numbers take 2 GB
+        distances[number] = np.linalg.norm(others - row, axis=1)
     if rows is others:
         np.fill_diagonal(distances, np.inf)
     is_equal = (distances <= MAX_DISTANCE * lengths[:, None]).any(axis=1)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from sft.base import find_folder
 from sft.embeddings import find_untrained
 from sft.format.table import CHAT_FORMATS, FORMAT_NAMES, saved_format
 from sft.format.tokens import IGNORE_INDEX
@@ -311,8 +312,9 @@ def judge_own_template(tokenizer) -> tuple[str, list[str], str]:
 def trained_stop_ids(tokenizer) -> set[int]:
     """Return the ids that a model is known to end its replies with: eos, and those of its generation_config.json."""
     found = {tokenizer.eos_token_id}
+    folder = find_folder(tokenizer.name_or_path)
     try:
-        config = json.loads((Path(tokenizer.name_or_path) / "generation_config.json").read_text(encoding="utf-8"))
+        config = json.loads((folder / "generation_config.json").read_text(encoding="utf-8")) if folder else {}
         ids = config.get("eos_token_id")
         found |= set(ids) if isinstance(ids, list) else {ids}
     except (OSError, ValueError):

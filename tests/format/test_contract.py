@@ -153,6 +153,24 @@ def test_auto_says_that_it_did_not_look_at_rows_that_are_not_here(chosen, tmp_pa
     assert reason.endswith("<|im_end|>; its embedding rows were not looked at, as they are not here")
 
 
+def test_auto_reads_the_stop_tokens_of_a_model_in_the_hubs_cache(chosen, tmp_path, monkeypatch):
+    """Gemma's eos is <eos>; only its generation_config.json says that replies end in <end_of_turn>."""
+    chosen()
+    commit = "0" * 40
+    snapshot = tmp_path / "models--owner--name" / "snapshots" / commit
+    shutil.copytree(tmp_path / "base", snapshot, ignore=shutil.ignore_patterns("*.safetensors"))
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text(commit)
+    tokenizer = AutoTokenizer.from_pretrained(snapshot, eos_token="<|endoftext|>")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    tokenizer.name_or_path = "owner/name"
+    stop_id = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    (snapshot / "generation_config.json").write_text(json.dumps({"eos_token_id": [stop_id]}))
+    assert choose_format("auto", tokenizer)[0] == "base"
+    (snapshot / "generation_config.json").unlink()
+    assert choose_format("auto", tokenizer)[0] == "blossom"
+
+
 @pytest.mark.parametrize("kind", [torch.float16, torch.float32])
 def test_rows_are_read_in_each_precision_and_a_cut_file_counts_as_none(kind, chosen, tmp_path):
     name, reason = chosen(zero, eos="<|im_end|>", kind=kind)
