@@ -12,6 +12,7 @@ from pathlib import Path
 import gradio as gr
 
 from sft.chat.batching import BusyError
+from sft.opendata.fields import RecordError
 from sft.web import models
 from sft.web.models import LocalModel, PendingReply, RemoteError, RemoteModel
 from sft.web.panes import to_page
@@ -183,6 +184,8 @@ class Handlers:
             messages = without_oldest(messages)
         try:
             messages = await asyncio.to_thread(model.fit, messages, sampling, tools=tools)
+        except RecordError as error:  # of the chat template
+            raise refusal(request, "template", error=str(error).splitlines()[0][:200]) from None
         except ValueError:
             raise refusal(request, "no_room") from None
         started = model.start(messages, sampling, thinking=thinking, tools=tools)

@@ -82,8 +82,12 @@ class LocalModel:
 
     @property
     def thinks_by_default(self) -> bool:
-        """Whether the switch is on at first: off where no trained reply had a thought."""
-        return self.chat.renderer.thinking is not False
+        """Whether the switch is on at first: as in the trained replies, else as the template leaves it."""
+        renderer = self.chat.renderer
+        if renderer.thinking is not None or not renderer.thinking_switch:
+            return renderer.thinking is not False
+        question = [{"role": "user", "content": "x"}]
+        return renderer.prompt(question) == renderer.prompt(question, thinking=True)
 
     @property
     def is_full(self) -> bool:

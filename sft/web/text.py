@@ -62,6 +62,7 @@ LABELS = {
         "the message exceeds the model's context window; shorten it",
         "消息超出模型的上下文窗口，请缩短",
     ),
+    "template": ("{error}", "模型的对话模板不接受：{error}"),
     "server_error": ("{error}", "模型服务器出错，请稍后再试"),
     "error": ("something went wrong; try again", "出错了，请重试"),
 }

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import shutil
 from types import SimpleNamespace
 
 import gradio as gr
@@ -12,6 +13,7 @@ from sft.chat.sampling import Sampling
 from sft.opendata import __main__ as opendata
 from sft.opendata.conversation import validate
 from sft.web import handlers as handlers_module
+from sft.web.handlers import Handlers
 from sft.web.models import LocalModel
 from sft.web.turns import Turn, num_questions, to_messages, to_record, to_tools
 
@@ -171,3 +173,17 @@ def test_the_file_of_likes_has_an_end(chat, new_handlers, tmp_path, monkeypatch)
     for _ in range(3):
         page.write_feedback([{"role": "user", "content": "一"}, {"role": "assistant", "content": "二"}], True)
     assert len((tmp_path / "likes.jsonl").read_text().splitlines()) == 1
+
+
+def test_the_words_of_a_chat_template_that_refuses_are_shown(tiny_base, tmp_path):
+    folder = shutil.copytree(tiny_base("qwen2"), tmp_path / "model")
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+        "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    model = LocalModel(load_chat(str(folder), chat_format="base"))
+    messages = [{"role": "system", "content": "简短"}, {"role": "user", "content": "一"}]
+    settings = {"sampling": Sampling(max_new_tokens=1), "thinking": None, "tools": None}
+    with pytest.raises(gr.Error, match="the chat template refuses it: no system role"):
+        asyncio.run(Handlers({"tiny": model})._start(None, model, messages, **settings))

@@ -265,7 +265,7 @@ def test_the_switch_of_a_template_reaches_the_prompt_and_its_thought_is_apart(ch
     (folder / "chat_template.jinja").write_text(THINKING_TEMPLATE)
     assert not LocalModel(chat).has_thinking_switch
     model = LocalModel(load_chat(str(folder), chat_format="base"))
-    assert model.has_thinking_switch
+    assert model.has_thinking_switch and model.thinks_by_default
     ends, decode = {}, model.chat.renderer.tokenizer.decode
     for thinking in (True, False, None):
         started = model.start([{"role": "user", "content": "一"}], Sampling(max_new_tokens=1), thinking=thinking)
@@ -276,3 +276,15 @@ def test_the_switch_of_a_template_reaches_the_prompt_and_its_thought_is_apart(ch
     request.ids = model.chat.renderer.tokenizer("so\n</think>\n\n好", add_special_tokens=False)["input_ids"]
     request.cancel = None
     assert LocalReply(model.chat, request).read()[0] == {"content": "好", "reasoning_content": "so"}
+
+
+def test_the_switch_is_on_at_first_as_the_template_or_the_training_left_it(tiny_base, tmp_path):
+    folder = shutil.copytree(tiny_base("qwen2"), tmp_path / "model")
+    off_unless_asked = THINKING_TEMPLATE.replace(
+        "enable_thinking is defined and enable_thinking is false", "not thinking"
+    )
+    (folder / "chat_template.jinja").write_text(off_unless_asked)
+    model = LocalModel(load_chat(str(folder), chat_format="base"))
+    assert (model.has_thinking_switch, model.thinks_by_default) == (True, False)
+    model.chat.renderer.thinking = True
+    assert model.thinks_by_default
