@@ -121,7 +121,8 @@ def test_a_full_model_is_shown_beside_the_base_that_it_was_trained_from(tiny_bas
     flip_a_byte(Path(own_base, "model.safetensors"))
     with pytest.raises(ValueError, match="put that base back, or name it with --base_path"):
         load_base(chat, tuned, device="cpu")
-    load_base(chat, tuned, own_base, device="cpu")
+    chat.renderer.template_kwargs = {"tone": "dry"}
+    assert load_base(chat, tuned, own_base, device="cpu").renderer.template_kwargs == {"tone": "dry"}
     assert "note:" not in capsys.readouterr().err
 
 

@@ -147,6 +147,8 @@ class Chat:
     def prompt_ids(self, asked: Asked, *, thinking: bool | None = None) -> list[int]:
         """Render the prompt; raises ValueError when the context window has no room left for a reply."""
         asked = asked if isinstance(asked, Mapping) else {"messages": asked}
+        if asked.get("tools") and not self.renderer.takes_tools:
+            raise ValueError(f"chat format {self.renderer.name!r} has no place for tools; use chatml or base")
         prompt = self.renderer.prompt(
             asked["messages"],
             tools=asked.get("tools") or self.tools,
@@ -264,7 +266,10 @@ def load_chat(
     model = model if "device_map" in options else model.to(place)
     renderer = Renderer(tokenizer, chat_format, template_kwargs=template_kwargs)
     if thinking is not None and not renderer.thinking_switch:
-        raise ValueError(f"--thinking: the chat format of {model_path} ({renderer.name}) has no such switch")
+        raise ValueError(
+            f"--thinking: the chat format of {model_path} ({renderer.name}) has no such switch, "
+            "or --template_kwargs sets it"
+        )
     return Chat(model.eval(), renderer, thinking=thinking)
 
 
@@ -359,6 +364,9 @@ def load_base(chat: Chat, model_path: str, base_path: str = "auto", **options) -
     base = base_of(model_path) if base_path == "auto" else base_path
     if base_path == "auto" and check_model_path(base) is None:
         check_base(model_path, base, remedy="name it with --base_path")
-    loaded = load_chat(base, **{**options, "chat_format": chat.renderer.name})
+    loaded = load_chat(
+        base, **{**options, "chat_format": chat.renderer.name, "template_kwargs": chat.renderer.template_kwargs}
+    )
+    loaded.renderer = loaded.renderer.on_day(chat.renderer.today)
     loaded.renderer.thinking = chat.renderer.thinking
     return loaded

@@ -22,7 +22,6 @@ from sft.chat.answer_file import check_output, check_questions, reply_to_file
 from sft.chat.reply import Chat, Reply, add_model_flags, find_model, load_base, load_chat, model_options
 from sft.chat.sampling import BLOSSOM, Sampling
 from sft.chat.token_probabilities import printable, to_terminal
-from sft.opendata.fields import RecordError
 from sft.opendata.messages import read_tools
 
 
@@ -278,7 +277,7 @@ def load_tools(path: str) -> list[dict]:
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
         tools = read_tools(found if isinstance(found, dict) and "tools" in found else {"tools": found})
-    except (ValueError, RecordError) as error:
+    except (ValueError, RecursionError) as error:  # of JSON, or a RecordError
         raise ValueError(f"--tools {path}: {error}") from None
     if not tools:
         raise ValueError(f"--tools {path}: holds no tool")

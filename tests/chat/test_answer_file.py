@@ -17,6 +17,7 @@ from sft.chat.answer_file import (
 )
 from sft.chat.reply import Chat, Reply, load_chat
 from sft.chat.sampling import GREEDY, Sampling
+from sft.format.render import Renderer
 from sft.opendata.fields import RecordError
 
 QUESTIONS = [f"question {number}" for number in range(3)]
@@ -72,6 +73,13 @@ def test_records_with_tools_are_refused_in_one_line_where_the_format_has_no_plac
     (tmp_path / "in.jsonl").write_text('{"prompt": "a", "tools": [{"name": "t"}]}\n')
     chat = load_chat(str(tiny_base("qwen2")), chat_format="blossom")
     with pytest.raises(ValueError, match=r"in.jsonl line 1: chat format 'blossom' has no place for tools; use chatml"):
+        reply_to_file(chat, str(tmp_path / "in.jsonl"), str(tmp_path / "out.jsonl"))
+    chat.renderer.tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    chat.renderer = Renderer(chat.renderer.tokenizer, "base")
+    with pytest.raises(ValueError, match=r"in.jsonl line 1: chat format 'base' has no place for tools"):
         reply_to_file(chat, str(tmp_path / "in.jsonl"), str(tmp_path / "out.jsonl"))
     with pytest.raises(RecordError, match="is a list; write an object of template variables"):
         to_prompt({"prompt": "a", "chat_template_kwargs": [1]})

@@ -296,7 +296,7 @@ def test_tools_are_read_from_a_file(tmp_path):
     for written in ([WEATHER], {"tools": [{"type": "function", "function": WEATHER}]}, WEATHER):
         path.write_text(json.dumps(written))
         assert terminal.load_tools(str(path)) == [{"type": "function", "function": WEATHER}]
-    for written in ("[", "[]", '[{"type": "function"}]', "3"):
+    for written in ("[", "[]", '[{"type": "function"}]', "3", "[" * 100_000):
         path.write_text(written)
         with pytest.raises(ValueError, match=rf"--tools {path}: "):
             terminal.load_tools(str(path))
