@@ -57,7 +57,7 @@ class OwnTemplate:
         self._looked_for = any_of({*looked_for, *controls})
         self._equal_texts = whole
         self._depends_on_length = template.measures_texts()
-        self._probe_tools = self._find_probe_tools()
+        self.probe_tools = self._find_probe_tools()
         self.switch = self._find_switch()
         self.stop, self.stop_is_written = self._find_stop()
         self.header = self._find_header()
@@ -174,7 +174,7 @@ class OwnTemplate:
 
     def probe_turn(self) -> Turn:
         """Return a turn of plain texts."""
-        return self.turns([_probe("user"), _probe("assistant")], self._probe_tools, trained=[1])[0]
+        return self.turns([_probe("user"), _probe("assistant")], self.probe_tools, trained=[1])[0]
 
     def stops(self) -> list[str]:
         """Return the control tokens that a reply can end in, a plain reply's first."""
@@ -190,7 +190,7 @@ class OwnTemplate:
 
     def _written(self, message: dict) -> str | None:
         try:
-            reply = self.turns([_probe("user"), message], self._probe_tools, trained=[1])[0].reply
+            reply = self.turns([_probe("user"), message], self.probe_tools, trained=[1])[0].reply
         except RecordError:
             return None
         return reply[: reply.rfind(self.stops()[0])]
@@ -234,7 +234,7 @@ class OwnTemplate:
         """Find the variable that turns thoughts on and off by rendering a prompt both ways; it takes no number."""
         names = [name for name in self.template.undeclared if SWITCH_NAME.search(name) and not AMOUNT_NAME.search(name)]
         for name in sorted(names, key=lambda name: (name != "enable_thinking", name)):
-            options = {"tools": self._probe_tools, "add_generation_prompt": True}
+            options = {"tools": self.probe_tools, "add_generation_prompt": True}
             try:
                 on, off = (self.template.render([_probe("user")], **options, **{name: on}) for on in (True, False))
             except RecordError:
@@ -249,7 +249,7 @@ class OwnTemplate:
         question = _probe("user")
         answer = _probe("assistant")
         conversations = ([question, answer], [question, answer, _probe("user", 1)])
-        rendered = [self._render(each, self._probe_tools, False, add_generation_prompt=False) for each in conversations]
+        rendered = [self._render(each, self.probe_tools, False, add_generation_prompt=False) for each in conversations]
         after, following = (text.rpartition(answer["content"])[2] for text in rendered)
         tokens = list(self._controls.finditer(after))
         if tokens and following.startswith(after.rstrip()):
@@ -265,7 +265,7 @@ class OwnTemplate:
         """Return what the template writes between a question and a reply that is history."""
         question = _probe("user")
         answer = _probe("assistant")
-        full = self._render([question, answer], self._probe_tools, False, add_generation_prompt=False)
+        full = self._render([question, answer], self.probe_tools, False, add_generation_prompt=False)
         return full.partition(answer["content"])[0].rpartition(question["content"])[2]
 
     def _stop_at_start(self, after: str) -> str:
@@ -289,7 +289,7 @@ class OwnTemplate:
         question = _probe("user")
         answer = _probe("assistant")
         thought = _probe("thought")["content"]
-        prompt = self._render([question], self._probe_tools, True, add_generation_prompt=True)
+        prompt = self._render([question], self.probe_tools, True, add_generation_prompt=True)
         for place, message in (
             ("field", {**answer, "reasoning_content": thought}),
             ("inline", {**answer, "content": f"<think>\n{thought}\n</think>\n\n{answer['content']}"}),
@@ -297,7 +297,7 @@ class OwnTemplate:
             if place == "inline" and "</think>" not in self.template.source:
                 continue
             try:
-                full = self._render([question, message], self._probe_tools, True, add_generation_prompt=False)
+                full = self._render([question, message], self.probe_tools, True, add_generation_prompt=False)
             except RecordError:
                 continue
             if thought in full:

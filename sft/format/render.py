@@ -355,7 +355,7 @@ class Renderer:
         `num_bytes` is how much is to be encoded.
         """
         odd = [*probe_conversations(), *odd_conversations()]
-        shortest = len(self.prompt([{"role": "user", "content": "x"}]))
+        shortest = len(self.prompt([{"role": "user", "content": "x"}], tools=self._own and self._own.probe_tools))
         proof = [([*odd, *sample], None), *((odd, shortest + extra) for extra in bulk.PROOF_EXTRA_TOKENS)]
         self.use_slow_encoder()
         expected = [self.render_rows(batch, max_length=limit) for batch, limit in proof]

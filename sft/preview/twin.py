@@ -25,10 +25,12 @@ from transformers.utils import cached_file
 from sft.chat.reply import load_chat
 from sft.chat.sampling import GREEDY
 from sft.dataset.dataset import Examples, TrainingRows
+from sft.format.contract import probe_tool_conversations
 from sft.format.tokens import IGNORE_INDEX
 from sft.launch.processes import Guard, Stopped
 from sft.model import load as models
 from sft.model.shrink import not_sharded, shrink_config
+from sft.opendata.fields import RecordError
 from sft.preview.report import Report, Section
 from sft.preview.shape import build_model
 from sft.train.losses import group_sources
@@ -215,7 +217,12 @@ def _go_through(run: Run, data: Data, guard: Guard, build_trainer: Callable, par
     chat = load_chat(run.output_dir, device="cpu", dtype=dtype, trust_remote_code=trust)
     _compare_logits(trained, chat.model, data.examples[0]["input_ids"], exact=exact)
     parts.begin("a reply")
-    chat.reply([{"role": "user", "content": "Hello"}], replace(GREEDY, max_new_tokens=NUM_REPLY_TOKENS))
+    question = [{"role": "user", "content": "Hello"}]
+    try:
+        chat.prompt_ids(question)
+    except RecordError:  # a chat template may demand tools
+        chat.tools = next(probe["tools"] for probe in probe_tool_conversations() if "tools" in probe)
+    chat.reply(question, replace(GREEDY, max_new_tokens=NUM_REPLY_TOKENS))
     parts.is_over = True
 
 

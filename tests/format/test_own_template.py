@@ -219,3 +219,14 @@ def test_a_prompts_own_variables_may_have_any_name(own):
     assert ends == ["assistant\n<think>", "assistant\n"]
     with pytest.raises(RecordError, match="multiple values for keyword argument 'messages'"):
         renderer.prompt(TURNS[:1], variables={"messages": []})
+
+
+def test_a_template_that_demands_tools_trains_conversations_that_have_them(own):
+    renderer = own(
+        "{% if not tools %}{{ raise_exception('tools needed') }}{% endif %}{{ tools | tojson }}" + PLAIN_TEMPLATE
+    )
+    tools = [{"type": "function", "function": {"name": "t", "parameters": {"type": "object", "properties": {}}}}]
+    renderer.use_bulk_encoder()
+    rows = renderer.render_rows([{"messages": TURNS, "tools": tools}, {"messages": TURNS}])
+    assert (rows.outcomes, rows.num_rows) == (["whole", "template"], [1, 0])
+    assert rows.whys[1] == "the chat template refuses it: tools needed"
