@@ -13,7 +13,8 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from datetime import date
 from pathlib import Path
 
 from sft.chat.reply import Asked, Chat
@@ -200,6 +201,13 @@ def hash_weights(model) -> str:
     return digest.hexdigest()[:16]
 
 
+def _read_date(path: str) -> date | None:
+    """Return the date that the chat template wrote into the prompts of the answers so far."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError), open(path, "rb") as lines:
+        return date.fromisoformat(json.loads(lines.readline())["answers_of"]["date"])
+    return None
+
+
 def reply_to_file(
     chat: Chat,
     source: str,
@@ -221,10 +229,13 @@ def reply_to_file(
     check_output(output, overwrite=overwrite)
     if Path(output).exists() and Path(output).samefile(source):
         raise ValueError(f"--output {output}: is the file of questions")
+    if chat.renderer.writes_date and (day := _read_date(f"{output}.partial")):
+        chat = replace(chat, renderer=chat.renderer.on_day(day))
     count, questions = check_questions(source, system, chat.prompt_ids)
     belongs_to = {"questions": questions, "model": hash_weights(chat.model), "sampling": asdict(sampling), "seed": seed}
     belongs_to |= {"tools": chat.tools} if chat.tools else {}
     belongs_to |= {"thinking": chat.thinking} if chat.thinking is not None else {}
+    belongs_to |= {"date": chat.renderer.today.isoformat()} if chat.renderer.writes_date else {}
     belongs_to["chat format"] = chat.renderer.fingerprint()[:16]
     with closing(Partial(f"{output}.partial", belongs_to)) as partial:
         check_output(output, overwrite=overwrite)  # another process may have just written it

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from datetime import date
 
 import pytest
 import torch
@@ -235,3 +236,29 @@ def test_a_partial_file_of_another_model_or_sampling_is_refused(tiny_chat, tiny_
     assert reply_to_file(tiny_chat, source, output, sampling=SHORT) == 3
     with pytest.raises(ValueError, match="is the file of questions"):
         reply_to_file(tiny_chat, output, output, sampling=SHORT, overwrite=True)
+
+
+def test_answers_that_are_resumed_on_another_day_have_the_first_days_prompts(tiny_base, tmp_path):
+    base = shutil.copytree(tiny_base("qwen2"), tmp_path / "base")
+    (base / "chat_template.jinja").write_text(
+        "<|im_start|>system\n{{ strftime_now('%d.%m.') }}<|im_end|>\n"
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    (tmp_path / "in.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
+    source, output = str(tmp_path / "in.jsonl"), str(tmp_path / "out.jsonl")
+    first, second = load_chat(str(base), chat_format="base"), load_chat(str(base), chat_format="base")
+    first.renderer, second.renderer = (
+        chat.renderer.on_day(date(2026, 1, day)) for chat, day in ((first, 2), (second, 3))
+    )
+
+    def stopped(questions, *_arguments, **_options):
+        yield next(iter(questions))[0], Reply("x", True, 1)
+        raise KeyboardInterrupt
+
+    first.reply_each = stopped
+    with pytest.raises(KeyboardInterrupt):
+        reply_to_file(first, source, output, sampling=SHORT)
+    assert reply_to_file(second, source, output, sampling=SHORT) == 2
+    lines = [json.loads(line)["messages"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [messages[0]["content"] for messages in lines] == ["a", "b"]
