@@ -355,6 +355,19 @@ def check_against_config(settings, path: str) -> None:
     trusted = settings.model.trust_remote_code
     check_window(path, settings.data.max_length, trust_remote_code=trusted)
     check_checkpointing(path, settings.training.gradient_checkpointing_kwargs, trust_remote_code=trusted)
+    if not settings.model.lora:
+        check_quantised(path, trust_remote_code=trusted)
+
+
+def check_quantised(path: str, *, trust_remote_code: bool = False) -> None:
+    """Raise ValueError for a base of quantised weights, which transformers' Trainer trains under adapters alone."""
+    stored = getattr(load_config(path, trust_remote_code=trust_remote_code), "quantization_config", None)
+    method = stored.get("quant_method") if isinstance(stored, dict) else None
+    if method in ("awq", "bitsandbytes", "gptq"):  # others may be loaded in full precision
+        raise ValueError(
+            f"{path}: its weights are quantised ({method}), so only adapters can be trained; add --lora, or name the "
+            "model that was quantised"
+        )
 
 
 def check_checkpointing(path: str, options: dict | None, *, trust_remote_code: bool = False) -> None:

@@ -1,5 +1,6 @@
 """Flags of train.py: every mistake is said before anything is loaded, a line each."""
 
+import json
 from dataclasses import dataclass, fields
 
 import pytest
@@ -7,7 +8,15 @@ import torch
 
 import train
 from sft.train.arguments import OF_TRANSFORMERS, Settings, flag, is_within, parse_arguments
-from sft.train.checks import GIB, NEEDS, NO_EFFECT, check_checkpointing, check_held_out_metrics, parse_gpu
+from sft.train.checks import (
+    GIB,
+    NEEDS,
+    NO_EFFECT,
+    check_checkpointing,
+    check_held_out_metrics,
+    check_quantised,
+    parse_gpu,
+)
 from tests.train.test_train import data  # noqa: F401 (a fixture)
 
 
@@ -344,3 +353,17 @@ def test_flags_of_torch_compile_are_read_as_fused_kernels(words, chosen, tiny_ba
     groups = (train.ModelArguments, train.DataArguments, train.TrainingArguments)
     training = parse_arguments(groups, [*flags_of(tiny_base("qwen2"), data, tmp_path / "r"), *words]).training
     assert (training.fused_kernels, training.torch_compile) == (chosen, False)
+
+
+def test_quantised_weights_are_trained_under_adapters_alone(tmp_path):
+    config = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
+    for method in ("gptq", "awq", "bitsandbytes"):
+        quantised = {"quant_method": method, "bits": 4, "load_in_4bit": True}
+        (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": quantised}))
+        with pytest.raises(
+            ValueError, match=rf"its weights are quantised \({method}\), so only adapters can be trained"
+        ):
+            check_quantised(str(tmp_path))
+    for further in ({"quantization_config": {"quant_method": "mxfp4"}}, {}):
+        (tmp_path / "config.json").write_text(json.dumps({**config, **further}))
+        check_quantised(str(tmp_path))
