@@ -56,7 +56,7 @@ def find_weights(folder: Path) -> list[Path]:
     for name in WEIGHTS:
         file = folder / name
         if file.is_file() and name.endswith(".index.json"):
-            with suppress(ValueError, KeyError, AttributeError):
+            with suppress(ValueError, KeyError, AttributeError, TypeError):
                 shards = json.loads(file.read_text(encoding="utf-8"))["weight_map"].values()
                 return [folder / shard for shard in sorted(set(shards))]
         elif file.is_file():
@@ -191,7 +191,8 @@ def read_identity(folder: str | Path) -> dict | None:
     for name in (BASE_RECORD, RUN_RECORD):
         with suppress(OSError, ValueError, AttributeError):
             found = json.loads((Path(folder) / name).read_text(encoding="utf-8"))
-            if found := found if name == BASE_RECORD else found.get("base"):
+            found = found if name == BASE_RECORD else found.get("base")
+            if isinstance(found, dict) and {"model", "config", "weights"} <= found.keys():
                 return found
     return None
 

@@ -103,6 +103,14 @@ def test_an_adapter_without_a_hash_loads_with_a_note(adapter, tmp_path, capsys):
     assert capsys.readouterr().err.startswith(f"note: {note}\n")
 
 
+@pytest.mark.parametrize("record", ["[]", "5", '{"model": "x"}', "{"])
+def test_a_damaged_record_of_the_base_counts_as_none(record, adapter, capsys):
+    (adapter / "base.json").write_text(record)
+    (adapter / "run.json").write_text("[1]")
+    load_chat(str(adapter), device="cpu")
+    assert f"{adapter} holds no hash of its base" in capsys.readouterr().err
+
+
 def test_an_adapter_is_no_base_and_says_how_it_is_merged_or_continued(adapter, tmp_path):
     problem = check_model_path(str(adapter))
     assert problem.startswith(f"{adapter}: is a LoRA adapter of {tmp_path}/base, not a base; merge it (python -m sft.")

@@ -224,9 +224,11 @@ def saved_run(tokenizer) -> dict:
     folder = Path(tokenizer.name_or_path)
     for file in (folder / "run.json", folder.parent / "run.json"):  # the second is that of an earlier checkpoint
         try:
-            return json.loads(file.read_text(encoding="utf-8"))
+            run = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue
+        if isinstance(run, dict):
+            return run
     return {}
 
 
