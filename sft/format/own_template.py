@@ -384,16 +384,17 @@ def _writes_call(text: str) -> bool:
 def _after_opened(rest: str, opened: str, header: str, thought: str) -> str:
     """Return the reply to a prompt that ends in `opened`, which a rendered conversation lacks or writes otherwise.
 
-    A thought that was opened is written and closed first; after an empty one, or another header, the text follows. The
-    part of a turn's `header` that the prompt has already is not written again, words of the prompt's own behind it.
+    A thought that was opened is written and closed first; after an empty one, or another header, the text follows.
+    The part of a turn's `header` that the prompt has already is not written again.
     """
-    opener = OPENED_AT_THE_END.search(opened)
-    if opener is None:
+    found = OPENED_AT_THE_END.search(opened)
+    if found is None:
         pairs = zip(header, opened, strict=False)
         shared = header[: sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))]
-        rest = rest.removeprefix(shared)
-        return EMPTY_THOUGHT.sub("", rest)
-    opener, closer = opener.group(1), OPENERS[opener.group(1)]
+        return EMPTY_THOUGHT.sub("", rest.removeprefix(shared))
+    opener, closer = found.group(1), OPENERS[found.group(1)]
+    rest = rest.removeprefix(opened[: found.start()])
     if rest.startswith(opener) and thought and thought.strip() in rest:
         return rest[len(opener) :].lstrip("\n")
-    return f"{thought.strip()}\n{closer}\n\n{EMPTY_THOUGHT.sub('', rest)}"
+    rest = EMPTY_THOUGHT.sub("", rest)
+    return f"{thought.strip()}{rest}" if rest.startswith(closer) else f"{thought.strip()}\n{closer}\n\n{rest}"

@@ -230,3 +230,16 @@ def test_a_template_that_demands_tools_trains_conversations_that_have_them(own):
     rows = renderer.render_rows([{"messages": TURNS, "tools": tools}, {"messages": TURNS}])
     assert (rows.outcomes, rows.num_rows) == (["whole", "template"], [1, 0])
     assert rows.whys[1] == "the chat template refuses it: tools needed"
+
+
+def test_a_thought_is_ended_once_where_history_begins_with_its_end(own):
+    """DeepSeek V3.1: a prompt ends in <think> or </think>, and each earlier reply begins with </think>."""
+    renderer = own(
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}</think>{% endif %}"
+        "{{ m.content.split('</think>')[-1] }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n"
+        "{% if thinking %}<think>{% else %}</think>{% endif %}{% endif %}"
+    )
+    thought = {"role": "assistant", "content": "b", "reasoning_content": "t"}
+    rows = renderer.render_conversation([TURNS[0], thought, TURNS[2], TURNS[3]])
+    assert [replies(renderer, row) for row in rows] == [["t</think>b<|im_end|>"], ["**4**<|im_end|>"]]
