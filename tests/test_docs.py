@@ -24,6 +24,7 @@ LAUNCHERS = ("base_run.sh", "ds_all.sh")
 # Flags in the text that belong to other programs: benchmarks/memory_check.py, vLLM, accelerate launch, Slurm.
 FOREIGN_FLAGS = {
     "--table",
+    "--only",  # of benchmarks/run_gpu.sh
     "--tokenizer",
     "--enable",
     "--num_processes",
