@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # several test processes share th
 
 import pytest
 import torch
+
+# Tests send SIGINT, which a shell lets its background jobs and their children ignore.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # One thread: tiny tensors gain nothing from more, and busy machines lose much.
 torch.set_num_threads(1)

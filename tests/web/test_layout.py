@@ -164,9 +164,9 @@ def listen(url: str, session: str, num_messages: int) -> list[str]:
 @pytest.mark.slow
 def test_a_closed_connection_ends_the_model_and_the_next_user_is_served(url, chat):
     with closing(SlowModel(chat, 0.3)) as model:
-        join(url, "say", ["你好", None, ""], "leaver")
+        join(url, "say", ["你好", None, "", ""], "leaver")
         assert listen(url, "leaver", 100)[-2:] == ["process_completed", "close_stream"]
-        join(url, "reply", [None, "", *LONG, True], "leaver")
+        join(url, "reply", [None, "", *LONG, True, ""], "leaver")
         assert "process_generating" in listen(url, "leaver", 5)
         made = model.made
         wait_until_free(chat)
@@ -178,9 +178,9 @@ def test_a_closed_connection_ends_the_model_and_the_next_user_is_served(url, cha
 def test_a_client_that_never_listens_takes_no_turn(url, chat, monkeypatch):
     monkeypatch.setattr(handlers_module, "SECONDS_TO_LISTEN", 1)
     with closing(SlowModel(chat, 0)) as model:
-        join(url, "say", ["你好", None, ""], "deaf")
+        join(url, "say", ["你好", None, "", ""], "deaf")
         listen(url, "deaf", 100)
-        join(url, "reply", [None, "", *LONG, True], "deaf")
+        join(url, "reply", [None, "", *LONG, True, ""], "deaf")
         time.sleep(1.5)
         assert model.made == 0
         assert ask(url, "你好", Sampling(max_new_tokens=1))
@@ -192,9 +192,9 @@ def test_many_clients_that_never_listen_delay_no_reply(url, chat, monkeypatch):
     monkeypatch.setattr(handlers_module, "SECONDS_TO_LISTEN", 30)
     with closing(SlowModel(chat, 0)):
         for index in range(60):
-            join(url, "say", ["你好", None, ""], f"deaf {index}")
+            join(url, "say", ["你好", None, "", ""], f"deaf {index}")
         for index in range(60):
-            join(url, "reply", [None, "", *LONG, True], f"deaf {index}")
+            join(url, "reply", [None, "", *LONG, True, ""], f"deaf {index}")
         begun = time.monotonic()
         assert ask(url, "你好", Sampling(max_new_tokens=1))
         assert time.monotonic() - begun < 20
@@ -207,7 +207,7 @@ def test_a_question_asked_again_while_a_reply_streams_gets_the_new_reply_alone(u
         user.predict("你好", "", api_name="/say")
         first = user.submit("", *LONG, api_name="/reply")
         next(iter(first))
-        join(url, "ask_again", [None, ""], user.session_hash)
+        join(url, "ask_again", [None, "", ""], user.session_hash)
         time.sleep(0.5)
         second = list(user.submit("", *values(Sampling(max_new_tokens=3)), api_name="/reply"))
         assert second and second[-1][1].startswith("3 个词元")
@@ -368,7 +368,7 @@ def test_a_login_comes_before_the_page_and_guessing_locks_out(chat):
 
     try:
         assert httpx.get(f"{page.local_url}config").status_code == 401
-        body = {"data": ["你好", None, ""], "fn_index": 0, "session_hash": "x"}
+        body = {"data": ["你好", None, "", ""], "fn_index": 0, "session_hash": "x"}
         assert httpx.post(f"{page.local_url}gradio_api/queue/join", json=body).status_code == 401
         for _ in range(security.MAX_LOGINS + 1):
             login = log_in("anna", "secret")
