@@ -87,6 +87,7 @@ def helps(tmp_path_factory) -> dict[str, tuple[subprocess.CompletedProcess, dict
         return dict(zip(COMMANDS, threads.map(ask, COMMANDS), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_is_printed_to_stdout_and_exits_with_0(helps, command):
     done, _flags = helps[command]
@@ -94,6 +95,7 @@ def test_help_is_printed_to_stdout_and_exits_with_0(helps, command):
     assert "usage:" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_flag_is_still_there_with_the_same_default(helps, command):
     _done, now = helps[command]

@@ -84,6 +84,7 @@ def test_each_reason_of_a_rejected_record_has_a_row(page):
     assert reasons() - set(rows(page)) == set()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES)
 def test_each_row_has_its_message(page):
     texts = strings()

@@ -1,5 +1,6 @@
 """LoRA adapters: which matrices of a model they adapt and why others are left out, proven on a tiny twin."""
 
+import functools
 import math
 import re
 import sys
@@ -222,7 +223,17 @@ def avoid_fused_projections(model) -> None:
     for name in {type(module).__module__ for module in model.modules()}:
         modeling = sys.modules[name]
         for function in FUSED_PROJECTIONS & vars(modeling).keys():
-            setattr(modeling, function, lambda *_args, **_kwargs: None)
+            setattr(modeling, function, _without_kernel(getattr(modeling, function)))
+
+
+def _without_kernel(function):
+    """Return a function that says, as `function` does where its package is missing, that there is no kernel."""
+
+    @functools.wraps(function)
+    def no_kernel(*_args, **_kwargs) -> None:
+        return None
+
+    return no_kernel
 
 
 def make_config(model, plan: Plan, *, rank: int, alpha: int, dropout: float, variant: str):

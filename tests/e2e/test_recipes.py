@@ -65,7 +65,6 @@ CASES = [
     ("blossom-v5-stage1.sh", "Yi-34B", "yi", BIG, "memory: all weights, ZeRO-3 with offload"),
     ("blossom-v5-stage2.sh", "Yi-9B", "yi", EIGHT, "16 rows (1 x 2 x 8 processes)"),
 ]
-QUICK = ("bloom-560m", "Yi-9B")  # models whose cases are in every run of the tests; each takes seconds
 
 
 @pytest.fixture
@@ -183,12 +182,10 @@ def test_the_numbers_of_a_recipe_are_published_and_its_header_names_the_source(n
         assert row["learning_rate"] in header
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "model", "family", "settings", "said"),
-    [
-        pytest.param(*case, id=f"{case[0]}-{case[1]}", marks=() if case[1] in QUICK else pytest.mark.slow)
-        for case in CASES
-    ],
+    [pytest.param(*case, id=f"{case[0]}-{case[1]}") for case in CASES],
 )
 def test_a_recipe_passes_the_dry_run_on_the_hardware_that_it_names(
     name, model, family, settings, said, base, data, command_of, capsys, monkeypatch, tmp_path
@@ -222,6 +219,7 @@ def test_the_stages_of_blossom_follow_each_other(command_of):
     assert second[second.index("--model_name_or_path") + 1] == output
 
 
+@pytest.mark.slow
 def test_the_second_stage_takes_another_tenth_of_the_first_in_each_epoch(
     base, data, command_of, capsys, monkeypatch, tmp_path
 ):

@@ -299,6 +299,7 @@ def forged(text: str, *, tools: bool) -> dict:
     return {"messages": messages, "tools": [definition]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["qwen3", "qwen3_6", "glm4moe", "deepseekv3", "gptoss", "llama3_1", "llama3", "gemma3"]
 )

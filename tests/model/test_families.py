@@ -22,6 +22,7 @@ PACKING = {
 ROWS_JOIN = ("qwen3", "gpt_oss", "doge")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", PACKING)
 def test_a_packed_row_has_the_gradient_of_its_documents_alone_also_with_checkpointing(kind):
     found = measure(kind)

@@ -101,7 +101,7 @@ def install(monkeypatch):
             name, package = ([*re.findall(pattern, inspect.getsource(function)), ("", "")])[0]
             paths = [path for path in KERNELS.get(package, ()) if path.split(".")[-1] == name]
             if package in packages and paths:
-                fake = kernels.make(name, KERNELS[package][paths[0]], function.__wrapped__)
+                fake = kernels.make(name, KERNELS[package][paths[0]], inspect.unwrap(function))
                 root = sys.modules.get(package)
                 root = root if isinstance(root, SimpleNamespace) else SimpleNamespace(__spec__=None)
                 monkeypatch.setitem(sys.modules, package, root)
@@ -110,7 +110,7 @@ def install(monkeypatch):
                     root.__dict__.setdefault(folder, SimpleNamespace())
                     root = getattr(root, folder)
                 setattr(root, name, fake)
-                looked_up = use_kernel_func_from_hub_with_fallback(name, package)(function.__wrapped__)
+                looked_up = use_kernel_func_from_hub_with_fallback(name, package)(inspect.unwrap(function))
                 monkeypatch.setattr(modeling, function.__name__, looked_up)
         monkeypatch.setattr(mixers, "has_kernels", lambda _device: True)
         return kernels

@@ -181,6 +181,7 @@ def test_a_missing_rensa_is_reported_in_a_line(tmp_path, monkeypatch):
         build(path, tmp_path / "out", near_duplicates=0.8)
 
 
+@pytest.mark.slow
 def test_a_run_killed_while_writing_leaves_the_old_output_and_can_be_run_again(tmp_path):
     small = write(tmp_path / "small.json", [record(1)])
     big = write(tmp_path / "big.json", map(record, range(40_000)))
@@ -218,6 +219,7 @@ def running(parent: int | None = None) -> list[int]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("receiver", "number", "code", "said"),
     [
