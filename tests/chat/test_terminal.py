@@ -134,7 +134,14 @@ def test_control_c_stops_a_reply_and_keeps_what_was_said(tiny_chat, monkeypatch,
 
 def start(*arguments: str, **options) -> subprocess.Popen:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "INPUTRC": "/dev/null"}
-    return subprocess.Popen([sys.executable, "-m", "sft.chat", *arguments], cwd=ROOT, env=environment, **options)
+    command = [sys.executable, "-m", "sft.chat", *arguments]
+    return subprocess.Popen(command, cwd=ROOT, env=environment, preexec_fn=take_interrupts, **options)
+
+
+def take_interrupts() -> None:
+    """Give a new process the SIGINT of a foreground job. The tests' own process may ignore or block it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 @pytest.mark.slow
