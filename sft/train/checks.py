@@ -41,8 +41,6 @@ NO_EFFECT = {
     "parallelism_config": (None, "is not read; to share rows among GPUs use --sequence_parallel_size"),
     "fsdp": (None, "checkpoints of train.py are plain or DeepSpeed's; use --deepspeed ds_zero3.json"),
     "fsdp_config": (None, "checkpoints of train.py are plain or DeepSpeed's; use --deepspeed ds_zero3.json"),
-}
-NO_EFFECT |= {
     "include_for_metrics": (None, "the metrics of train.py are made of losses and guesses; leave it out"),
     "prediction_loss_only": ((True,), "three numbers are kept of a held-out row anyway; leave it out"),
     "eval_do_concat_batches": ((False,), "the metrics of train.py are summed over all held-out rows; leave it out"),
