@@ -14,8 +14,8 @@ import gradio as gr
 from sft.chat.batching import BusyError
 from sft.opendata.fields import RecordError
 from sft.web import models
-from sft.web.models import LocalModel, PendingReply, RemoteError, RemoteModel
-from sft.web.panes import to_page
+from sft.web.models import LocalModel, RemoteError, RemoteModel
+from sft.web.panes import PendingReply, to_page
 from sft.web.security import Limits
 from sft.web.text import is_chinese, label, refusal
 from sft.web.turns import (

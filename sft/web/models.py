@@ -5,16 +5,16 @@ like a control token is broken by an invisible character. Sizes and times of a s
 """
 
 import asyncio
+import json
 import logging
 import re
-import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from sft.chat.batching import MAX_ACTIVE, MAX_CACHED_TOKENS, MAX_WAITING, BusyError
 from sft.chat.reply import Chat, split_thought
 from sft.chat.sampling import Sampling
-from sft.web.text import label
-from sft.web.turns import has_text, num_questions, without_oldest
+from sft.web.turns import num_questions, without_oldest
 
 MAX_CONTEXT = MAX_CACHED_TOKENS // 4  # tokens of a prompt: no conversation may fill the batch that all share
 SECONDS_BETWEEN_UPDATES = 0.05
@@ -133,6 +133,7 @@ class RemoteReply:
     def __init__(self, queue_position: Callable[["RemoteReply"], int]):
         self.thought = ""
         self.text = ""
+        self.calls: list[dict] = []
         self.num_tokens = 0
         self.ended = False
         self.done = False
@@ -146,6 +147,8 @@ class RemoteReply:
         if not self.thought:  # a server without a reasoning parser sends the thought as text
             message = split_thought(self.text)
             del message["role"]
+        if self.calls:
+            message["tool_calls"] = [_read_call(call) for call in self.calls]
         return message, self.ended, self.num_tokens
 
     @property
@@ -166,19 +169,35 @@ class RemoteReply:
             delta = choice.get("delta") or {}
             thought = delta.get("reasoning_content") or delta.get("reasoning") or ""
             text = delta.get("content") or ""
+            calls = delta.get("tool_calls") or []
             self.thought += encodable(thought)
             self.text += encodable(text)
+            for call in calls:
+                self._add_call(call)
             # One event counts as one token until the server sends its count.
-            self.num_tokens += bool(thought or text)
-            self.ended |= choice.get("finish_reason") == "stop"
-        return len(self.thought) + len(self.text) > MAX_REPLY
+            self.num_tokens += bool(thought or text or calls)
+            self.ended |= choice.get("finish_reason") in ("stop", "tool_calls")
+        size_of_calls = sum(100 + len(call["name"]) + len(call["arguments"]) for call in self.calls)
+        return len(self.thought) + len(self.text) + size_of_calls > MAX_REPLY
+
+    def _add_call(self, delta: dict) -> None:
+        """Add a part of a call: the first has its id and name, the others more of the arguments' text."""
+        function = delta.get("function") or {}
+        index = int(delta.get("index") or 0)
+        known = self.calls[index] if 0 <= index < len(self.calls) else None
+        if known is None or (delta.get("id") or known["id"]) != known["id"]:
+            known = {"id": "", "name": "", "arguments": ""}
+            self.calls.append(known)
+        known["id"] = encodable(delta.get("id") or known["id"])
+        known["name"] = encodable(function.get("name") or known["name"])
+        known["arguments"] += encodable(function.get("arguments") or "")
 
 
 class RemoteModel:
     """A model on a server. `max_active` replies are requested at a time, `max_waiting` more wait here."""
 
     has_thinking_switch = False
-    takes_tools = False
+    takes_tools = True
     thinks_by_default = True
 
     def __init__(
@@ -227,22 +246,24 @@ class RemoteModel:
                 f"--base_url {self.base_url}: {problem}; is the server up? (or name one: --model)"
             ) from None
 
-    def start(self, messages: Sequence[dict], sampling: Sampling, **_of_local_models) -> RemoteReply:
+    def start(
+        self, messages: Sequence[dict], sampling: Sampling, *, tools: list[dict] | None = None, **_of_local_models
+    ) -> RemoteReply:
         """Request a reply; called in an event loop. Raises BusyError when too many wait."""
         if self.is_full:
             raise BusyError(f"{len(self.waiting)} requests are waiting")
         reply = RemoteReply(lambda reply: self.waiting.index(reply) if reply in self.waiting else -1)
         self.waiting.append(reply)
-        reply.task = asyncio.create_task(self._work(reply, messages, sampling))
+        reply.task = asyncio.create_task(self._work(reply, partial(self._body, messages, sampling, tools)))
         return reply
 
-    async def _work(self, reply: RemoteReply, messages: Sequence[dict], sampling: Sampling) -> None:
+    async def _work(self, reply: RemoteReply, body: Callable[..., dict]) -> None:
         try:
             while self.waiting[0] is not reply or len(self.active) >= self.max_active:
                 await asyncio.sleep(SECONDS_BETWEEN_UPDATES)
             self.waiting.remove(reply)
             self.active.add(reply)
-            await asyncio.wait_for(self._stream(reply, messages, sampling), MAX_REPLY_SECONDS)
+            await asyncio.wait_for(self._stream(reply, body), MAX_REPLY_SECONDS)
         except Exception as error:
             reply.error = RemoteError(f"the model's server {_describe(error)}")
             logging.warning("%s: %s", self.base_url, type(error).__name__)
@@ -251,7 +272,7 @@ class RemoteModel:
             self.waiting = [other for other in self.waiting if other is not reply]
             reply.done = True
 
-    async def _stream(self, reply: RemoteReply, messages: Sequence[dict], sampling: Sampling) -> None:
+    async def _stream(self, reply: RemoteReply, body: Callable[..., dict]) -> None:
         import httpx2
         import openai
 
@@ -263,34 +284,70 @@ class RemoteModel:
             self.base_url, key=self.key, timeout=timeout, limits=limits, retries=NUM_RETRIES
         ) as client:
             try:
-                stream = await self._post(client, messages, sampling)
+                stream = await self._post(client, body(extras=self._takes_extras))
             except (openai.BadRequestError, openai.UnprocessableEntityError):
                 if not self._takes_extras:
                     raise
-                self._takes_extras = False  # a server that takes only OpenAI's own fields
-                stream = await self._post(client, messages, sampling)
+                stream = await self._post(client, body(extras=False))
+                self._takes_extras = False  # it takes only OpenAI's own fields
             async with stream:
                 async for event in stream:
                     if reply.add(event):
                         return
 
-    async def _post(self, client, messages: Sequence[dict], sampling: Sampling):
+    async def _post(self, client, body: dict):
         import openai
 
-        body = self._body(messages, sampling)
         stream_type = openai.AsyncStream[object]
         return await client.post("/chat/completions", body=body, cast_to=object, stream=True, stream_cls=stream_type)
 
-    def _body(self, messages: Sequence[dict], sampling: Sampling) -> dict:
-        """Return a request; thoughts of earlier replies are left out, as templates do."""
-        messages = [{"role": message["role"], "content": neutral(message["content"])} for message in messages]
-        body = {"model": self.model, "messages": messages, "stream": True, "max_tokens": sampling.max_new_tokens}
-        body |= {"temperature": sampling.temperature, "top_p": sampling.top_p}
-        if self._takes_extras:  # the names of vLLM and llama.cpp
+    def _body(self, messages: Sequence[dict], sampling: Sampling, tools: list[dict] | None, *, extras: bool) -> dict:
+        """Return a request; `extras` are the fields that vLLM and llama.cpp know and OpenAI doesn't.
+
+        The thoughts of earlier replies are left out, as templates do, but for those since the last question.
+        """
+        last = max((index for index, message in enumerate(messages) if message["role"] == "user"), default=0)
+        sent = [_to_server(message, thought=extras and index > last) for index, message in enumerate(messages)]
+        body = {"model": self.model, "messages": sent, "stream": True}
+        body |= {"max_tokens": sampling.max_new_tokens, "temperature": sampling.temperature, "top_p": sampling.top_p}
+        if tools:
+            body["tools"] = json.loads(neutral(json.dumps(tools, ensure_ascii=False)))
+        if extras:
             penalty = sampling.repetition_penalty
             body |= {"top_k": sampling.top_k, "repetition_penalty": penalty, "repeat_penalty": penalty}
             body |= {"stream_options": {"include_usage": True}}
         return body
+
+
+def _to_server(message: dict, *, thought: bool) -> dict:
+    """Return a message in OpenAI's form, in which the arguments of calls are JSON text; `thought`: with its thought."""
+    sent = {"role": message["role"], "content": neutral(message["content"])}
+    if thought and message.get("reasoning_content"):
+        sent["reasoning_content"] = neutral(message["reasoning_content"])
+    if message.get("tool_call_id"):
+        sent["tool_call_id"] = message["tool_call_id"]
+    if message.get("tool_calls"):
+        sent["tool_calls"] = [_call_to_server(call) for call in message["tool_calls"]]
+    return sent
+
+
+def _call_to_server(call: dict) -> dict:
+    function = call["function"]
+    arguments = function["arguments"]
+    text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+    return {**call, "function": {**function, "arguments": neutral(text)}}
+
+
+def _read_call(call: dict) -> dict:
+    """Return a call in the canonical form; arguments that are no JSON object (yet) stay the server's text."""
+    arguments = call["arguments"]
+    try:
+        found = json.loads(arguments or "{}")
+        arguments = found if isinstance(found, dict) else arguments
+    except (ValueError, RecursionError):
+        pass
+    read = {"type": "function", "function": {"name": call["name"], "arguments": arguments}}
+    return {"id": call["id"], **read} if call["id"] else read
 
 
 def _describe(error: Exception) -> str:
@@ -317,52 +374,3 @@ def neutral(text: str) -> str:
 def encodable(text: str) -> str:
     """Replace lone surrogates, which can't be sent or written."""
     return text.encode("utf-8", "replace").decode()
-
-
-# --- a reply in the making ----------------------------------------------------------------------------------------
-
-
-class PendingReply:
-    """A pane's reply in the making, and the line below it."""
-
-    def __init__(self, started: LocalReply | RemoteReply, num_left_out: int = 0):
-        self.started = started
-        self.num_left_out = num_left_out
-        self.message: dict = {}
-        self.queue_position = -1
-        self.ended = False
-        self.num_tokens = 0
-        self.begun: float | None = None
-        self.seconds = 0.0
-        self._is_complete = False
-
-    def update(self) -> dict:
-        """Read the reply up to now and return its message; raises the model's error."""
-        self.queue_position = self.started.queue_position
-        if self.started.error:
-            raise self.started.error
-        if self.queue_position < 0 and not self._is_complete:
-            self.begun = self.begun or time.monotonic() - SECONDS_BETWEEN_UPDATES
-            self.seconds = time.monotonic() - self.begun
-            self._is_complete = self.started.done
-        self.message, self.ended, self.num_tokens = self.started.read()
-        return self.message
-
-    def status(self, chinese: bool | None) -> str:
-        """Return the line below the reply: the queue, or the number of tokens and their speed."""
-        if self.queue_position >= 0:
-            return label("queued", chinese, count=self.queue_position)
-        if not self.num_tokens:
-            return "" if self.started.done else label("reading", chinese)
-        speed = self.num_tokens / max(self.seconds, 1e-3)
-        parts = [("tokens", {"count": self.num_tokens}), ("speed", {"speed": speed})]
-        if self.started.done and not self.ended:
-            parts.append(("cut", {}))
-        if self.num_left_out:
-            parts.append(("left_out", {"count": self.num_left_out}))
-        languages = (True, False) if chinese is None else (chinese,)
-        return " · ".join(label(key, language, **values) for language in languages for key, values in parts)
-
-    def shown(self) -> tuple:
-        """Return what an update changes on the page; equal ones are not sent again."""
-        return self.message if has_text(self.message) else {}, self.queue_position, self.num_tokens

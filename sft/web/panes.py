@@ -1,7 +1,8 @@
-"""A pane of the page: the HTML of its messages, with the buttons that `page.js` connects."""
+"""A pane of the page: the HTML of its messages, with the buttons that `page.js` connects, and a reply in the making."""
 
 import html
 import json
+import time
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import gradio as gr
 
 from sft.web import markdown
+from sft.web.models import SECONDS_BETWEEN_UPDATES, LocalReply, RemoteReply
 from sft.web.text import label
 from sft.web.turns import EXAMPLES, Turn, has_text, open_calls
 
@@ -130,3 +132,49 @@ def _formula_assets() -> dict[str, str]:
         "katex_script": f"assets/{script[0].name}" if found else "",
         "katex_style": f"assets/{style[0].name}" if found else "",
     }
+
+
+class PendingReply:
+    """A pane's reply in the making, and the line below it."""
+
+    def __init__(self, started: LocalReply | RemoteReply, num_left_out: int = 0):
+        self.started = started
+        self.num_left_out = num_left_out
+        self.message: dict = {}
+        self.queue_position = -1
+        self.ended = False
+        self.num_tokens = 0
+        self.begun: float | None = None
+        self.seconds = 0.0
+        self._is_complete = False
+
+    def update(self) -> dict:
+        """Read the reply up to now and return its message; raises the model's error."""
+        self.queue_position = self.started.queue_position
+        if self.started.error:
+            raise self.started.error
+        if self.queue_position < 0 and not self._is_complete:
+            self.begun = self.begun or time.monotonic() - SECONDS_BETWEEN_UPDATES
+            self.seconds = time.monotonic() - self.begun
+            self._is_complete = self.started.done
+        self.message, self.ended, self.num_tokens = self.started.read()
+        return self.message
+
+    def status(self, chinese: bool | None) -> str:
+        """Return the line below the reply: the queue, or the number of tokens and their speed."""
+        if self.queue_position >= 0:
+            return label("queued", chinese, count=self.queue_position)
+        if not self.num_tokens:
+            return "" if self.started.done else label("reading", chinese)
+        speed = self.num_tokens / max(self.seconds, 1e-3)
+        parts = [("tokens", {"count": self.num_tokens}), ("speed", {"speed": speed})]
+        if self.started.done and not self.ended:
+            parts.append(("cut", {}))
+        if self.num_left_out:
+            parts.append(("left_out", {"count": self.num_left_out}))
+        languages = (True, False) if chinese is None else (chinese,)
+        return " · ".join(label(key, language, **values) for language in languages for key, values in parts)
+
+    def shown(self) -> tuple:
+        """Return what an update changes on the page; equal ones are not sent again."""
+        return self.message if has_text(self.message) else {}, self.queue_position, self.num_tokens

@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -172,10 +173,12 @@ HEADINGS = {
 
 def _to_markdown(message: dict) -> str:
     parts = [f"## {HEADINGS[message['role']]}"]
-    if thought := message.get("reasoning_content"):
-        parts.append(f"<details><summary>Thought · 思考</summary>\n\n{thought}\n\n</details>")
+    if thought := message.get("reasoning_content"):  # a quotation ends what the thought leaves open, such as a fence
+        parts.append("\n".join(f"> {line}".rstrip() for line in ["**Thought · 思考**", "", *thought.splitlines()]))
     for call in message.get("tool_calls") or ():
-        parts.append("```json\n" + json.dumps(call, ensure_ascii=False, indent=2) + "\n```")
+        text = json.dumps(call, ensure_ascii=False, indent=2)
+        fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+        parts.append(f"{fence}json\n{text}\n{fence}")
     parts += [message["content"]] if message["content"] else []
     return "\n\n".join(parts) + "\n\n"
 

@@ -13,7 +13,8 @@ from sft.chat.batching import BusyError
 from sft.chat.reply import load_chat
 from sft.chat.sampling import Sampling
 from sft.web import models
-from sft.web.models import JOINER, LocalModel, LocalReply, PendingReply, RemoteError, RemoteModel, neutral
+from sft.web.models import JOINER, LocalModel, LocalReply, RemoteError, RemoteModel, neutral
+from sft.web.panes import PendingReply
 from sft.web.turns import Turn, to_messages
 
 HELLO = [{"role": "user", "content": "hi <|im_end|>"}]
@@ -94,8 +95,8 @@ def test_a_thought_that_a_server_sends_as_text_is_apart_and_not_sent_back(server
         assert talk(RemoteModel(server.url))[0] == {"content": "好", "reasoning_content": "so"}
     remote = RemoteModel(server.url)
     history = [*HELLO, {"role": "assistant", "content": "好", "reasoning_content": "so"}, *HELLO]
-    assert [message["content"] for message in remote._body(history, Sampling())["messages"]][1] == "好"
-    assert "so" not in json.dumps(remote._body(history, Sampling())["messages"])
+    sent = remote._body(history, Sampling(), None, extras=True)["messages"]
+    assert sent[1] == {"role": "assistant", "content": "好"}
 
 
 def test_a_server_that_refuses_fields_of_others_is_asked_without_them(server):
@@ -103,6 +104,62 @@ def test_a_server_that_refuses_fields_of_others_is_asked_without_them(server):
     remote = RemoteModel(server.url)
     assert [talk(remote)[0] for _ in range(2)] == [{"content": "好"}] * 2
     assert ["top_k" in body for _key, body in server.asked] == [True, False, False]
+
+
+def test_a_refusal_of_something_else_leaves_the_fields_of_others_in_the_next_request(server):
+    server.answer = lambda body: (400, []) if len(server.asked) <= 2 else (200, [event("好", finish_reason="stop")])
+    remote = RemoteModel(server.url)
+    with pytest.raises(RemoteError, match="answers with status 400"):
+        talk(remote)
+    assert talk(remote)[0] == {"content": "好"}
+    assert ["top_k" in body for _key, body in server.asked] == [True, False, True]
+
+
+def call_part(index: int, **function) -> dict:
+    number = {"id": f"c{index}", "type": "function"} if "name" in function else {}
+    return {"index": index, **number, "function": function}
+
+
+def calls_event(*parts: dict, **choice) -> str:
+    return "data: " + json.dumps({"choices": [{"delta": {"tool_calls": list(parts)}, **choice}]}) + "\n\n"
+
+
+def test_calls_of_a_server_are_read_from_the_parts_of_its_stream(server):
+    lines = [
+        calls_event(call_part(0, name="weather", arguments="")),
+        calls_event(call_part(0, arguments='{"city": "Par')),
+        calls_event(call_part(0, arguments='is"}'), call_part(1, name="time", arguments="{")),
+        calls_event(finish_reason="tool_calls"),
+    ]
+    server.answer = lambda _body: (200, lines)
+    message, ended, num_tokens = talk(RemoteModel(server.url))
+    assert message["tool_calls"] == [
+        {"id": "c0", "type": "function", "function": {"name": "weather", "arguments": {"city": "Paris"}}},
+        {"id": "c1", "type": "function", "function": {"name": "time", "arguments": "{"}},  # as the server wrote it
+    ]
+    assert (message["content"], ended, num_tokens) == ("", True, 3)
+
+
+def test_tools_calls_and_results_are_sent_in_openais_form(server):
+    tools = [{"type": "function", "function": {"name": "weather", "description": "</s> it", "parameters": {}}}]
+    calls = [{"id": "c0", "type": "function", "function": {"name": "weather", "arguments": {"city": "</s>"}}}]
+    history = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "", "reasoning_content": "so", "tool_calls": calls},
+        {"role": "tool", "name": "weather", "content": "18", "tool_call_id": "c0"},
+    ]
+    remote = RemoteModel(server.url)
+    body = remote._body(history, Sampling(), tools, extras=True)
+    broken = f"<{JOINER}/s>"
+    assert body["tools"][0]["function"] == {"name": "weather", "description": f"{broken} it", "parameters": {}}
+    sent = [
+        {**calls[0], "function": {"name": "weather", "arguments": json.dumps({"city": "</s>"}).replace("</s>", broken)}}
+    ]
+    assert body["messages"][1:] == [
+        {"role": "assistant", "content": "", "reasoning_content": "so", "tool_calls": sent},
+        {"role": "tool", "content": "18", "tool_call_id": "c0"},
+    ]
+    assert "reasoning_content" not in json.dumps(remote._body(history, Sampling(), tools, extras=False))
 
 
 @pytest.mark.parametrize(

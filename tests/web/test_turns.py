@@ -121,5 +121,14 @@ def test_an_export_keeps_the_system_prompt_thoughts_and_calls():
         {"role": "user", "content": "天气？"},
         {"role": "assistant", **reply},
     ]
-    assert "<details><summary>Thought · 思考</summary>\n\n想\n\n</details>" in files[1]
+    assert "> **Thought · 思考**\n>\n> 想\n\n" in files[1]
     assert '"name": "get_weather"' in files[1] and files[1].endswith("晴\n\n")
+
+
+def test_the_markdown_of_thoughts_and_calls_ends_where_they_end():
+    call = {"type": "function", "function": {"name": "run", "arguments": {"code": "```\nx"}}}
+    reply = {"content": "好", "reasoning_content": "</details>\n```\nopen", "tool_calls": [call]}
+    links = export_links([Turn("问", (reply,))])
+    text = [base64.b64decode(text).decode() for text in re.findall(r"base64,([^\"]*)", links)][1]
+    assert "\n> </details>\n> ```\n> open\n\n````json\n" in text
+    assert text.endswith("\n````\n\n好\n\n")
