@@ -302,7 +302,7 @@ class RemoteModel:
         return await client.post("/chat/completions", body=body, cast_to=object, stream=True, stream_cls=stream_type)
 
     def _body(self, messages: Sequence[dict], sampling: Sampling, tools: list[dict] | None, *, extras: bool) -> dict:
-        """Return a request; `extras` are the fields that vLLM and llama.cpp know and OpenAI doesn't.
+        """Return a request; `extras` are fields of vLLM and llama.cpp that OpenAI has not.
 
         The thoughts of earlier replies are left out, as templates do, but for those since the last question.
         """
