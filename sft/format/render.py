@@ -26,8 +26,8 @@ from sft.format import bulk
 from sft.format.contract import choose_format, odd_conversations, probe_conversations, require_template, saved_run
 from sft.format.own_template import OwnTemplate
 from sft.format.reply import NO_FRAME, field_beyond_text, find_trained, split_reply
-from sft.format.table import CHAT_FORMATS, TURNS_TO_TRAIN, Part, adds_bos, bind_format, jinja_template, table_layout
-from sft.format.template import ChatTemplate, in_call_form, texts_in
+from sft.format.table import CHAT_FORMATS, TURNS_TO_TRAIN, Part, adds_bos, bind_format, table_layout
+from sft.format.template import ChatTemplate, in_call_form, jinja_template, texts_in
 from sft.format.tokens import (
     Rendered,
     Rows,

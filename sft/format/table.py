@@ -1,6 +1,5 @@
-"""The table of chat formats: a row of text pieces each, its layout for a sequence of roles, and its Jinja template."""
+"""The table of chat formats: a row of text pieces each, and its layout for a sequence of roles."""
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -138,93 +137,6 @@ def table_layout(chat_format: ChatFormat, roles: Sequence[str], bos: str = "") -
                 Part(row.between, index),
             ]
     return parts + ([Part(row.header, len(roles) - 1)] if roles[-1:] != ("assistant",) else [])
-
-
-def jinja_template(chat_format: ChatFormat, bos: str = "", *, with_tools: bool = False) -> str:
-    """Write the bound format as the Jinja chat template that is saved with the tokenizer.
-
-    `generation` marks the trained text, so `apply_chat_template(return_assistant_tokens_mask=True)` gives our labels.
-    `with_tools` adds definitions, calls, results and thoughts in Qwen's form; without them the text is the same.
-    """
-    row = chat_format
-    texts = {
-        "BOS": bos,
-        "DEFAULT": row.default_system,
-        "SYSTEM_0": row.system[0],
-        "SYSTEM_1": row.system[1],
-        "USER_0": row.user[0],
-        "USER_1": row.user[1],
-        "HEADER": row.header,
-        "GAP": row.gap,
-        "TAIL": row.end,
-        "BETWEEN": row.between,
-        "BEFORE_TOOLS": BEFORE_TOOLS,
-        "AFTER_TOOLS": AFTER_TOOLS + row.system[1],
-    }
-    system = "{%- if system %}{{- SYSTEM_0 + system + SYSTEM_1 }}{%- endif %}"
-    system_in_user = "{%- if loop.first and system %}{{- SYSTEM_0 + system + SYSTEM_1 }}{%- endif %}"
-    if with_tools:
-        system = DEFINITIONS + "{%- elif system %}{{- SYSTEM_0 + system + SYSTEM_1 }}{%- endif %}" + FIND_LAST_QUESTION
-    template = (
-        "{#- chat format: NAME #}"
-        "{%- set system = DEFAULT %}{%- set turns = messages %}"
-        "{%- if messages and messages[0]['role'] == 'system' %}"
-        "{%- set system = messages[0]['content'] | trim %}{%- set turns = messages[1:] %}{%- endif %}"
-        "{{- BOS }}" + ("" if row.system_in_user else system) + "{%- for message in turns %}"
-        "{%- if message['role'] == 'user' %}{{- USER_0 }}"
-        + (system_in_user if row.system_in_user else "")
-        + "{{- message['content'] | trim }}{{- USER_1 }}"
-        + "{%- elif message['role'] == 'assistant' %}{{- HEADER }}"
-        + (REPLY_WITH_TOOLS if with_tools else REPLY)
-        + "{{- BETWEEN }}"
-        + (RESULTS if with_tools else "")
-        + "{%- else %}{{- raise_exception('use the roles user and assistant, and system only in front') }}{%- endif %}"
-        "{%- endfor %}{%- if add_generation_prompt %}{{- HEADER }}{%- endif %}"
-    )
-    names = {name: json.dumps(text, ensure_ascii=False) for name, text in texts.items()} | {"NAME": row.name}
-    pattern = "|".join(sorted(names, key=len, reverse=True))
-    return re.sub(rf"\b({pattern})\b", lambda match: names[match.group()], template)
-
-
-# Pieces of a saved template, with the names of the format's texts in capitals.
-REPLY = "{%- generation %}{{- GAP + message['content'] | trim + TAIL }}{%- endgeneration %}"
-REPLY_WITH_TOOLS = (
-    "{%- generation %}{{- GAP }}"
-    "{%- if message['reasoning_content'] and loop.index0 > last.question %}"
-    "{{- '<think>\\n' + message['reasoning_content'] | trim + '\\n</think>\\n\\n' }}{%- endif %}"
-    "{{- message['content'] | trim }}"
-    "{%- for call in message['tool_calls'] or [] %}"
-    "{%- if not loop.first or message['content'] | trim %}{{- '\\n' }}{%- endif %}"
-    "{{- '<tool_call>\\n{\"name\": \"' + call['function']['name'] + '\", \"arguments\": ' }}"
-    "{{- call['function']['arguments'] if call['function']['arguments'] is string "
-    "else call['function']['arguments'] | tojson }}{{- '}\\n</tool_call>' }}{%- endfor %}"
-    "{{- TAIL }}{%- endgeneration %}"
-)
-RESULTS = (
-    "{%- elif message['role'] == 'tool' %}"
-    "{{- USER_0 if loop.first or loop.previtem['role'] != 'tool' else '\\n' }}"
-    "{{- '<tool_response>\\n' + message['content'] | trim + '\\n</tool_response>' }}"
-    "{%- if loop.last or loop.nextitem['role'] != 'tool' %}{{- USER_1 }}{%- endif %}"
-)
-FIND_LAST_QUESTION = (
-    "{%- set last = namespace(question=-1) %}"
-    "{%- for message in turns %}{%- if message['role'] == 'user' %}{%- set last.question = loop.index0 %}{%- endif %}"
-    "{%- endfor %}"
-)
-DEFINITIONS = (
-    "{%- if tools %}{{- SYSTEM_0 }}{%- if system %}{{- system + '\\n\\n' }}{%- endif %}{{- BEFORE_TOOLS }}"
-    "{%- for tool in tools %}{{- '\\n' + (tool | tojson) }}{%- endfor %}{{- AFTER_TOOLS }}"
-)
-# Word for word as in the templates of Qwen 2.5 and 3 (Apache-2.0).
-BEFORE_TOOLS = (
-    "# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
-    "You are provided with function signatures within <tools></tools> XML tags:\n<tools>"
-)
-AFTER_TOOLS = (
-    "\n</tools>\n\nFor each function call, return a json object with function name and arguments within "
-    "<tool_call></tool_call> XML tags:\n<tool_call>\n"
-    '{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call>'
-)
 
 
 def adds_bos(tokenizer) -> bool:

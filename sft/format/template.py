@@ -1,10 +1,12 @@
-"""A Jinja chat template, compiled as transformers 5.23 compiles it, with the current date fixed."""
+"""A Jinja chat template: the one that a format saves, and any, compiled as transformers 5.23 does, its date fixed."""
 
 import json
 import re
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import date, datetime
+from functools import lru_cache
+from pathlib import Path
 from typing import ClassVar, NamedTuple
 
 import jinja2
@@ -12,11 +14,32 @@ from jinja2 import meta, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from sft.format.table import ChatFormat
 from sft.format.tokens import any_of
 from sft.opendata.fields import RecordError
 
 LENGTH_FILTERS = {"length", "count", "wordcount"}
 MAY_BE_TEXT = re.compile(r"\A\Z|content|text|reason|think|thought|\Am\Z|\Ac\Z")  # names of what is measured
+
+
+@lru_cache(1)
+def _template_of_formats() -> jinja2.Template:
+    own_marks = {"variable_start_string": "[[", "variable_end_string": "]]"}
+    own_marks |= {"block_start_string": "[%", "block_end_string": "%]"}
+    own_marks |= {"comment_start_string": "[#", "comment_end_string": "#]"}
+    environment = jinja2.Environment(**own_marks)
+    environment.filters["quote"] = lambda text: json.dumps(text, ensure_ascii=False)
+    return environment.from_string(Path(__file__).with_name("chat.jinja").read_text(encoding="utf-8"))
+
+
+def jinja_template(chat_format: ChatFormat, bos: str = "", *, with_tools: bool = False) -> str:
+    """Write the bound format as the Jinja chat template that is saved with the tokenizer.
+
+    `generation` marks the trained text, so `apply_chat_template(return_assistant_tokens_mask=True)` gives our labels.
+    `with_tools` adds definitions, calls, results and thoughts in Qwen's form; without them the text is the same.
+    """
+    written = _template_of_formats().render(row=chat_format, bos=bos, with_tools=with_tools)
+    return "".join(map(str.strip, written.split("\n")))
 
 
 class GenerationTag(Extension):
