@@ -5,36 +5,30 @@ import functools
 import hashlib
 import json
 import os
-import pickle
 import sys
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-from sft.files import lock_stream, move_files, open_whole, sync_folder
+from sft.files import exchange, lock_stream, move_files, open_whole, sync_folder
 from sft.opendata.cleaning import RULES, NearDuplicates, Outcome, process_piece
-from sft.opendata.fields import FieldCounts, check_choices
+from sft.opendata.fields import check_choices
 from sft.opendata.files import (
     EVAL,
     LEDGER,
     REJECTS,
     TRAIN,
+    Samples,
     Source,
     Work,
     check_sources,
-    cut_batches,
-    cut_pieces,
-    draw_samples,
     find_skipped,
     map_pieces,
     resolve_inputs,
-    sample_key,
-    split_source,
 )
-from sft.opendata.records import RawRecord
 from sft.workers import Workers, choose_num_workers
 
 STAGING, LOCK, SPILL = ".opendata.tmp", "lock", "samples"
@@ -68,11 +62,6 @@ class FileLedger:
         if where in ("train", "eval"):
             self.changed.update(outcome.changed)
             self.lengths[outcome.num_characters] += 1
-
-    def count_fields(self, counts: FieldCounts) -> None:
-        """Add what a batch of records had in fields that were not read, and in ways worth a note."""
-        self.notes.update(counts.notes)
-        self.not_read.update(counts.unread)
 
     def __add__(self, other: "FileLedger") -> "FileLedger":
         return FileLedger(
@@ -141,22 +130,9 @@ def build_opendata(
     make_function = functools.partial(functools.partial, process_piece, **options)
     num_workers = choose_num_workers(workers, _count_bytes(sources))
     with _staging(output) as folder, Workers(num_workers, make_function) as started:
-        files, first, outputs = _run(
-            sources,
-            folder,
-            workers=started,
-            near=NearDuplicates(near_duplicates) if near_duplicates is not None else None,
-            encoding=encoding,
-            seed=seed,
-        )
-        ledger = {
-            "settings": settings,
-            "files": {name: ledger.as_dict() for name, ledger in files.items()},
-            "total": sum(files.values(), FileLedger()).as_dict(),
-            "first": first,
-            "skipped_files": find_skipped(inputs),
-            "outputs": outputs,
-        }
+        staged = _StagedFiles(folder, sources, near_duplicates)
+        _read_sources(sources, started, staged, seed=seed, encoding=encoding)
+        ledger = {"settings": settings, "skipped_files": find_skipped(inputs), **staged.close()}
         if mistakes := _check_targets(targets, overwrite):
             raise ValueError("\n".join(mistakes))
         _move_into_place(folder, targets, json.dumps(ledger, ensure_ascii=False, indent=2, sort_keys=True) + "\n")
@@ -248,7 +224,9 @@ class _Writer:
 
     def __init__(self, folder: str, name: str):
         self.file = open(os.path.join(folder, name), "w+b")  # noqa: SIM115
-        self.sha256, self.num_records, self.num_bytes = hashlib.sha256(), 0, 0
+        self.sha256 = hashlib.sha256()
+        self.num_records = 0
+        self.num_bytes = 0
 
     def write(self, line: bytes) -> None:
         self.file.write(line)
@@ -261,54 +239,72 @@ class _Writer:
         return {"records": self.num_records, "bytes": self.num_bytes, "sha256": self.sha256.hexdigest()}
 
 
-def _run(
-    sources: list[Source],
-    folder: str,
-    *,
-    workers: Workers,
-    near: NearDuplicates | None,
-    encoding: str,
-    seed: int,
-) -> tuple[dict[str, FileLedger], dict[str, str], dict[str, dict]]:
-    """Let the workers read and clean every file, and write what comes out.
+class _StagedFiles:
+    """The files that a run writes into `folder`, the ledgers of its sources, and the first record of each reason."""
 
-    Returns the ledgers of the files, the first record of each reason, and what was written.
-    """
-    first: dict[str, str] = {}
-    files = {source.name: FileLedger() for source in sources}
-    writers = {name: _Writer(folder, name) for name in (TRAIN, EVAL, REJECTS)}
-    digests: set[int] = set()
+    def __init__(self, folder: str, sources: list[Source], near_duplicates: float | None):
+        self.folder = Path(folder)
+        self.ledgers = {source.name: FileLedger() for source in sources}
+        self._first: dict[str, str] = {}
+        self._writers = {name: _Writer(folder, name) for name in (TRAIN, EVAL, REJECTS)}
+        self._digests: set[int] = set()
+        self._near = None if near_duplicates is None else NearDuplicates(near_duplicates)
+
+    def add(self, source_name: str, outcome: Outcome) -> None:
+        """Write an outcome where it belongs, and count it."""
+        self.ledgers[source_name].count(outcome, self._write(outcome))
+        if outcome.reason and outcome.reason not in self._first:
+            reject = json.loads(outcome.line)
+            self._first[outcome.reason] = f"{source_name} line {reject['line']}: {reject['message']}"
+
+    def _write(self, outcome: Outcome) -> str:
+        """Return what the outcome counts as."""
+        if outcome.kind != "kept":
+            self._writers[REJECTS].write(outcome.line)
+            return outcome.kind
+        if outcome.digest in self._digests:
+            return "duplicates"
+        self._digests.add(outcome.digest)
+        writer = self._writers[EVAL if outcome.in_eval else TRAIN]
+        if self._near and self._near.find_or_add(outcome.band_keys, outcome.line, writer.file, writer.num_bytes):
+            return "near_duplicates"
+        writer.write(outcome.line)
+        return "eval" if outcome.in_eval else "train"
+
+    def close(self) -> dict[str, Any]:
+        """Close the files; return the part of the ledger that tells what was read and written."""
+        outputs = {name: writer.close() for name, writer in self._writers.items()}
+        if not outputs[TRAIN]["records"] and outputs[EVAL]["records"]:
+            # So little was kept that all of it is held out: train on that.
+            exchange(self.folder / TRAIN, self.folder / EVAL)
+            outputs[TRAIN], outputs[EVAL] = outputs[EVAL], outputs[TRAIN]
+            for ledger in self.ledgers.values():
+                ledger.counts["train"] = ledger.counts.pop("eval", 0)
+        return {
+            "files": {name: ledger.as_dict() for name, ledger in self.ledgers.items()},
+            "total": sum(self.ledgers.values(), FileLedger()).as_dict(),
+            "first": self._first,
+            "outputs": outputs,
+        }
+
+
+def _read_sources(sources: list[Source], workers: Workers, staged: _StagedFiles, *, seed: int, encoding: str) -> None:
+    """Let the workers read and clean every source in canonical order, and stage what comes out."""
     progress = _open_progress_bar()
-    with progress or contextlib.nullcontext(), open(os.path.join(folder, SPILL), "w+b") as spill:
-        drawn, num_seen = draw_samples(sources, spill, seed=seed, encoding=encoding)
-        for name, places in drawn.items():
-            _skip(files[name], num_seen[name] - len(places))
-        tasks = _make_tasks(sources, drawn, spill, files, seed=seed, encoding=encoding, parse=workers.num_workers == 1)
+    with progress or contextlib.nullcontext(), open(staged.folder / SPILL, "w+b") as spill:
+        samples = Samples(sources, spill, seed=seed, encoding=encoding)
+        parse = workers.num_workers == 1
+        tasks = (Work(source.name, piece) for source in sources for piece in samples.cut(source, parse=parse))
         for (name, _piece), (outcomes, counts) in map_pieces(workers, tasks):
-            files[name].count_fields(counts)
+            staged.ledgers[name].notes.update(counts.notes)
+            staged.ledgers[name].not_read.update(counts.unread)
             for outcome in outcomes:
-                files[name].count(outcome, _write(outcome, writers, digests, near))
-                if outcome.reason and outcome.reason not in first:
-                    reject = json.loads(outcome.line)
-                    first[outcome.reason] = f"{name} line {reject['line']}: {reject['message']}"
+                staged.add(name, outcome)
             if progress:
                 progress.set_postfix_str(name, refresh=False)
                 progress.update(len(outcomes))
-    outputs = {name: writer.close() for name, writer in writers.items()}
-    if not outputs[TRAIN]["records"] and outputs[EVAL]["records"]:
-        _train_on_all(folder, files, outputs)
-    return files, first, outputs
-
-
-def _train_on_all(folder: str, files: dict[str, FileLedger], outputs: dict[str, dict]) -> None:
-    """Train on what is held out, where so little was kept that nothing else is left."""
-    train, held_out = os.path.join(folder, TRAIN), os.path.join(folder, EVAL)
-    os.replace(train, f"{train}.empty")
-    os.replace(held_out, train)
-    os.replace(f"{train}.empty", held_out)
-    outputs[TRAIN], outputs[EVAL] = outputs[EVAL], outputs[TRAIN]
-    for ledger in files.values():
-        ledger.counts["train"] = ledger.counts.pop("eval", 0)
+    for name, num in samples.num_left_out.items():
+        staged.ledgers[name].counts.update({"in": num, "not_sampled": num})
 
 
 def _open_progress_bar() -> Any:
@@ -318,57 +314,3 @@ def _open_progress_bar() -> Any:
     from tqdm import tqdm
 
     return tqdm(unit=" records", leave=False)
-
-
-def _skip(ledger: FileLedger, num: int) -> None:
-    ledger.counts.update({"in": num, "not_sampled": num})
-
-
-def _write(outcome: Outcome, writers: dict[str, _Writer], digests: set[int], near: NearDuplicates | None) -> str:
-    """Write an outcome where it belongs; return what it counts as."""
-    if outcome.kind != "kept":
-        writers[REJECTS].write(outcome.line)
-        return outcome.kind
-    if outcome.digest in digests:
-        return "duplicates"
-    digests.add(outcome.digest)
-    writer = writers[EVAL if outcome.in_eval else TRAIN]
-    if near and near.find_or_add(outcome.band_keys, outcome.line, writer.file, writer.num_bytes):
-        return "near_duplicates"
-    writer.write(outcome.line)
-    return "eval" if outcome.in_eval else "train"
-
-
-def _make_tasks(
-    sources: list[Source],
-    drawn: dict,
-    spill: BinaryIO,
-    files: dict[str, FileLedger],
-    *,
-    seed: int,
-    encoding: str,
-    parse: bool,
-) -> Iterator[Work]:
-    """Every source in pieces, in canonical order; of a sampled one the records that were drawn."""
-    for source in sources:
-        if source.sample is None and source.open_file is None:
-            pieces = cut_pieces(source.path, encoding, parse=parse)
-        else:
-            pieces = cut_batches(source.path, _draw(source, drawn, spill, files, seed=seed, encoding=encoding))
-        yield from (Work(source.name, piece) for piece in pieces)
-
-
-def _draw(
-    source: Source, drawn: dict, spill: BinaryIO, files: dict[str, FileLedger], *, seed: int, encoding: str
-) -> Iterator[RawRecord]:
-    """The records of a source that are in its sample."""
-    if source.name in drawn:
-        for _, offset in drawn[source.name]:
-            spill.seek(offset)
-            yield pickle.load(spill)
-        return
-    for number, raw in enumerate(split_source(source, encoding)):
-        if source.sample is None or sample_key(seed, source, number) < source.sample:
-            yield raw
-        else:
-            _skip(files[source.name], 1)

@@ -315,36 +315,61 @@ def split_source(source: Source, encoding: str) -> Iterator[RawRecord]:
         raise ValueError(f"{source.name}: the connection to the hub broke ({error}); run again") from error
 
 
-def sample_key(seed: int, source: Source, number: int) -> float:
-    """The place of a record in a random order that depends on nothing but the seed and the record's place."""
-    return hash_to_share(f"{seed}\0{source.name}\0{number}")
+class Samples:
+    """The records of a run's sources that are in the samples; `num_left_out` counts the others of each source.
 
-
-def draw_samples(sources: list[Source], spill: BinaryIO, *, seed: int, encoding: str) -> tuple[dict, Counter]:
-    """Draw each INPUT's sample of a fixed size in one pass: the records with the lowest keys of all its files.
-
-    A record that enters the running sample is written to `spill`, so that memory holds only keys and offsets. Returns
-    for each source name the (number, offset) of its records, in order, and how many records each source has.
+    The sample of a fixed size of an INPUT is drawn at once, in one pass: the records with the lowest keys of all its
+    files. A record that enters the running sample is written to `spill`, so that memory holds only keys and offsets.
     """
-    num_seen, heaps = Counter(), {}
-    for source in sources:
-        if not isinstance(source.sample, int):
-            continue
-        heap = heaps.setdefault(source.group, [])
-        for number, raw in enumerate(split_source(source, encoding)):
-            num_seen[source.name] += 1
-            entry = (-sample_key(seed, source, number), source.name, number, spill.tell())
+
+    def __init__(self, sources: list[Source], spill: BinaryIO, *, seed: int, encoding: str):
+        self.num_left_out: Counter[str] = Counter()
+        self._spill = spill
+        self._seed = seed
+        self._encoding = encoding
+        self._offsets: dict[str, list[int]] = {source.name: [] for source in sources}
+        heaps: dict[str, list[tuple[float, str, int, int]]] = {}
+        for source in sources:
+            if isinstance(source.sample, int):
+                self._draw(source, heaps.setdefault(source.group, []))
+        drawn = [entry for heap in heaps.values() for entry in heap]
+        for _key, name, _number, offset in sorted(drawn, key=lambda entry: entry[2]):
+            self._offsets[name].append(offset)
+            self.num_left_out[name] -= 1
+
+    def _draw(self, source: Source, heap: list[tuple[float, str, int, int]]) -> None:
+        for number, raw in enumerate(split_source(source, self._encoding)):
+            self.num_left_out[source.name] += 1
+            entry = (-self._key(source, number), source.name, number, self._spill.tell())
             if len(heap) < source.sample:
                 heapq.heappush(heap, entry)
             elif entry > heap[0]:
                 heapq.heapreplace(heap, entry)
             else:
                 continue
-            pickle.dump(raw, spill)
-    drawn = {source.name: [] for source in sources if isinstance(source.sample, int)}
-    for _, name, number, offset in (entry for heap in heaps.values() for entry in heap):
-        drawn[name].append((number, offset))
-    return {name: sorted(places) for name, places in drawn.items()}, num_seen
+            pickle.dump(raw, self._spill)
+
+    def _key(self, source: Source, number: int) -> float:
+        """The place of a record in a random order that depends on nothing but the seed and the record's place."""
+        return hash_to_share(f"{self._seed}\0{source.name}\0{number}")
+
+    def cut(self, source: Source, *, parse: bool) -> Iterator[Range | Batch]:
+        """Cut a source into pieces; see `cut_pieces`."""
+        if source.sample is None and source.open_file is None:
+            return cut_pieces(source.path, self._encoding, parse=parse)
+        return cut_batches(source.path, self._read(source))
+
+    def _read(self, source: Source) -> Iterator[RawRecord]:
+        if isinstance(source.sample, int):
+            for offset in self._offsets[source.name]:
+                self._spill.seek(offset)
+                yield pickle.load(self._spill)
+            return
+        for number, raw in enumerate(split_source(source, self._encoding)):
+            if source.sample is None or self._key(source, number) < source.sample:
+                yield raw
+            else:
+                self.num_left_out[source.name] += 1
 
 
 def hash_to_share(text: str) -> float:

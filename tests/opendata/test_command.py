@@ -106,7 +106,7 @@ def test_a_failure_in_the_middle_changes_nothing_and_cleans_up(tmp_path, monkeyp
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(opendata, "_write", full)
+    monkeypatch.setattr(opendata._StagedFiles, "_write", full)
     assert main([path, "--output", str(out), "--workers", "1"]) == 1
     assert capsys.readouterr().err == f"{out}: No space left on device; nothing was changed\n"
     assert not out.exists()
