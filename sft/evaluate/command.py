@@ -132,10 +132,6 @@ def _problems(options: argparse.Namespace) -> list[str]:
 # --- answers of the model -----------------------------------------------------------------------------------------
 
 
-def _load(options: argparse.Namespace, path: str) -> Chat:
-    return load_chat(path, **model_options(options))
-
-
 def _endpoint(options: argparse.Namespace, base_url: str, model: str, name: str) -> Endpoint:
     names = ("concurrency", "requests_per_minute", "timeout", "retries", "backoff")
     return Endpoint(base_url, model, key=api_key(base_url, name), **{name: getattr(options, name) for name in names})
@@ -174,20 +170,22 @@ def run_judged(options: argparse.Namespace, settings: dict) -> None:
     if options.judgments:
         rows, names = judge.read_judgments(suite, options.judgments, options.model)
         open_output(folder, settings)
-        return finish_judged(options, suite, rows, overlap, names)
-    others = read_others(options.compare, suite) if options.compare else None
-    judging = _endpoint(options, options.judge_base_url, options.judge_model, "JUDGE_API_KEY")
-    source = _endpoint(options, options.base_url, options.model, "MODEL_API_KEY") if options.base_url else None
-    say_plan(options, suite, judging, source, others)
-    if options.dry_run:
-        print("dry run: nothing was sent", flush=True)
-        return
-    source = source or _local_model(options)
-    open_output(folder, settings)
-    rows = answer_and_judge(options, suite, judging, source, others)
-    name = options.model if options.base_url else options.model_path
-    names = {"model": name, "compared_with": options.compare, "judge": options.judge_model}
-    finish_judged(options, suite, rows, overlap, names)
+    else:
+        others = read_others(options.compare, suite) if options.compare else None
+        judging = _endpoint(options, options.judge_base_url, options.judge_model, "JUDGE_API_KEY")
+        source = _endpoint(options, options.base_url, options.model, "MODEL_API_KEY") if options.base_url else None
+        say_plan(options, suite, judging, source, others)
+        if options.dry_run:
+            print("dry run: nothing was sent", flush=True)
+            return
+        source = source or _local_model(options)
+        open_output(folder, settings)
+        rows = answer_and_judge(options, suite, judging, source, others)
+        name = options.model if options.base_url else options.model_path
+        names = {"model": name, "compared_with": options.compare, "judge": options.judge_model}
+    found = judge.judged_results(suite, rows, overlap, pairs=bool(options.compare), seed=options.seed)
+    found = {"suite": options.suite, **names, **found}
+    write_results(folder, found, judge.judged_tables(found), rows)
 
 
 def say_plan(
@@ -230,7 +228,7 @@ def answer_and_judge(
 
 def _local_model(options: argparse.Namespace) -> judge.LocalModel:
     identity = hash_base(options.model_path) or options.model_path
-    chat = _load(options, options.model_path)
+    chat = load_chat(options.model_path, **model_options(options))
     return judge.LocalModel(chat, identity, batch_size=options.batch_size, seed=options.seed)
 
 
@@ -240,14 +238,6 @@ def _calls_file(options: argparse.Namespace) -> Path:
 
 def _max_tokens(options: argparse.Namespace) -> int:
     return options.max_new_tokens or judge.MAX_TOKENS
-
-
-def finish_judged(
-    options: argparse.Namespace, suite: Suite, rows: list[dict], overlap: dict | None, names: dict
-) -> None:
-    found = judge.judged_results(suite, rows, overlap, pairs=bool(options.compare), seed=options.seed)
-    found = {"suite": options.suite, **names, **found}
-    write_results(Path(options.output_dir), found, judge.judged_tables(found), rows)
 
 
 def _overlap(options: argparse.Namespace, questions: list[tuple[str, Sequence[str]]]) -> dict | None:
@@ -276,7 +266,7 @@ def run_quick(options: argparse.Namespace, settings: dict) -> None:
     replies = []
     losses = []
     for path in filter(None, (options.model_path, options.base_path)):
-        chat = _load(options, path)
+        chat = load_chat(path, **model_options(options))
         open_output(Path(options.output_dir), settings)
         replies.append(answer_quick(chat, asked, options))
         if options.eval_data_path:

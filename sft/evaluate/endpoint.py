@@ -17,6 +17,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from sft.files import LineLog
+from sft.opendata.cleaning import count_han
 
 MAX_BYTES = 16 << 20  # of a response
 MAX_FAILURES_IN_A_ROW = 20  # of requests, each after its retries: then the endpoint is down
@@ -252,8 +253,8 @@ def read_answer(body: bytes) -> dict:
 
 def guess_tokens(text: str) -> int:
     """Guess the tokens of a text: one for each Chinese character, one for four others."""
-    han = len(re.findall(r"[\u3400-\u9fff]", text))
-    return han + -(-(len(text) - han) // 4)
+    num_han = count_han(text)
+    return num_han + -(-(len(text) - num_han) // 4)
 
 
 def estimate(requests: Sequence[dict], known: Callable[[str], bool], *, reply: int) -> dict:

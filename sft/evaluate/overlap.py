@@ -9,6 +9,7 @@ import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 
+from sft.opendata.cleaning import HAN, has_han
 from sft.opendata.conversation import read_conversations
 from sft.opendata.files import list_files
 
@@ -16,7 +17,7 @@ from sft.opendata.files import list_files
 WORDS = 13
 CHARACTERS = 20
 ANCHOR = 5  # tokens by which a run is looked up; shorter questions are not looked for
-_TOKEN = re.compile(r"[\u3400-\u9fff]|[^\W_\u3400-\u9fff]+")
+_TOKEN = re.compile(rf"[{HAN}]|[^\W_{HAN}]+")
 
 
 def tokens(text: str) -> list[str]:
@@ -52,7 +53,7 @@ class Overlap:
 
 
 def _runs(question: list[str]) -> Iterator[tuple[str, ...]]:
-    num_han = sum(len(token) == 1 and "\u3400" <= token <= "\u9fff" for token in question)
+    num_han = sum(map(has_han, question))
     length = min(CHARACTERS if num_han > len(question) / 2 else WORDS, len(question))
     if length >= ANCHOR:
         for start in range(len(question) - length + 1):

@@ -7,8 +7,9 @@ sources are FastChat's llm_judge (0.2.36), AlignBench's judge.py and show_result
 import ast
 import json
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
@@ -24,6 +25,14 @@ class Verdict(NamedTuple):
     score: float | str | None
     several: bool = False
     first: float | str | None = None
+
+    @classmethod
+    def of_ratings(cls, ratings: Sequence[float], lowest: float, highest: float) -> "Verdict":
+        """Take the first rating; several that differ, or one outside the scale, are no score."""
+        first = ratings[0] if ratings else None
+        several = len(set(ratings)) > 1
+        is_score = first is not None and not several and lowest <= first <= highest
+        return cls(first if is_score else None, several, first)
 
 
 @dataclass(frozen=True)
@@ -93,6 +102,10 @@ def mean_of_means(groups: dict, categories: Collection[str]) -> float | None:
     return None if not means or None in means else fmean(means)
 
 
+def category_columns(categories: Iterable[str]) -> dict[str, Callable]:
+    return {name: partial(mean, categories=[name]) for name in categories}
+
+
 def score_columns(columns: dict, scored: Sequence[dict], *, seed: int, without: Collection[str] = ()) -> dict:
     """Return {column: [score, low, high]}, questions drawn anew within their categories; `without` leaves some out."""
     groups: dict[str, list] = {}
@@ -104,9 +117,8 @@ def score_columns(columns: dict, scored: Sequence[dict], *, seed: int, without: 
         of = dict(zip(groups, drawn, strict=True))
         return [column(of) for column in columns.values()]
 
-    found = zip(
-        columns, values(list(groups.values())), bootstrap(list(groups.values()), values, seed=seed), strict=True
-    )
+    drawn = list(groups.values())
+    found = zip(columns, values(drawn), bootstrap(drawn, values, seed=seed), strict=True)
     return {name: [value, *interval] for name, value, interval in found if value is not None}
 
 
@@ -121,10 +133,7 @@ _RATINGS = (r"\[\[(\d+\.?\d*)\]\]", r"\[(\d+\.?\d*)\]")
 def read_rating(text: str) -> Verdict:
     """Read [[5]], or [5] if there is none. FastChat takes the first; several that differ are no verdict."""
     found = re.findall(_RATINGS[0], text) or re.findall(_RATINGS[1], text)
-    ratings = [float(rating) for rating in found]
-    first = ratings[0] if ratings else None
-    several = len(set(ratings)) > 1
-    return Verdict(first if ratings and not several and 1 <= first <= 10 else None, several, first)
+    return Verdict.of_ratings([float(rating) for rating in found], 1, 10)
 
 
 def read_winner(text: str) -> Verdict:
@@ -171,15 +180,8 @@ def mt_bench(questions: str | None = None, judge_prompts: str | None = None, ref
         asked,
         lambda q, said, turn: _messages(_mt_prompt(prompts, "single", q, turn), mt_fields(q, turn, {"answer": said})),
         read_rating,
-        {
-            "第一轮": lambda groups: mean(groups, turn=1),
-            "第二轮": lambda groups: mean(groups, turn=2),
-            "总分": mean,
-            **{
-                name: lambda groups, name=name: mean(groups, [name])
-                for name in dict.fromkeys(q.category for q in asked)
-            },
-        },
+        {"第一轮": partial(mean, turn=1), "第二轮": partial(mean, turn=2), "总分": mean}
+        | category_columns(question.category for question in asked),
         {"temperature": 0, "max_tokens": 2048},
         num_published=80,
         forged=_RATINGS[0],
@@ -218,14 +220,14 @@ ALIGN_SHORT = {
 
 def align_columns() -> dict[str, Callable]:
     """A category's mean; 推理 and 语言 are means of categories, and 总分 is the mean of these two."""
-    both = (lambda groups: mean_of_means(groups, ALIGN_REASONING), lambda groups: mean_of_means(groups, ALIGN_LANGUAGE))
+    reasoning, language = (partial(mean_of_means, categories=names) for names in (ALIGN_REASONING, ALIGN_LANGUAGE))
 
     def total(groups: dict) -> float | None:
-        means = [of(groups) for of in both]
+        means = (reasoning(groups), language(groups))
         return None if None in means else fmean(means)
 
-    columns = {short: lambda groups, name=name: mean(groups, [name]) for name, short in ALIGN_SHORT.items()}
-    return columns | {"推理": both[0], "语言": both[1], "总分": total}
+    columns = {ALIGN_SHORT[name]: column for name, column in category_columns(ALIGN_SHORT).items()}
+    return columns | {"推理": reasoning, "语言": language, "总分": total}
 
 
 def read_align(text: str) -> Verdict:
@@ -233,9 +235,9 @@ def read_align(text: str) -> Verdict:
     found = re.search(r"{(.*?)}(?![^{]*{)", text)
     ratings = dict(re.findall(r"'(.*?)': (\d+)", found.group(1))) if found else {}
     anywhere = re.findall(r"'综合得分': (\d+(?:\.\d{1,2})?)", text)
-    score = ratings.get("综合得分") or (anywhere[0] if anywhere else None)
-    score = None if score is None else float(score)
-    return Verdict(score if score is not None and 1 <= score <= 10 else None, len(set(anywhere)) > 1, score)
+    chosen = [ratings["综合得分"]] if ratings.get("综合得分") else anywhere[:1]
+    verdict = Verdict.of_ratings([float(rating) for rating in chosen], 1, 10)
+    return verdict._replace(several=len(set(anywhere)) > 1)
 
 
 def align_bench(questions: str, judge_prompts: str) -> Suite:
@@ -290,10 +292,7 @@ _SCORE = r"得分\s*[:：]\s*(\d+(?:\.\d+)?)(?!\d|\.\d|\s*[%％]|\s*/\s*(?!1(?:\
 
 def read_belle(text: str) -> Verdict:
     """Read 得分: 0.8, from 0 to 1; several that differ are no verdict (BELLE leaves the reading to people)."""
-    scores = [float(score) for score in re.findall(_SCORE, text)]
-    first = scores[0] if scores else None
-    several = len(set(scores)) > 1
-    return Verdict(first if scores and not several and first <= 1 else None, several, first)
+    return Verdict.of_ratings([float(score) for score in re.findall(_SCORE, text)], 0, 1)
 
 
 def belle(questions: str, judge_prompts: str) -> Suite:
@@ -315,8 +314,7 @@ def belle(questions: str, judge_prompts: str) -> Suite:
             text = f"{start}标准回答:{question.references[0]}  模型回答：' {said[0]}'{end}"
         return [{"role": "user", "content": text}]
 
-    categories = list(dict.fromkeys(question.category for question in asked))
-    columns = {name: lambda groups, name=name: mean(groups, [name]) for name in categories}
+    columns = category_columns(question.category for question in asked)
     columns |= {"mean of classes": lambda groups: mean_of_means(groups, list(groups)), "总分": mean}
     parameters = {"temperature": 0.0, "max_tokens": 3000}
     return Suite(asked, ask, read_belle, columns, parameters, len(asked), "得分", prompts=load_pair_prompts())

@@ -13,6 +13,7 @@ import numpy as np
 
 from sft.base import find_folder
 from sft.embeddings import find_untrained
+from sft.format.own_template import PROBE_TOOL
 from sft.format.table import CHAT_FORMATS, FORMAT_NAMES, saved_format
 from sft.format.tokens import IGNORE_INDEX
 from sft.opendata.conversation import read_conversations
@@ -112,17 +113,8 @@ def pick_conversations(files: Sequence[str], num_of_a_kind: int, **reading) -> l
 
 def odd_conversations() -> Iterable[list[dict]]:
     """Conversations of random pieces that tokenizers treat in their own ways; the same at each call."""
-    pieces = [
-        *"7(|。.…#\t\n\r \\\x00\xa0\u2028\u3000▁𠀀😀‍é",
-        "你好",
-        "Hello",
-        "**",
-        "e\u0301",
-        "'s",
-        "</s>",
-        "<think>",
-        "12345",
-    ]
+    odd_characters = "7(|。.…#\t\n\r \\\x00\xa0\u2028\u3000▁𠀀😀‍é"
+    pieces = [*odd_characters, "你好", "Hello", "**", "e\u0301", "'s", "</s>", "<think>", "12345"]
     source = random.Random(0)
     for _ in range(40):
         texts = ["".join(source.choices(pieces, k=source.randint(1, 9))) + source.choice(["x", "字"]) for _ in range(4)]
@@ -144,26 +136,16 @@ def probe_tool_conversations() -> Iterable[dict]:
     question = {"role": "user", "content": "天气 in Zürich?"}
     thought = {"role": "assistant", "content": "4.", "reasoning_content": "Two and two.\n\nFour."}
     yield {"messages": [question, thought, question, thought]}
+    cities = ("Zürich", 'B "q"\n<b>')
     calls = [
-        {"type": "function", "function": {"name": "probe_weather", "arguments": {"city": city}}}
-        for city in ("Zürich", 'B "q"\n<b>')
+        {"type": "function", "function": {"name": "probe_weather", "arguments": {"city": city}}} for city in cities
     ]
     results = [{"role": "tool", "content": text} for text in ('{"t": 18}', "晴")]
-    tools = [
-        {
-            "type": "function",
-            "function": {
-                "name": "probe_weather",
-                "description": "Look the weather up.",
-                "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
-            },
-        }
-    ]
     for number in (1, 2):
         call = {"role": "assistant", "content": "", "tool_calls": calls[:number]}
         end = [*results[:number], {"role": "assistant", "content": "18."}]
-        yield {"messages": [question, call, *end], "tools": tools}
-    yield {"messages": [question, {**call, "reasoning_content": "I call."}, *end], "tools": tools}
+        yield {"messages": [question, call, *end], "tools": [PROBE_TOOL]}
+    yield {"messages": [question, {**call, "reasoning_content": "I call."}, *end], "tools": [PROBE_TOOL]}
 
 
 def _check_conversation(renderer: "Renderer", messages: list[dict], tools: list[dict] | None) -> Iterable[str]:

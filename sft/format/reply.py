@@ -45,14 +45,6 @@ class Unquoted(str):
     """An argument that a model writes without quotes: a string, or JSON, as the tool's definition says."""
 
 
-class Syntax(NamedTuple):
-    """How calls are written: between `begin` and `end`, regular expressions, `read` takes a block apart."""
-
-    begin: re.Pattern
-    end: re.Pattern
-    read: Callable[[str], list[Call]]
-
-
 class Frame(NamedTuple):
     """The marks around a reply: `before` its thought, `between` thought and text, `head` and `tail` around a text."""
 
@@ -131,13 +123,13 @@ def _split_by_frame(text: str, frame: Frame, opened: str) -> tuple[str, str]:
 
 
 def _split_calls(text: str) -> tuple[list[Call], str]:
-    for syntax in SYNTAXES:
+    for begin_of_block, end_of_block, read in SYNTAXES:
         calls = []
         rest = []
         place = 0
-        while begin := syntax.begin.search(text, place):
+        while begin := re.compile(begin_of_block).search(text, place):
             rest.append(text[place : begin.start()])
-            found, place = _read_block(text, begin.end(), syntax)
+            found, place = _read_block(text, begin.end(), re.compile(end_of_block), read)
             if not found:
                 break
             calls += found
@@ -147,11 +139,13 @@ def _split_calls(text: str) -> tuple[list[Call], str]:
     return [], text
 
 
-def _read_block(text: str, begin: int, syntax: Syntax) -> tuple[list[Call], int]:
+def _read_block(
+    text: str, begin: int, end_of_block: re.Pattern, read: Callable[[str], list[Call]]
+) -> tuple[list[Call], int]:
     """Read a block up to the first end that makes it whole: an argument may hold the text of an end."""
-    for end in itertools.islice(syntax.end.finditer(text, begin), MAX_ENDS):
+    for end in itertools.islice(end_of_block.finditer(text, begin), MAX_ENDS):
         try:
-            calls = syntax.read(text[begin : end.start()])
+            calls = read(text[begin : end.start()])
         except (ValueError, KeyError, TypeError, AttributeError, SyntaxError, RecursionError):
             continue
         if calls and all(call.name and isinstance(call.arguments, dict) for call in calls):
@@ -283,30 +277,27 @@ NAME_AND_JSON = (
 )
 
 
-def _syntax(begin: str, end: str, *reads: Callable[[str], list[Call]]) -> list[Syntax]:
-    return [Syntax(re.compile(begin), re.compile(end), read) for read in reads]
-
-
+# How a block of calls begins and ends, and the function that reads it; the first row that can read all blocks is taken.
 SYNTAXES = (
-    *_syntax(r"\s*<tool_call>", r"</tool_call>", _read_json, _read_function_tags, _read_argument_tags),
-    *_syntax(r"\s*<\|tool_call>", r"<tool_call\|>", _read_gemma_call),
-    *_syntax(r"\s*<｜tool▁call▁begin｜>", r"<｜tool▁call▁end｜>", _read_name_and_json),
-    *_syntax(r"\s*<\|tool_call_begin\|>", r"<\|tool_call_end\|>", _read_name_and_json),
-    *_syntax(r"\s*<\|tool_call:begin\|>", r"<\|tool_call:end\|>", _read_name_and_json),
-    *_syntax(r"\s*<\|tool_call_start\|>", r"<\|tool_call_end\|>", _read_python_calls),
-    *_syntax(r"\s*<tool_calls>", r"</tool_calls>", _read_json),
-    *_syntax(r"\s*<\|START_ACTION\|>", r"<\|END_ACTION\|>", _read_json),
-    *_syntax(r"\s*<\|tools_prefix\|>", r"<\|tools_suffix\|>|\Z", _read_json),
-    *_syntax(r"\s*<\|function_call\|>", r"<\|function_call\|>|\Z", _read_json),
-    *_syntax(r"\s*<[^<>\s]*(?:function|tool)_calls>", r"</[^<>\s]*(?:function|tool)_calls>", _read_named_tags),
-    *_syntax(
-        r"(?:<\|start\|>assistant)?\s*to=(?=functions\.)", r"(?=<\|start\|>assistant\s*to=)|\Z", _read_name_and_json
-    ),
-    *_syntax(r"\[TOOL_CALLS\]\s*(?=\[)", r"\Z", _read_json),
-    *_syntax(r"\[TOOL_CALLS\]", r"(?=\[TOOL_CALLS\])|\Z", _read_name_and_json),
-    *_syntax(r"\s*(?=<function name=)", r"(?<=</function>)", _read_named_tags),
-    *_syntax(r"\s*<function=", r"</function>", _read_name_and_json),
-    *_syntax(r"\A\s*(?:<\|python_tag\|>)?(?=\{\s*\"name\")", r"\s*\Z", _read_json),
+    (r"\s*<tool_call>", r"</tool_call>", _read_json),
+    (r"\s*<tool_call>", r"</tool_call>", _read_function_tags),
+    (r"\s*<tool_call>", r"</tool_call>", _read_argument_tags),
+    (r"\s*<\|tool_call>", r"<tool_call\|>", _read_gemma_call),
+    (r"\s*<｜tool▁call▁begin｜>", r"<｜tool▁call▁end｜>", _read_name_and_json),
+    (r"\s*<\|tool_call_begin\|>", r"<\|tool_call_end\|>", _read_name_and_json),
+    (r"\s*<\|tool_call:begin\|>", r"<\|tool_call:end\|>", _read_name_and_json),
+    (r"\s*<\|tool_call_start\|>", r"<\|tool_call_end\|>", _read_python_calls),
+    (r"\s*<tool_calls>", r"</tool_calls>", _read_json),
+    (r"\s*<\|START_ACTION\|>", r"<\|END_ACTION\|>", _read_json),
+    (r"\s*<\|tools_prefix\|>", r"<\|tools_suffix\|>|\Z", _read_json),
+    (r"\s*<\|function_call\|>", r"<\|function_call\|>|\Z", _read_json),
+    (r"\s*<[^<>\s]*(?:function|tool)_calls>", r"</[^<>\s]*(?:function|tool)_calls>", _read_named_tags),
+    (r"(?:<\|start\|>assistant)?\s*to=(?=functions\.)", r"(?=<\|start\|>assistant\s*to=)|\Z", _read_name_and_json),
+    (r"\[TOOL_CALLS\]\s*(?=\[)", r"\Z", _read_json),
+    (r"\[TOOL_CALLS\]", r"(?=\[TOOL_CALLS\])|\Z", _read_name_and_json),
+    (r"\s*(?=<function name=)", r"(?<=</function>)", _read_named_tags),
+    (r"\s*<function=", r"</function>", _read_name_and_json),
+    (r"\A\s*(?:<\|python_tag\|>)?(?=\{\s*\"name\")", r"\s*\Z", _read_json),
 )
 
 
