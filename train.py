@@ -7,7 +7,6 @@ base_run.sh and ds_all.sh call this file with the usual settings. `python train.
 
 import math
 import os
-import signal
 import sys
 import time
 import warnings
@@ -16,13 +15,12 @@ from dataclasses import dataclass
 from datetime import date
 from functools import partial
 
+from sft.launch.environment import finish_imports, prepare_imports
 from sft.model import load as models
 
 os.environ.setdefault(*models.PASSIVE_OPENMP_WAIT)
-if __name__ == "__main__":  # a shell starts background jobs with SIGINT ignored
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    # transformers 5.23 and accelerate 1.15 import these wherever they find them: a second at every start.
-    sys.modules |= dict.fromkeys(models.unused_packages([*sys.argv, *os.environ]))
+if __name__ == "__main__":
+    prepare_imports()
 
 import torch
 import transformers
@@ -338,6 +336,7 @@ def build_model(run: Run):
 
 
 if __name__ == "__main__":
+    finish_imports()
     try:
         main()
     except RuntimeError as error:

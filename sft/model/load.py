@@ -57,17 +57,6 @@ def absolute(path: str) -> str:
     return str(Path(path).expanduser().resolve()) if Path(path).expanduser().is_dir() else path
 
 
-def unused_packages(words: Sequence[str]) -> list[str]:
-    """Packages that a run with these arguments and environment variables can do without."""
-    adapter = any(os.path.exists(os.path.join(word.split("=")[-1], "adapter_config.json")) for word in words)
-    text = " ".join(words).lower()
-    probe = "--probe_steps" in text or "--probe-steps" in text
-    dry = probe or "--dry_run" in text or "--dry-run" in text  # counts what adapters would take
-    needed = {"datasets": False, "deepspeed": "deepspeed" in text and (probe or not dry)}
-    needed["peft"] = adapter or dry or "--lora" in text
-    return [package for package, is_needed in needed.items() if not is_needed]
-
-
 def load_tokenizer(path: str, *, trust_remote_code: bool = False):
     """Load the tokenizer with an existing pad token: its own, else unk, else eos; embeddings are never resized.
 

@@ -1,10 +1,28 @@
 """Settings of other launchers reach train.py as its own flags, or are refused by name."""
 
+import subprocess
+import sys
+
 import pytest
 
 from sft.launch.environment import complete_single_process, find_launcher_problems, read_launcher_flags
+from tests.conftest import ROOT
 
 ACCELERATE = {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_BACKEND": "NO", "ACCELERATE_USE_CPU": "False"}
+
+START = """
+import gc
+from sft.launch import environment
+environment.prepare_imports()
+print(gc.isenabled(), "datasets" in environment.sys.modules)
+environment.finish_imports()
+print(gc.isenabled(), gc.get_freeze_count() > 1000)
+"""
+
+
+def test_garbage_is_collected_again_after_the_imports():
+    done = subprocess.run([sys.executable, "-c", START], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "False True\nTrue True\n"
 
 
 def test_the_defaults_of_accelerate_launch_are_no_problem_and_no_flag():
