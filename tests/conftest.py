@@ -33,6 +33,12 @@ needs_llama_cpp = pytest.mark.skipif(
 )
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with tests/e2e and the other files with slow tests, so that no worker is left alone with one at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: (item.path not in slow, item.path.parent.name != "e2e"))
+
+
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory) -> Callable[[str], Path]:
     """Return a function that gives the folder of a tiny base of a family, building it the first time."""
