@@ -283,6 +283,21 @@ def read_text(value: object, where: str) -> str:
     return value
 
 
+def read_call_id(value: object, where: str) -> str:
+    """Return the id of a call as text, also where it is a number; "" if it is missing. Raises RecordError."""
+    if value is None:
+        return ""
+    return str(value) if type(value) in (int, float) else read_text(value, where)
+
+
+def read_result(value: object, where: str) -> str:
+    """Return the result of a call: a text, or JSON text of an object or list that isn't one."""
+    if not isinstance(value, dict | list):
+        return read_text(value, where)
+    check_json(value, where)
+    return json.dumps(value, ensure_ascii=False)
+
+
 def drop_nulls(value: Any) -> Any:
     """Leave out keys whose value is null: padding, where a table gives all rows the keys of all others."""
     if isinstance(value, dict):

@@ -24,7 +24,9 @@ from sft.opendata.fields import (
     is_empty,
     name_type,
     parse_json,
+    read_call_id,
     read_learned,
+    read_result,
     read_text,
 )
 
@@ -105,7 +107,7 @@ def _read_message(item: object, where: str, counts: FieldCounts, mask: object) -
     key = "content" if item.get("content") is not None or "value" not in item else "value"
     learned = read_learned(item, mask, role in ("assistant", CALL), where)
     if role == "tool":
-        return [_read_tool_message(item, key, where)]
+        return [_read_tool_message(item, key, where, counts)]
     if role == CALL:
         return [_read_call_message(item, key, where, counts) | learned]
     parts = _read_content(item, key, where, counts)
@@ -157,11 +159,13 @@ def _read_call_message(item: dict, key: str, where: str, counts: FieldCounts) ->
     return message if thought is None else message | {"reasoning_content": thought}
 
 
-def _read_tool_message(item: dict, key: str, where: str) -> dict:
+def _read_tool_message(item: dict, key: str, where: str, counts: FieldCounts) -> dict:
     message: dict = {"role": "tool", "content": read_result(item.get(key), f"{where}.{key}")}
-    for name in ("tool_call_id", "name"):
-        if item.get(name) not in (None, ""):
-            message[name] = read_text(item[name], f"{where}.{name}")
+    if number := read_call_id(item.get("tool_call_id"), f"{where}.tool_call_id"):
+        message["tool_call_id"] = number
+        counts.notes["number_as_tool_call_id"] += item["tool_call_id"] != number
+    if item.get("name") not in (None, ""):
+        message["name"] = read_text(item["name"], f"{where}.name")
     return message
 
 
@@ -212,8 +216,8 @@ def _read_tool_result(part: dict, where: str, unread: Counter[str]) -> dict:
     content = part.get("content")
     is_parts = isinstance(content, list) and all(isinstance(inner, dict) and "type" in inner for inner in content)
     text = read_parts(content, f"{where}.content", unread).text if is_parts else read_result(content or "", where)
-    number = part.get("tool_use_id")
-    return {"role": "tool", "content": text, **({} if number in (None, "") else {"tool_call_id": str(number)})}
+    number = read_call_id(part.get("tool_use_id"), f"{where}.tool_use_id")
+    return {"role": "tool", "content": text} | ({"tool_call_id": number} if number else {})
 
 
 # --- Thoughts
@@ -346,8 +350,8 @@ def _read_call(item: object, where: str, unread: Counter[str]) -> dict:
     arguments = _read_arguments(function.get(key), f"{inner}.{key}")
     call = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
     check_json(call, where)
-    number = item.get("id")
-    return call if number in (None, "") else {"id": str(number), **call}
+    number = read_call_id(item.get("id"), f"{where}.id")
+    return {"id": number, **call} if number else call
 
 
 def _read_arguments(value: object, where: str) -> dict:
@@ -365,14 +369,6 @@ def _read_arguments(value: object, where: str) -> dict:
 def generalise(where: str) -> str:
     """`messages[3].tool_calls[0]` -> `messages[].tool_calls[].`: the same for all records."""
     return re.sub(r"\[\d+\]", "[]", where) + "."
-
-
-def read_result(value: object, where: str) -> str:
-    """Return the result of a call: a text, or JSON text of an object or list that isn't one."""
-    if not isinstance(value, dict | list):
-        return read_text(value, where)
-    check_json(value, where)
-    return json.dumps(value, ensure_ascii=False)
 
 
 def check_calls(messages: list[dict]) -> None:

@@ -133,6 +133,25 @@ def test_twenty_unknown_fields_at_every_depth_are_counted_by_name(tmp_path):
     assert through_training(path)[2] == not_read
 
 
+def test_numbers_as_ids_of_calls_become_text_and_are_counted(tmp_path):
+    call = {"id": 7, "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    result = {"role": "tool", "tool_call_id": 7, "content": "r"}
+    record = {"messages": [user("q"), assistant("", tool_calls=[call]), result, assistant("a")]}
+    path = write(tmp_path / "a.json", [record])
+    found, lost, _, notes = through_training(path)
+    assert lost == []
+    assert found[0]["messages"][1]["tool_calls"][0]["id"] == found[0]["messages"][2]["tool_call_id"] == "7"
+    assert notes["number_as_tool_call_id"] == 1
+    assert through_opendata(path, tmp_path)[3] == notes
+
+
+def test_an_id_of_a_call_that_is_neither_text_nor_number_is_refused(tmp_path):
+    result = {"role": "tool", "tool_call_id": True, "content": "r"}
+    record = {"messages": [user("q"), assistant("", tool_calls=[{"name": "f"}]), result, assistant("a")]}
+    path = write(tmp_path / "a.json", [record])
+    assert through_training(path)[1] == ["messages[2].tool_call_id is a boolean; write it as a string"]
+
+
 def test_fields_that_hold_nothing_are_not_counted(tmp_path):
     record = {"instruction": "q", "output": "a", "lang": None, "tags": [], "meta": {}, "note": "", "score": 0}
     assert through_training(write(tmp_path / "a.json", [record]))[2] == {"score": 1}
