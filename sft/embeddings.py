@@ -1,14 +1,10 @@
 """Rows of a base's token embedding, read from its safetensors files alone: which tokens was it trained on?
 
-    header of model.safetensors: {"model.embed_tokens.weight": {"dtype": "BF16", "shape": [151936, 896], …}}
-    then one read a row; the other weights are never touched
-
 A row that no training text reached is zero or tiny, or is equal to other such rows: weight decay shrinks it, or a tied
 head gives all of them the same gradients ("Fishing for Magikarp", arXiv 2405.05417). Ids without a token have such
 rows too.
 """
 
-import json
 import re
 from collections.abc import Sequence
 from contextlib import suppress
@@ -20,8 +16,7 @@ import numpy as np
 from sft.base import find_folder, find_weights
 
 EMBEDDING = re.compile(r"(?:^|\.)(?:embed_tokens|word_embeddings|tok_embeddings|embed_in|wte|embedding)\.weight$")
-DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "F64": "<f8"}
-MAX_HEADER_BYTES = 100 << 20
+FLOAT_DTYPES = ("F32", "F16", "BF16", "F64")
 NUM_COMPARED_ROWS = 128
 TINY_SHARE = 0.1  # of the median length of rows
 # Of a row's length, up to which another row counts as equal. In SmolLM2-135M-Instruct untrained rows are 0.0003 apart,
@@ -30,27 +25,18 @@ MAX_DISTANCE = 0.03
 
 
 class Embedding(NamedTuple):
-    """A matrix (rows, hidden) in a safetensors file; `begin` is the offset of its first byte."""
+    """A matrix (rows, hidden) in a safetensors file."""
 
-    file: Path
-    begin: int
-    dtype: str
     num_rows: int
-    hidden: int
+    file: Path
+    name: str
 
     def read(self, ids: Sequence[int]) -> np.ndarray:
-        """Return the rows of `ids` in fp32, (ids, hidden)."""
-        kind = np.dtype(DTYPES[self.dtype])
-        size = self.hidden * kind.itemsize
-        rows = []
-        with open(self.file, "rb") as stream:
-            for token_id in ids:
-                stream.seek(self.begin + token_id * size)
-                rows.append(np.frombuffer(stream.read(size), kind))
-        found = np.stack(rows) if rows else np.zeros((0, self.hidden), kind)
-        if self.dtype == "BF16":  # the upper half of fp32
-            return (found.astype(np.uint32) << 16).view(np.float32)
-        return found.astype(np.float32)
+        """Return the rows of `ids` in fp32, (ids, hidden); no other part of the file is read."""
+        from safetensors import safe_open
+
+        with safe_open(self.file, framework="pt") as stream:
+            return stream.get_slice(self.name)[list(ids)].float().numpy()
 
 
 class Training(NamedTuple):
@@ -61,28 +47,18 @@ class Training(NamedTuple):
 
 
 def find_embedding(model: str) -> Embedding | None:
-    """Return the token embedding of a base whose safetensors files are on this machine, or None."""
+    """Return the token embedding of a base whose whole safetensors files are on this machine, or None."""
+    from safetensors import SafetensorError, safe_open
+
     folder = find_folder(model)
     found = []
     for file in find_weights(folder) if folder else ():
-        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-            found += _list_embeddings(file)
-    return max(found, key=lambda embedding: embedding.num_rows, default=None)
-
-
-def _list_embeddings(file: Path) -> list[Embedding]:
-    if file.suffix != ".safetensors":
-        return []
-    with open(file, "rb") as stream:
-        size = int.from_bytes(stream.read(8), "little")
-        if size > MAX_HEADER_BYTES:
-            return []
-        header = json.loads(stream.read(size))
-    return [
-        Embedding(file, 8 + size + entry["data_offsets"][0], entry["dtype"], *entry["shape"])
-        for name, entry in header.items()
-        if EMBEDDING.search(name) and entry["dtype"] in DTYPES and len(entry["shape"]) == 2
-    ]
+        with suppress(OSError, SafetensorError), safe_open(file, framework="pt") as stream:
+            for name in filter(EMBEDDING.search, stream.keys()):
+                matrix = stream.get_slice(name)
+                if matrix.get_dtype() in FLOAT_DTYPES and len(matrix.get_shape()) == 2:
+                    found.append(Embedding(matrix.get_shape()[0], file, name))
+    return max(found, default=None)
 
 
 def find_untrained(model: str, ids: Sequence[int], *, num_tokens: int, others: Sequence[int] = ()) -> Training | None:
@@ -95,12 +71,9 @@ def find_untrained(model: str, ids: Sequence[int], *, num_tokens: int, others: S
     if embedding is None or not ids or max(ids) >= embedding.num_rows:
         return None
     others = [token_id for token_id in others if token_id < embedding.num_rows][:NUM_COMPARED_ROWS]
-    try:
-        ordinary = embedding.read(_spread(0, min(num_tokens, embedding.num_rows)))
-        spare = embedding.read([*others, *_spread(num_tokens, embedding.num_rows)])
-        rows = embedding.read(ids)
-    except (OSError, ValueError):  # a file that is cut off
-        return None
+    ordinary = embedding.read(_spread(0, min(num_tokens, embedding.num_rows)))
+    spare = embedding.read([*others, *_spread(num_tokens, embedding.num_rows)])
+    rows = embedding.read(ids)
     usual = float(np.median(np.linalg.norm(ordinary, axis=1)))
     examples = spare[_find_unused(spare, spare, usual)]
     unused = _find_unused(rows, rows, usual) | _find_unused(rows, examples, usual)
