@@ -12,12 +12,30 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from sft.model.shrink import choose_layers, keep_layers, kinds_of_layers
+import torch
+from torch import nn
+from torch._subclasses import fake_tensor
+from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers.integrations import moe
+
+from sft.model import adapters, attention, kernels, mixers
+from sft.model.shrink import choose_layers, keep_layers, kinds_of_layers, not_sharded
 from sft.preview.shape import FULL, ONE, WRONG_CONFIG, Plan, Shape, Step, build_model
+from sft.train.sequence_parallel import SharedRow
 
 SHORT_TOKENS = 64  # of a row that stands for a long one: a chunk of linear attention
 MAX_TRACED_LAYERS = 8  # a layer takes up to a second
 TOKENS_OF_A_LOOP = 8  # where each token is a step of a loop, as in the first Mamba
+NOT_TRACEABLE = (
+    fake_tensor.DataDependentOutputException,
+    fake_tensor.DynamicOutputShapeException,
+    fake_tensor.UnsupportedFakeTensorException,
+    fake_tensor.UnsupportedOperatorException,
+    NotImplementedError,
+)
 
 
 @dataclass(frozen=True)
@@ -119,27 +137,17 @@ def _trace(shape: Shape, layers: Sequence[int], step: Step, lora: bool, spread: 
 
 
 def _has_mixers(shape: Shape, layers: tuple[int, ...], step: Step) -> bool:
-    import torch
-
-    from sft.model.mixers import RunByDocument
-    from sft.model.shrink import not_sharded
-
     with torch.device("meta"), not_sharded():
         model = _shallow_model(shape, layers, torch.float32, replace(step, packing=True), lora=False)
-    return any(isinstance(module, RunByDocument) for module in model.modules())
+    return any(isinstance(module, mixers.RunByDocument) for module in model.modules())
 
 
 def _trace_whole(shape: Shape, layers: Sequence[int], step: Step, lora: bool, spread: bool) -> Trace | None:
     """Run a model of these layers on fake tensors."""
-    import torch
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    from sft.model.shrink import not_sharded
-
-    half, kind = torch.bfloat16 if step.half else torch.float32, shape.config.model_type
+    half = torch.bfloat16 if step.half else torch.float32
     with torch.device("meta"), not_sharded():
         model = _shallow_model(shape, layers, half if lora or spread else torch.float32, step, lora)
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with fake_tensor.FakeTensorMode(allow_non_fake_inputs=True):
         _make_fake(model, half if spread else None)
         weights = [*model.parameters(), *model.buffers()]
         for weight in model.parameters():
@@ -151,39 +159,27 @@ def _trace_whole(shape: Shape, layers: Sequence[int], step: Step, lora: bool, sp
         embedded = torch.zeros((*batch, embedding.shape[1]), dtype=embedding.dtype, requires_grad=True)
         positions = torch.zeros(batch, dtype=torch.long)
         try:
-            with _as_on(step), _Meter([*weights, embedded]) as meter:
+            with _as_on(step), Meter([*weights, embedded]) as meter:
                 marks = _Marks(base, len(layers), meter)
                 with torch.autocast("cpu", dtype=torch.bfloat16, enabled=step.half and not spread):
                     hidden = base.base_model(inputs_embeds=embedded, position_ids=positions, use_cache=False)[0]
                     marks.end_forward()
-                marks.begin_backward()  # autocast's copies of the weights are gone
+                marks.note_backward()  # autocast's copies of the weights are gone
                 hidden.backward(torch.zeros_like(hidden))
-        except _cannot_be_traced():
+        except NOT_TRACEABLE:
             return None
         except WRONG_CONFIG as error:
-            raise ValueError(f"{kind}: a step of a model of this config fails: {error}") from error
+            raise ValueError(f"{shape.config.model_type}: a step of a model of this config fails: {error}") from error
     return marks.trace()
-
-
-def _cannot_be_traced() -> tuple[type[Exception], ...]:
-    from torch._subclasses import fake_tensor as fake
-
-    return (
-        fake.DataDependentOutputException,
-        fake.DynamicOutputShapeException,
-        fake.UnsupportedFakeTensorException,
-        fake.UnsupportedOperatorException,
-        NotImplementedError,
-    )
 
 
 class _Marks:
     """Notes the live bytes at the edges of the layers, forwards and backwards."""
 
     def __init__(self, base, num_layers: int, meter):
-        from torch.nn.modules.module import register_module_forward_pre_hook
-
-        self.meter, self.num_layers, self.is_past = meter, num_layers, False
+        self.meter = meter
+        self.num_layers = num_layers
+        self.is_past = False
         self.forward: list[int] = []  # live bytes when each layer begins, and when what comes after them does
         self.backward: list[tuple[int, int]] = []  # of each part, the last first: most bytes, and those at its end
         layers = _find_layers(base, num_layers)
@@ -208,17 +204,13 @@ class _Marks:
         self.forward.append(self.meter.live)
         states = next((each for each in tensors if getattr(each, "requires_grad", False)), None)
         if states is not None:
-            states.register_hook(self._end_backward)
-
-    def _end_backward(self, _gradient) -> None:
-        self.backward.append((self.meter.peak, self.meter.live))
-        self.meter.peak = self.meter.live
+            states.register_hook(self.note_backward)
 
     def end_forward(self) -> None:
         self.handle.remove()
         self.forward.append(self.meter.live)
 
-    def begin_backward(self) -> None:
+    def note_backward(self, *_gradient) -> None:
         self.backward.append((self.meter.peak, self.meter.live))
         self.meter.peak = self.meter.live
 
@@ -235,15 +227,11 @@ class _Marks:
 
 def _find_layers(base, num_layers: int) -> Sequence:
     """Return the largest list of layers of a model."""
-    from torch import nn
-
     lists = [module for module in base.modules() if isinstance(module, nn.ModuleList) and len(module) == num_layers]
     return max(lists, key=lambda found: sum(weight.numel() for weight in found.parameters()), default=())
 
 
 def _shallow_model(shape: Shape, layers: Sequence[int], dtype, step: Step, lora: bool):
-    from sft.model import adapters, attention
-
     config = copy.deepcopy(shape.config)
     keep_layers(config, list(layers))
     model = build_model(config, dtype, shape.trusted)
@@ -266,8 +254,6 @@ def _shallow_model(shape: Shape, layers: Sequence[int], dtype, step: Step, lora:
 
 def _make_fake(model, dtype) -> None:
     """Put fake tensors in place of meta ones; parameters of `dtype`, if any: DeepSpeed computes in it throughout."""
-    import torch
-
     made = {}
     for module in model.modules():
         for name, weight in module._parameters.items():
@@ -282,10 +268,6 @@ def _make_fake(model, dtype) -> None:
 @contextmanager
 def _as_on(step: Step) -> Iterator[None]:
     """Give packed attention the step's documents; for a GPU, as the fused kernels that keep no scores."""
-    from torch.nn.functional import scaled_dot_product_attention
-    from transformers.integrations import moe
-
-    from sft.model import attention, kernels, mixers
 
     def fused(query, key, value, documents, *, scale, dropout=0.0, alibi=None):
         if documents.shared is not None:
@@ -312,11 +294,6 @@ def _as_on(step: Step) -> Iterator[None]:
 
 def _documents_of(step: Step):
     """Return the documents of the step's rows; where GPUs share them, with an exchange that copies."""
-    import torch
-
-    from sft.model.kernels import Documents
-    from sft.train.sequence_parallel import SharedRow
-
     lengths = list(step.documents) or [step.length] * step.rows
     shared = None
     if step.shared > 1:
@@ -326,17 +303,13 @@ def _documents_of(step: Step):
     edges = torch.zeros(len(lengths) + 1, dtype=torch.int32)
     positions = torch.zeros(1, sum(lengths), dtype=torch.long)
     groups = {("groups", False): _static_groups(lengths)}
-    return Documents(edges, lengths, made=groups, positions=positions, shared=shared)
+    return kernels.Documents(edges, lengths, made=groups, positions=positions, shared=shared)
 
 
 def _static_groups(lengths: Sequence[int]) -> tuple[list, object]:
     """Return what `mixers.document_groups` returns, with numbers of tokens in place of masks."""
-    import torch
-
-    from sft.model.mixers import group_lengths
-
     groups = []
-    for members in group_lengths(lengths, one_group=False):
+    for members in mixers.group_lengths(lengths, one_group=False):
         index = torch.zeros(len(members), max(lengths[member] for member in members), dtype=torch.long)
         groups.append((index, (index.shape, sum(lengths[member] for member in members))))
     return groups, torch.zeros(sum(lengths), dtype=torch.long)
@@ -344,45 +317,39 @@ def _static_groups(lengths: Sequence[int]) -> tuple[list, object]:
 
 def _take_first_tokens(leaf, group: tuple[Sequence[int], int]):
     """As `mixers.take_tokens`, for a number of tokens: a mask's would depend on the data."""
-    from sft.model.mixers import Flat
-
     shape, count = group
     if not hasattr(leaf, "shape"):
         return leaf
     if leaf.shape[:2] == shape:
         return leaf.flatten(0, 1)[:count].clone()
-    return Flat(leaf[:count].clone()) if leaf.dim() and leaf.shape[0] == shape.numel() else leaf
+    return mixers.Flat(leaf[:count].clone()) if leaf.dim() and leaf.shape[0] == shape.numel() else leaf
 
 
-def _Meter(known: Sequence):
+class Meter(TorchDispatchMode):
     """A context in which every new storage counts into `live` until it is freed; `peak` is the highest."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-    from torch.utils._pytree import tree_leaves
 
-    class Meter(TorchDispatchMode):
-        live = peak = 0
+    def __init__(self, known: Sequence):
+        super().__init__()
+        self.live = 0
+        self.peak = 0
+        self.seen = {id(tensor.untyped_storage()): tensor.untyped_storage() for tensor in known}
 
-        def __init__(self):
-            super().__init__()
-            self.seen = {id(tensor.untyped_storage()): tensor.untyped_storage() for tensor in known}
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        outputs = function(*args, **(kwargs or {}))
+        for output in tree_leaves(outputs):
+            if hasattr(output, "untyped_storage"):
+                self._add(output.untyped_storage())
+        return outputs
 
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            outputs = function(*args, **(kwargs or {}))
-            for output in tree_leaves(outputs):
-                if hasattr(output, "untyped_storage"):
-                    self.note(output.untyped_storage())
-            return outputs
+    def _add(self, storage) -> None:
+        name = id(storage)
+        if name in self.seen:
+            return
+        size = storage.nbytes()
+        self.seen[name] = weakref.ref(storage, lambda _: self._remove(name, size))
+        self.live += size
+        self.peak = max(self.peak, self.live)
 
-        def note(self, storage) -> None:
-            if id(storage) in self.seen:
-                return
-            size, name = storage.nbytes(), id(storage)
-            self.seen[name] = weakref.ref(storage, lambda _: self.free(name, size))
-            self.live += size
-            self.peak = max(self.peak, self.live)
-
-        def free(self, name: int, size: int) -> None:
-            self.live -= size
-            self.seen.pop(name, None)
-
-    return Meter()
+    def _remove(self, name: int, size: int) -> None:
+        self.live -= size
+        self.seen.pop(name, None)

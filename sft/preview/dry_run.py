@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
 from sft.checkpoint.manifest import PROGRESS
 from sft.checkpoint.resume import check_unchanged
@@ -81,8 +82,6 @@ def show_run(report: Report, run: Run, data: Data, guard: Guard, build_trainer: 
 
 def check_weights(report: Report, path: str) -> None:
     """Look for the weights of a local folder, by name and safetensors header: a run needs them, and a dry run not."""
-    from safetensors import SafetensorError, safe_open
-
     folder = Path(path)
     if not folder.is_dir():
         return

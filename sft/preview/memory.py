@@ -7,6 +7,7 @@ No file is downloaded or read and no memory allocated: the parameters are counte
 from collections.abc import Sequence
 from dataclasses import replace
 
+from sft.model.kernels import CHUNK_BYTES, CHUNK_ROWS
 from sft.model.load import context_window
 from sft.preview.activations import Activations, activations
 from sft.preview.shape import FULL, LORA, ONE, QLORA, ZERO2, ZERO3, Part, Plan, Shape, Step
@@ -102,8 +103,6 @@ def _states_of_one(shape: Shape, step: Step, plan: Plan, trained: int) -> tuple[
 
 def loss_part(shape: Shape, step: Step, plan: Plan) -> Part:
     """Count what the loss in chunks needs: a chunk of logits, the head's gradient, the states' gradient."""
-    from sft.model.kernels import CHUNK_BYTES, CHUNK_ROWS
-
     compute, kept = 2 if step.half else 4, 2 if step.half and (plan.launcher != ONE or plan.method != FULL) else 4
     head = shape.embedding if plan.method == FULL else 0
     chunk_rows = max(1, CHUNK_BYTES[step.device] // (shape.vocabulary * compute))

@@ -2,6 +2,13 @@
 
 from dataclasses import dataclass, field
 
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from sft.model.adapters import plan_adapters
+from sft.model.shrink import not_sharded
+
 FULL, LORA, QLORA = "all weights", "LoRA", "QLoRA"
 ONE, ZERO2, ZERO3 = "one process", "ZeRO-2", "ZeRO-3"
 WRONG_CONFIG = (ValueError, RuntimeError, ImportError, KeyError, TypeError, AttributeError, ZeroDivisionError)
@@ -83,12 +90,6 @@ def read_shape(
 
     `variant`, `router` and `dropout` are those of the adapters that LoRA would train.
     """
-    import torch
-    from torch import nn
-
-    from sft.model.adapters import plan_adapters
-    from sft.model.shrink import not_sharded
-
     try:
         with torch.device("meta"), not_sharded():
             model = build_model(config, torch.float32, trust_remote_code)
@@ -114,7 +115,5 @@ def read_shape(
 
 
 def build_model(config, dtype, trust_remote_code: bool):
-    from transformers import AutoModelForCausalLM
-
     trust = {"trust_remote_code": True} if trust_remote_code else {}
     return AutoModelForCausalLM.from_config(config, dtype=dtype, **trust)

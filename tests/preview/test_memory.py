@@ -202,7 +202,7 @@ def test_the_counted_bytes_are_those_of_a_real_step(kind):
     positions = torch.cat([torch.arange(size) for size in step.documents])[None]
     embedded = torch.randn(1, 96, 64, requires_grad=True)
     known = [*model.parameters(), *model.buffers(), embedded, positions]
-    with activations._Meter(known) as meter:
+    with activations.Meter(known) as meter:
         hidden = model(inputs_embeds=embedded, position_ids=positions, logits_to_keep=1).logits
     counted = activations.activations(shape, step, Plan()).forward
     assert hidden.requires_grad
@@ -223,7 +223,7 @@ def test_only_what_is_alive_is_counted():
     import torch
 
     known = torch.zeros(10)
-    with activations._Meter([known]) as meter:
+    with activations.Meter([known]) as meter:
         first = torch.zeros(100)
         view = first[:50]
         known.add_(1)
