@@ -183,11 +183,17 @@ def count_saves(training, steps: int) -> int:
     return steps // max(1, int(every))
 
 
-def updates_of(num_rows: int, rows: tuple[int, int, int], *, seed: int = 0, drop_last: bool = False) -> Updates:
-    """Return the updates of a run of so many rows; `rows` of one: batch, accumulation, processes."""
-    batch_size, accumulation, processes = rows
-    shares = {"batch_size": batch_size, "accumulation": accumulation, "world_size": processes}
-    return Updates(num_rows, **shares, rank=0, seed=seed, drop_last=drop_last)
+def updates_of(num_rows: int, training, *, seed: int = 0) -> Updates:
+    """Return the updates of a run of so many rows."""
+    return Updates(
+        num_rows,
+        batch_size=training.per_device_train_batch_size,
+        accumulation=training.gradient_accumulation_steps,
+        world_size=count_row_groups(training),
+        rank=0,
+        seed=seed,
+        drop_last=training.dataloader_drop_last,
+    )
 
 
 def describe_resume(report: Report, run: Run, *, num_rows: int) -> None:
@@ -206,13 +212,13 @@ def describe_resume(report: Report, run: Run, *, num_rows: int) -> None:
     except ValueError as error:
         report.problems += str(error).splitlines()
     progress = json.loads((Path(checkpoint) / PROGRESS).read_text(encoding="utf-8"))
-    made, taken = progress["updates"], progress["taken"]
+    made = progress["updates"]
+    taken = progress["taken"]
     if progress["num_rows"] != num_rows:
         taken = taken * num_rows // progress["num_rows"]
-    shares = (training.per_device_train_batch_size, training.gradient_accumulation_steps, count_row_groups(training))
-    updates = updates_of(num_rows, shares, drop_last=training.dataloader_drop_last)
-    epochs, max_steps = training.num_train_epochs, training.max_steps
-    left = updates.left(epochs, max_steps, epoch=progress["epoch"], taken=taken, made=made)
+    updates = updates_of(num_rows, training)
+    epochs = training.num_train_epochs
+    left = updates.left(epochs, training.max_steps, epoch=progress["epoch"], taken=taken, made=made)
     lines.append(f"{checkpoint} would be continued: {made:,} steps are made, {left:,} are left")
     if not left:
         report.notes.append(f"{checkpoint}: no step is left; the model would be saved as it is")
@@ -221,9 +227,9 @@ def describe_resume(report: Report, run: Run, *, num_rows: int) -> None:
 def describe_steps(report: Report, run: Run, rows: TrainingRows, *, model_type: str = "") -> int:
     """Add what an update holds and how many there are, beside published runs; return their number."""
     training, lora = run.settings.training, run.settings.model.lora
-    shares = (training.per_device_train_batch_size, training.gradient_accumulation_steps, count_row_groups(training))
-    updates = updates_of(len(rows), shares, drop_last=training.dataloader_drop_last)
-    per_update, num_rows = updates.rows_per_update, len(rows)
+    num_rows = len(rows)
+    updates = updates_of(num_rows, training)
+    per_update = updates.rows_per_update
     steps = updates.in_all(training.num_train_epochs, training.max_steps)
     section = Section("steps")
     if rows.fill is not None:
@@ -231,7 +237,8 @@ def describe_steps(report: Report, run: Run, rows: TrainingRows, *, model_type: 
         section.lines.append(f"packed: {num_rows:,} rows, {rows.fill:.1%} full, {each:.1f} conversations each")
     tokens, conversations = (count * per_update / num_rows for count in (rows.num_tokens, rows.num_examples))
     section.lines.append(
-        f"an update: {per_update} rows ({shares[0]} x {shares[1]} x {describe_processes(training)}), "
+        f"an update: {per_update} rows ({updates.batch_size} x {updates.accumulation} x "
+        f"{describe_processes(training)}), "
         f"about {tokens:,.0f} tokens, {conversations:,.0f} conversations"
     )
     warm_up, rate = training.get_warmup_steps(steps), training.learning_rate

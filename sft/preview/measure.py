@@ -6,7 +6,6 @@ shows now. The others take the rows that the run would begin with, and are timed
 
 import copy
 import ctypes
-import math
 import resource
 import statistics
 import time
@@ -26,7 +25,7 @@ from sft.preview.data import heaviest_rows
 from sft.preview.dry_run import updates_of
 from sft.preview.memory import gib
 from sft.preview.report import Report, Section, show_report
-from sft.train.setup import Data, Run, count_row_groups
+from sft.train.setup import Data, Run
 
 NUM_WARM_UP_STEPS = 2
 # mallopt's numbers (glibc's malloc.h) and what a probe sets them to while it looks at the memory: freed blocks go back
@@ -71,10 +70,10 @@ def _measured_run(run: Run, output_dir: str) -> Run:
 
 def _measured_rows(run: Run, rows: TrainingRows, heaviest: np.ndarray) -> "FirstRows":
     training = run.settings.training
-    shares = (training.train_batch_size, training.gradient_accumulation_steps, count_row_groups(training))
     seed = run.seed if training.data_seed is None else training.data_seed
-    own = updates_of(len(rows), shares, seed=seed).order(0)
-    return FirstRows(rows, heaviest, own, steps=training.probe_steps, per_update=math.prod(shares))
+    updates = updates_of(len(rows), training, seed=seed)
+    steps = training.probe_steps
+    return FirstRows(rows, heaviest, updates.order(0), steps=steps, per_update=updates.rows_per_update)
 
 
 class FirstRows(TrainingRows):

@@ -23,20 +23,21 @@ BYTES_IN_4_BIT = (4 + 8 / 64 + 32 / (64 * 256)) / 8
 ZERO2_BUCKETS, ZERO3_LIVE = 2 * 5e8, 1e9
 
 
-def adapter_parameters(shape: Shape, step: Step) -> int:
-    """Count the adapters' weights, and the rows of embedding and head that are trained beside them."""
+def count_trained(shape: Shape, step: Step, plan: Plan) -> int:
+    """Count the trained parameters: all, or the adapters' with the rows of embedding and head beside them."""
+    if plan.method == FULL:
+        return shape.parameters
     rows = step.lora_token_rows * shape.hidden * (1 if shape.tied else 2)
     return shape.adapters.count_parameters(step.lora_rank, step.lora_variant) + rows
 
 
 def estimate(shape: Shape, step: Step, plan: Plan) -> tuple[list[Part], list[Part]]:
     """Return the parts on each GPU, their sum with what is not there at the same time taken out, and those in RAM."""
-    trained = shape.parameters if plan.method == FULL else adapter_parameters(shape, step)
     if plan.launcher == ONE:
         step = replace(step, shared=1)
     counted = activations(shape, step, plan) or Activations(0, 0, 0)
     loss = loss_part(shape, step, plan)
-    weights, gradients, optimizer, buffers, host = _states(shape, step, plan, trained)
+    weights, gradients, optimizer, buffers, host = _states(shape, step, plan)
     peak = max(counted.forward + loss.bytes, counted.backward)
     tied = 4 * shape.embedding if plan.method == FULL and shape.tied else 0
     tokens = f"{step.rows} x {step.length:,} tokens" + (f" / {step.shared}" if step.shared > 1 else "")
@@ -53,52 +54,52 @@ def estimate(shape: Shape, step: Step, plan: Plan) -> tuple[list[Part], list[Par
     return [part for part in parts if part.bytes], host
 
 
-def _states(shape: Shape, step: Step, plan: Plan, trained: int) -> tuple[Part, Part, Part, Part, list[Part]]:
+def _states(shape: Shape, step: Step, plan: Plan) -> tuple[Part, Part, Part, Part, list[Part]]:
     """Weights, gradients, optimizer state and buffers on a GPU, and what lies in the machine's memory."""
+    trained = count_trained(shape, step, plan)
     if plan.launcher == ONE:
         return *_states_of_one(shape, step, plan, trained), Part("buffers", 0, ""), []
-    frozen, n, host = shape.parameters - trained if plan.method == FULL else shape.parameters, plan.gpus, []
-    total, each = frozen + trained, 2 if step.half else 4
+    total = trained if plan.method == FULL else shape.parameters + trained
+    each = 2 if step.half else 4
+    share = f"{_short(trained)} / {plan.gpus}"
+    gradients = Part("gradients", 4 * trained // plan.gpus, f"4 bytes (summed in fp32) x {share}")
+    optimizer = Part("optimizer", 12 * trained // plan.gpus, f"12 bytes (master, two moments) x {share}")
     if plan.launcher == ZERO2:
         weights = Part("weights", each * total, f"{each} bytes x {_short(total)}")
-        gradients = Part("gradients", 4 * trained // n, f"4 bytes (summed in fp32) x {_short(trained)} / {n}")
         # On a CPU memory that was never written to is not taken.
         size = ZERO2_BUCKETS if step.device == "cuda" else min(ZERO2_BUCKETS, 2 * trained)
         buffers = Part("buffers", int(each * size), f"two buckets of {_short(size / 2)} x {each} bytes")
     else:
+        weights = Part("weights", each * total // plan.gpus, f"{each} bytes x {_short(total)} / {plan.gpus}")
         live = int(min(total, max(ZERO3_LIVE, shape.embedding)))
-        weights = Part("weights", each * total // n, f"{each} bytes x {_short(total)} / {n}")
-        gradients = Part("gradients", 4 * trained // n, f"4 bytes (summed in fp32) x {_short(trained)} / {n}")
         buffers = Part("buffers", each * live, f"gathered weights: {each} bytes x {_short(live)}")
-        if plan.offload:
-            host.append(replace(weights, name="weights"))
-            weights = replace(weights, bytes=0)
-    optimizer = Part("optimizer", 12 * trained // n, f"12 bytes (master, two moments) x {_short(trained)} / {n}")
+    host = []
+    if plan.offload and plan.launcher == ZERO3:
+        host.append(weights)
+        weights = replace(weights, bytes=0)
     if plan.offload:
-        host += [optimizer, Part("gradients", 4 * trained // n, f"4 bytes x {_short(trained)} / {n}")]
-        optimizer, gradients = replace(optimizer, bytes=0), replace(gradients, bytes=0)
+        host += [optimizer, replace(gradients, formula=f"4 bytes x {share}")]
+        optimizer = replace(optimizer, bytes=0)
+        gradients = replace(gradients, bytes=0)
     return weights, gradients, optimizer, buffers, host
 
 
 def _states_of_one(shape: Shape, step: Step, plan: Plan, trained: int) -> tuple[Part, Part, Part]:
+    each = 2 if step.half else 4
     if plan.method == QLORA:
         rest = shape.parameters - shape.linear
         size = BYTES_IN_4_BIT * shape.linear + 4 * rest + 4 * trained
-        formula = (
-            f"{BYTES_IN_4_BIT:.3f} bytes x {_short(shape.linear)} + 4 bytes x ({_short(rest)} + {_short(trained)})"
-        )
+        formula = f"{BYTES_IN_4_BIT:.3f} bytes x {_short(shape.linear)}"
+        formula += f" + 4 bytes x ({_short(rest)} + {_short(trained)})"
     elif plan.method == LORA:
-        each = 2 if step.half else 4
         size = each * shape.parameters + 4 * trained
         formula = f"{each} bytes x {_short(shape.parameters)} + 4 bytes x {_short(trained)}"
     else:
-        size, formula = 4 * trained, f"4 bytes x {_short(trained)}"
+        size = 4 * trained
+        formula = f"4 bytes x {_short(trained)}"
     gradients = Part("gradients", 4 * trained, f"4 bytes x {_short(trained)}")
-    return (
-        Part("weights", int(size), formula),
-        gradients,
-        Part("optimizer", 8 * trained, f"8 bytes x {_short(trained)}"),
-    )
+    optimizer = Part("optimizer", 8 * trained, f"8 bytes x {_short(trained)}")
+    return Part("weights", int(size), formula), gradients, optimizer
 
 
 def loss_part(shape: Shape, step: Step, plan: Plan) -> Part:
@@ -156,8 +157,9 @@ def all_plans(gpus: int) -> list[Plan]:
 def plan_table(shape: Shape, step: Step, gpu_bytes: int, gpus: int) -> list[list[str]]:
     """Rows of: how it is trained, peak with and without checkpointing, memory of the machine, machines needed."""
     rows = [["", "with checkpointing", "without", "in the machine's RAM", "machines needed"]]
+    kept = replace(step, checkpointing=True)
+    full = replace(step, checkpointing=False)
     for plan in all_plans(gpus):
-        kept, full = replace(step, checkpointing=True), replace(step, checkpointing=False)
         parts, host = estimate(shape, kept, plan)
         machines = least_machines(shape, kept, plan, gpu_bytes, gpus)
         each = sum(part.bytes for part in host) * gpus
@@ -174,10 +176,8 @@ def gib(size: float) -> str:
 def fits_best(shape: Shape, step: Step, gpu_bytes: int, gpus: int) -> Plan | None:
     """The first plan, from the simplest to the one that saves most, that fits on one machine without offload first."""
     full = [plan for plan in all_plans(gpus) if plan.method == FULL]
-    for plan in sorted(full, key=lambda plan: plan.offload):
-        if fits(estimate(shape, step, plan)[0], gpu_bytes):
-            return plan
-    return None
+    plans = sorted(full, key=lambda plan: plan.offload)
+    return next((plan for plan in plans if fits(estimate(shape, step, plan)[0], gpu_bytes)), None)
 
 
 def longest_rows(shape: Shape, step: Step, plan: Plan, gpu_bytes: int) -> list[tuple[int, int]]:
@@ -187,13 +187,17 @@ def longest_rows(shape: Shape, step: Step, plan: Plan, gpu_bytes: int) -> list[t
     the plan and the heads are left out, and all above 1 for a model whose rows can't be shared.
     """
     heads = count_heads(shape.config) if _can_be_shared(shape) else 1
-    found, length = [], MIN_ROW_TOKENS
+    found = []
+    length = MIN_ROW_TOKENS
     longest = min(context_window(shape.config) or MAX_ROW_TOKENS, MAX_ROW_TOKENS)
     for shared in (2**power for power in range(plan.gpus.bit_length())):
         if plan.gpus % shared or heads % shared or length > longest:
             continue
         row = replace(step, rows=1, documents=(), checkpointing=True, shared=shared)
-        while length <= longest and fits(estimate(shape, _of_length(row, length), plan)[0], gpu_bytes):
+        while length <= longest:
+            parts, _host = estimate(shape, replace(row, length=length, trained=length), plan)
+            if not fits(parts, gpu_bytes):
+                break
             length *= 2
         if length > MIN_ROW_TOKENS:
             found.append((shared, length // 2))
@@ -209,21 +213,17 @@ def _can_be_shared(shape: Shape) -> bool:
     return True
 
 
-def _of_length(step: Step, length: int) -> Step:
-    return replace(step, length=length, trained=length)
-
-
 # --- disk ---------------------------------------------------------------------------------------------------------
 
 
 def disk_of_checkpoint(shape: Shape, step: Step, plan: Plan) -> Part:
     """Bytes of one checkpoint: weights, and in fp32 two moments (DeepSpeed: masters too); adapters alone under LoRA."""
-    trained = shape.parameters if plan.method == FULL else adapter_parameters(shape, step)
+    trained = count_trained(shape, step, plan)
     each, kept = (8, 4) if plan.launcher == ONE else (12, 2)
     return Part("checkpoint", (each + kept) * trained, f"({kept} + {each}) bytes x {_short(trained)}")
 
 
 def disk_of_model(shape: Shape, step: Step, plan: Plan) -> Part:
-    trained = shape.parameters if plan.method == FULL else adapter_parameters(shape, step)
+    trained = count_trained(shape, step, plan)
     each = 4 if plan.launcher == ONE else 2
     return Part("model", each * trained, f"{each} bytes x {_short(trained)}")

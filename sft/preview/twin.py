@@ -54,12 +54,15 @@ REST = {  # flags of the run that a twin's single step leaves out
 
 def try_on_twin(report: Report, run: Run, data: Data, guard: Guard, build_trainer: Callable) -> None:
     """Train, save and reopen a tiny twin of the run's model, and let it reply; what fails is a problem."""
-    kind, output, parts = _kind_of(run), io.StringIO(), Parts()
+    config = models.load_config(run.model_path, trust_remote_code=run.settings.model.trust_remote_code)
+    kind = config.model_type
+    output = io.StringIO()
+    parts = Parts()
     section = Section("tiny twin")
     with tempfile.TemporaryDirectory(prefix="sft-twin-") as folder:
         names = {f"{folder}/base": run.model_path, f"{folder}/run": run.output_dir}
         try:
-            described = write_twin(run, Path(folder) / "base")
+            described = write_twin(run, config, Path(folder) / "base")
         except Exception as error:  # a config that can't be shrunk fails in many ways
             reason = f"{type(error).__name__}: {_to_message(error, names)}"
             report.notes.append(f"{kind}: no tiny twin can be made of this config: {reason}")
@@ -78,7 +81,7 @@ def try_on_twin(report: Report, run: Run, data: Data, guard: Guard, build_traine
             report.problems.append(f"{kind}: {parts.began[-1][0]} fails on a tiny twin: {reason}")
         finally:
             guard.stage = "loading"
-    section.table = [*parts.table(), *([part, "not tried on a CPU", ""] for part in _left_out(run))]
+    section.table = [*parts.table(), *([part, "not tried on a CPU", ""] for part in _left_out(run, config))]
     section.lines = [described, *_lines_of(output.getvalue())]
     report.sections.append(section)
 
@@ -87,7 +90,8 @@ class Parts:
     """The parts of a run that a twin goes through, with the time at which each began."""
 
     def __init__(self):
-        self.began, self.is_over = [("making it", time.monotonic())], False
+        self.began = [("making it", time.monotonic())]
+        self.is_over = False
 
     def begin(self, *names: str) -> None:
         self.began.append((", ".join(names), time.monotonic()))
@@ -101,27 +105,23 @@ class Parts:
         return [["part", "result", "seconds"], *rows, ["all", "", f"{ends[-1] - self.began[0][1]:.1f}"]]
 
 
-def _kind_of(run: Run) -> str:
-    return models.load_config(run.model_path, trust_remote_code=run.settings.model.trust_remote_code).model_type
-
-
-def write_twin(run: Run, folder: Path) -> str:
+def write_twin(run: Run, config, folder: Path) -> str:
     """Write a random twin of the run's base into a folder, with the files beside its config; return a line on it."""
-    trust = run.settings.model.trust_remote_code
-    config = shrink_config(models.load_config(run.model_path, trust_remote_code=trust), keep_vocabulary=True)
+    config = shrink_config(config, keep_vocabulary=True)
     for part in (config, config.get_text_config()):
         if hasattr(part, "quantization_config"):
             del part.quantization_config
     with torch.device("cpu"), torch.random.fork_rng(devices=[]), not_sharded():
         torch.manual_seed(0)
-        model = build_model(config, torch.float32, trust)
+        model = build_model(config, torch.float32, run.settings.model.trust_remote_code)
         with torch.no_grad():
             for weight in model.parameters():  # no weight is 0, and none hides what another does
                 weight.add_(torch.randn_like(weight), alpha=0.05)
     model.save_pretrained(folder)
     for file in _files_beside(run.model_path):
         shutil.copy(file, folder / file.name)
-    layers, size = model.config.get_text_config().num_hidden_layers, sum(p.numel() for p in model.parameters())
+    layers = model.config.get_text_config().num_hidden_layers
+    size = sum(weight.numel() for weight in model.parameters())
     return f"{type(model).__name__} with {layers} layers, {size:,} random weights"
 
 
@@ -197,14 +197,8 @@ def _go_through(run: Run, data: Data, guard: Guard, build_trainer: Callable, par
     trainer = build_trainer(run, data, guard=guard, fingerprint={}, sources=sources)
     trainer.pop_callback(PrinterCallback)
     store_base(trainer, run)
-    further = [
-        name
-        for name, has_it in (
-            ("an evaluation", trainer.args.eval_strategy != "no"),
-            ("a checkpoint", training.save_strategy != "no"),
-        )
-        if has_it
-    ]
+    further = ["an evaluation"] if trainer.args.eval_strategy != "no" else []
+    further += ["a checkpoint"] if training.save_strategy != "no" else []
     parts.begin("self-tests", "a step", *further)
     trainer.train()
     parts.begin("saving")
@@ -255,10 +249,9 @@ def _lines_of(output: str) -> list[str]:
     return [line for line in output.splitlines() if line.startswith(wanted)]
 
 
-def _left_out(run: Run) -> list[str]:
+def _left_out(run: Run, config) -> list[str]:
     """Return what of this run a CPU can't try."""
     training, flags = run.settings.training, run.settings.model
-    config = models.load_config(run.model_path, trust_remote_code=flags.trust_remote_code)
     stored = getattr(config, "quantization_config", None)
     method = stored.get("quant_method", "") if isinstance(stored, dict) else ""
     stage = (training.deepspeed or {}).get("zero_optimization", {}).get("stage", 0)

@@ -158,7 +158,7 @@ def test_adapters_and_token_rows_are_counted_as_peft_makes_them(kind, tiny_base)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model = add_lora(model, rank=4, alpha=8, dropout=0.0, plan=shape.adapters, untrained_ids=[3, 5, 7])
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    assert memory.adapter_parameters(shape, Step(lora_rank=4, lora_token_rows=3)) == trained
+    assert memory.count_trained(shape, Step(lora_rank=4, lora_token_rows=3), Plan(LORA)) == trained
 
 
 COMMON = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 128}
