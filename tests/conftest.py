@@ -1,5 +1,6 @@
 """Tiny bases, built once per session; no network is used."""
 
+import gc
 import os
 import shutil
 import signal
@@ -13,6 +14,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # several test processes share th
 
 import pytest
 import torch
+
+gc.set_threshold(100_000)  # a tenth less of the processor time
 
 # Tests send SIGINT, which a shell lets its background jobs and their children ignore.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -16,7 +16,7 @@ DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8")
 def install(tmp_path):
     """Return a function that runs .ci/install on a machine with these commands, and gives the calls in their order."""
 
-    def run(*commands: str, headers: bool) -> list[str]:
+    def run(*commands: str, headers: bool, arguments: tuple[str, ...] = ()) -> list[str]:
         machine = tmp_path / "bin"
         shutil.rmtree(machine, ignore_errors=True)
         machine.mkdir()
@@ -34,7 +34,8 @@ def install(tmp_path):
             path.chmod(0o755)
         environment = {"PATH": str(machine), "VENV": str(tmp_path / "venv")}
         shell = shutil.which("sh")
-        done = subprocess.run([shell, ROOT / ".ci" / "install"], env=environment, capture_output=True, text=True)
+        command = [shell, ROOT / ".ci" / "install", *arguments]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert (done.returncode, done.stderr) == (0, "")
         return log.read_text().replace(str(tmp_path), "…").splitlines()
 
@@ -57,6 +58,13 @@ def test_a_machine_that_has_them_needs_no_root(install):
     ]
     # The environment is used again.
     assert install("g++", "git", headers=True) == ["python -m pip install -q -r requirements.txt"]
+
+
+def test_the_system_packages_alone_make_no_environment(install):
+    assert install("git", headers=True, arguments=("system",)) == [
+        "apt-get update -qq",
+        "apt-get install -y -qq --no-install-recommends g++",
+    ]
 
 
 def test_the_dockerfile_runs_the_script_that_ci_runs():
