@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 from sft.base import ADAPTER, RUN_RECORD, base_of_adapter, check_base
 from sft.chat.batching import Decoder
+from sft.chat.rows import Request
 from sft.chat.sampling import BLOSSOM, Sampling
 from sft.chat.token_probabilities import Piece, score
 from sft.format.render import Renderer
@@ -33,6 +34,7 @@ from sft.model.load import (
     load_tokenizer,
     repair_peft,
 )
+from sft.opendata.messages import read_tools
 
 PROMPT_END_TOKENS = 16  # that may hold the start of a thought
 LONE_END = re.compile(r"</think>[ \t]*(\n|\Z)")
@@ -71,12 +73,15 @@ class Chat:
 
     def reply_batch(self, batch: Sequence[Sequence[dict]], sampling: Sampling = BLOSSOM) -> list[Reply]:
         """Reply to several conversations together."""
+        return [self.to_reply(request.ids, request.prompt) for request in self._decode(batch, sampling)]
+
+    def _decode(self, batch: Sequence[Sequence[dict]], sampling: Sampling) -> list[Request]:
         decoder = self.new_decoder()
         requests = [decoder.add(self.prompt_ids(messages), sampling) for messages in batch]
         decoder.run()
         if failed := [request.error for request in requests if request.error]:
             raise failed[0]
-        return [self.to_reply(request.ids, request.prompt) for request in requests]
+        return requests
 
     def reply_each(
         self,
@@ -110,13 +115,9 @@ class Chat:
 
     def reply_with_pieces(self, messages: Sequence[dict], sampling: Sampling = BLOSSOM) -> tuple[Reply, list[Piece]]:
         """Reply, and return the probability of each token; see `sft.chat.token_probabilities`."""
-        decoder = self.new_decoder()
-        prompt = self.prompt_ids(messages)
-        request = decoder.add(prompt, sampling)
-        decoder.run()
-        if request.error:
-            raise request.error
-        return self.to_reply(request.ids, prompt), score(self.model, self.renderer.tokenizer, prompt, request.ids)
+        [request] = self._decode([messages], sampling)
+        pieces = score(self.model, self.renderer.tokenizer, request.prompt, request.ids)
+        return self.to_reply(request.ids, request.prompt), pieces
 
     def stream_reply(
         self, messages: Sequence[dict], sampling: Sampling = BLOSSOM, stop: threading.Event | None = None
@@ -217,6 +218,26 @@ def split_thought(text: str) -> dict:
     thought = before.lstrip().removeprefix("<think>").strip()
     message = {"role": "assistant", "content": rest.strip()}
     return {**message, "reasoning_content": thought} if thought else message
+
+
+def parse_tools(text: str) -> list[dict]:
+    """Read tool definitions from JSON: a list of functions, or an object with `tools`; ValueError for other text."""
+    try:
+        found = json.loads(text)
+        return read_tools(found if isinstance(found, dict) and "tools" in found else {"tools": found})
+    except RecursionError as error:
+        raise ValueError(str(error)) from None
+
+
+def tool_result(call: dict, text: str) -> dict:
+    """Return the result of a call as a message."""
+    result = {"role": "tool", "name": call["function"]["name"], "content": text}
+    return result | ({"tool_call_id": call["id"]} if call.get("id") else {})
+
+
+def encodable(text: str) -> str:
+    """Replace lone surrogates, which can't be written, sent or tokenised, by question marks."""
+    return text.encode("utf-8", "replace").decode()
 
 
 # --- loading ------------------------------------------------------------------------------------------------------

@@ -19,10 +19,20 @@ from dataclasses import asdict
 from pathlib import Path
 
 from sft.chat.answer_file import check_output, check_questions, reply_to_file
-from sft.chat.reply import Chat, Reply, add_model_flags, find_model, load_base, load_chat, model_options
+from sft.chat.reply import (
+    Chat,
+    Reply,
+    add_model_flags,
+    encodable,
+    find_model,
+    load_base,
+    load_chat,
+    model_options,
+    parse_tools,
+    tool_result,
+)
 from sft.chat.sampling import BLOSSOM, Sampling
 from sft.chat.token_probabilities import printable, to_terminal
-from sft.opendata.messages import read_tools
 
 
 class Dialogue:
@@ -84,7 +94,7 @@ class Dialogue:
             calls = self.open_calls(name)
             if is_result and not calls:  # another model's call
                 continue
-            turn = _result(calls[0], text) if is_result else {"role": "user", "content": text}
+            turn = tool_result(calls[0], text) if is_result else {"role": "user", "content": text}
             if len(calls) > 1:
                 self.turns[name].append(turn)
                 continue
@@ -116,11 +126,6 @@ class Dialogue:
 
 def _message(reply: Reply) -> dict:
     return reply.message or {"role": "assistant", "content": reply.text}
-
-
-def _result(call: dict, text: str) -> dict:
-    result = {"role": "tool", "name": call["function"]["name"], "content": text}
-    return result | ({"tool_call_id": call["id"]} if call.get("id") else {})
 
 
 def _print_stream(chat: Chat, messages: list[dict], sampling: Sampling) -> Iterator[Reply]:
@@ -207,13 +212,8 @@ def _read_questions(dialogue: Dialogue) -> Iterator[str]:
             if not lines:
                 print()
                 return
-        if text := _encodable("\n".join(lines)).strip():
+        if text := encodable("\n".join(lines)).strip():
             yield text
-
-
-def _encodable(text: str) -> str:
-    """Replace bytes that are no text in the terminal's encoding by question marks."""
-    return text.encode("utf-8", "replace").decode()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -273,11 +273,10 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def load_tools(path: str) -> list[dict]:
-    """Read tool definitions from a JSON file: a list of functions, or an object with `tools`."""
+    """Read tool definitions from a JSON file."""
     try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
-        tools = read_tools(found if isinstance(found, dict) and "tools" in found else {"tools": found})
-    except (ValueError, RecursionError) as error:  # of JSON, or a RecordError
+        tools = parse_tools(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
         raise ValueError(f"--tools {path}: {error}") from None
     if not tools:
         raise ValueError(f"--tools {path}: holds no tool")
@@ -285,7 +284,7 @@ def load_tools(path: str) -> list[dict]:
 
 
 def _run(options: argparse.Namespace) -> None:
-    options.system = _encodable(options.system or "").strip()
+    options.system = encodable(options.system or "").strip()
     _check(options)
     sampling = Sampling(**{name: getattr(options, name) for name in asdict(Sampling())})
     model_path = options.model_path or find_model()
@@ -314,7 +313,7 @@ def _run(options: argparse.Namespace) -> None:
         show_probabilities=options.show_probabilities,
         interruptible=not options.message,
     )
-    for question in map(_encodable, options.message or ()):
+    for question in map(encodable, options.message or ()):
         print(f"> {question}", flush=True)
         dialogue.ask(question)
     if not options.message:

@@ -33,9 +33,13 @@ URL_END = re.compile(r"[.,;:!?*_~]+$")
 LINK = re.compile(r"(https?://|mailto:)", re.IGNORECASE)
 NO_ADDRESS = re.compile(r"\]\(\s*(<>)?\s*(\"[^\"]*\"|'[^']*')?\s*\)$")
 IMAGE = re.compile(r"!\[[^\]\n]*\]\([^)\n]*\)")
-OPERATOR_ITEM = re.compile(r"[ \t]*(\+[ \t]|[*-][ \t]+[\d(])")
-COMPARISON = re.compile(r"[ \t]*>[ \t]*[\d=]")
-RULE_LINE = re.compile(r"[ \t]*(-{3,}|\*\*\*|\* \* \*)[ \t]*$")
+# Lines that would begin a block in CommonMark, and are text here; inside a paragraph more of them are.
+TEXT_LINES = {
+    "list": r"\+",
+    "blockquote": r">[ \t]*[\d=]",
+    "hr": r"(?!(-{3,}|\*\*\*|\* \* \*)[ \t]*$)",
+}
+CALCULATION = r"\+[ \t]|[*-][ \t]+[\d(]"  # `+ 18` under a sum, or `* 3` in the midst of a calculation, is no bullet
 TEXT_END = re.compile(r"[*_~`\[\]!$\\]|https?://")
 NEW_BLOCK = re.compile(r"[^\s>*+\-\d|]")
 FENCE = re.compile(r"( {0,3})(`{3,}(?=[^`]*$)|~{3,})(.*)")
@@ -94,9 +98,9 @@ def _markdown() -> MarkdownIt:
     markdown.validateLink = lambda url: bool(LINK.match(url))
     block = markdown.block.ruler
     inline = markdown.inline.ruler
-    for name, keeps in (("list", _is_list), ("blockquote", _is_quote), ("hr", _is_rule)):
+    for name, text_line in TEXT_LINES.items():
         rule = next(rule for rule in block.__rules__ if rule.name == name)
-        block.at(name, _only_where(keeps, rule.fn), {"alt": rule.alt})
+        block.at(name, _unless_text(re.compile(text_line), rule.fn), {"alt": rule.alt})
     block.before("fence", "formula", _formula_block, {"alt": ["paragraph", "blockquote", "list"]})
     inline.at("text", _text)
     inline.at("link", _only_with_address(next(rule.fn for rule in inline.__rules__ if rule.name == "link")))
@@ -104,7 +108,7 @@ def _markdown() -> MarkdownIt:
         inline.push(name, rule)
     markdown.core.ruler.before("inline", "as_written", _keep_spaces)
     markdown.core.ruler.push("wrap", _wrap_texts)
-    for name in ("fence", "code_inline", "formula", "formula_block", "link_open", "list_item_open"):
+    for name in ("fence", "formula", "formula_block", "link_open", "list_item_open"):
         markdown.add_render_rule(name, globals()[f"_render_{name}"])
     return markdown
 
@@ -112,27 +116,16 @@ def _markdown() -> MarkdownIt:
 # --- blocks -------------------------------------------------------------------------------------------------------
 
 
-def _only_where(keeps: Callable[[str, bool], bool], rule: Callable) -> Callable:
-    """Return a block rule that is tried only where `keeps` (line, interrupts a paragraph) holds."""
+def _unless_text(text_line: re.Pattern, rule: Callable) -> Callable:
+    """Return a block rule that leaves some lines as text."""
 
-    def tried(state: StateBlock, start: int, end: int, silent: bool) -> bool:
+    def tried(state: StateBlock, start: int, end: int, silent: bool) -> bool:  # silent: inside a paragraph
         line = state.src[state.bMarks[start] + state.tShift[start] : state.eMarks[start]]
-        return keeps(line, silent) and rule(state, start, end, silent)
+        return not (text_line.match(line) or (silent and re.match(CALCULATION, line))) and rule(
+            state, start, end, silent
+        )
 
     return tried
-
-
-def _is_list(line: str, interrupts: bool) -> bool:
-    """`+ 18` under a sum, or `* 3` in the midst of a calculation, is no bullet."""
-    return not (line.startswith("+") or (interrupts and OPERATOR_ITEM.match(line)))
-
-
-def _is_quote(line: str, _interrupts: bool) -> bool:
-    return not COMPARISON.match(line)
-
-
-def _is_rule(line: str, _interrupts: bool) -> bool:
-    return bool(RULE_LINE.match(line))
 
 
 def _formula_block(state: StateBlock, start: int, end: int, silent: bool) -> bool:
@@ -343,10 +336,6 @@ def _render_fence(_renderer, tokens: list[Token], index: int, _options, _env) ->
     language = escape(token.info.strip().split(" ")[0][:40])
     body = f"<pre><code>{escape(token.content)}</code></pre>"
     return f'<div class="code"><span class="language">{language}</span>{body}</div>\n'
-
-
-def _render_code_inline(_renderer, tokens: list[Token], index: int, _options, _env) -> str:
-    return f"<code>{escape(tokens[index].content)}</code>"
 
 
 def _render_formula(_renderer, tokens: list[Token], index: int, _options, _env) -> str:

@@ -9,10 +9,11 @@ import json
 import logging
 import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 
 from sft.chat.batching import MAX_ACTIVE, MAX_CACHED_TOKENS, MAX_WAITING, BusyError
-from sft.chat.reply import Chat, split_thought
+from sft.chat.reply import Chat, encodable, split_thought
 from sft.chat.sampling import Sampling
 from sft.web.turns import num_questions, without_oldest
 
@@ -128,9 +129,10 @@ class RemoteError(Exception):
 
 
 class RemoteReply:
-    """A reply that a server is making."""
+    """A reply that a server is making; those before it in the queue `waiting` come first."""
 
-    def __init__(self, queue_position: Callable[["RemoteReply"], int]):
+    def __init__(self, waiting: list["RemoteReply"]):
+        self.waiting = waiting
         self.thought = ""
         self.text = ""
         self.calls: list[dict] = []
@@ -139,7 +141,6 @@ class RemoteReply:
         self.done = False
         self.error: BaseException | None = None
         self.task: asyncio.Task | None = None
-        self._queue_position = queue_position
 
     def read(self) -> tuple[dict, bool, int]:
         """Return the message up to now, whether the model ended it, and its number of tokens."""
@@ -154,7 +155,7 @@ class RemoteReply:
     @property
     def queue_position(self) -> int:
         """How many requests are before it in the queue; -1 when it is not in the queue."""
-        return self._queue_position(self)
+        return self.waiting.index(self) if self in self.waiting else -1
 
     def cancel(self) -> None:
         """Close the connection, at which the server stops."""
@@ -252,7 +253,7 @@ class RemoteModel:
         """Request a reply; called in an event loop. Raises BusyError when too many wait."""
         if self.is_full:
             raise BusyError(f"{len(self.waiting)} requests are waiting")
-        reply = RemoteReply(lambda reply: self.waiting.index(reply) if reply in self.waiting else -1)
+        reply = RemoteReply(self.waiting)
         self.waiting.append(reply)
         reply.task = asyncio.create_task(self._work(reply, partial(self._body, messages, sampling, tools)))
         return reply
@@ -269,7 +270,8 @@ class RemoteModel:
             logging.warning("%s: %s", self.base_url, type(error).__name__)
         finally:
             self.active.discard(reply)
-            self.waiting = [other for other in self.waiting if other is not reply]
+            with suppress(ValueError):
+                self.waiting.remove(reply)
             reply.done = True
 
     async def _stream(self, reply: RemoteReply, body: Callable[..., dict]) -> None:
@@ -369,8 +371,3 @@ def _describe(error: Exception) -> str:
 def neutral(text: str) -> str:
     """Break a text that looks like a control token, so that the server's tokenizer reads it as text."""
     return CONTROL.sub(lambda found: found[0] + JOINER, text)
-
-
-def encodable(text: str) -> str:
-    """Replace lone surrogates, which can't be sent or written."""
-    return text.encode("utf-8", "replace").decode()

@@ -10,7 +10,7 @@ import re
 import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
@@ -95,7 +95,7 @@ class RequestFilter:
         headers = Headers(scope=scope)
         host = headers.get("host", "")
         origin = headers.get("origin")
-        if self.hosts is not None and not (_name(host) in self.hosts or _is_address(_name(host))):
+        if self.hosts is not None and not (_name(host) in self.hosts or _parse_address(_name(host))):
             return PlainTextResponse("unknown host; with a login any name may be used", 403)
         foreign = origin is not None and urlsplit(origin).netloc != host
         if foreign or (headers.get("sec-fetch-site") == "cross-site" and headers.get("sec-fetch-mode") != "navigate"):
@@ -120,23 +120,19 @@ class RequestFilter:
     @contextmanager
     def _count_streams(self, scope, address: str) -> Iterator[None]:
         session = ""
-        opened = self.limits.open_requests
-        opened[address] += 1
         if scope["path"].endswith("/queue/data"):
             session = parse_qs(scope["query_string"].decode("latin-1")).get("session_hash", [""])[0]
-        listening = self.limits.listening
-        listening[session] += bool(session)
+        opened = Counter([address])
+        streams = Counter(filter(None, [session]))
+        self.limits.open_requests += opened
+        self.limits.listening += streams
         try:
             yield
         finally:
-            opened[address] -= 1
-            if not opened[address]:
-                del opened[address]
-            listening[session] -= bool(session)
-            if session and not listening[session]:
+            self.limits.open_requests -= opened  # a count of 0 is removed
+            self.limits.listening -= streams
+            if session and not self.limits.listening[session]:
                 self.hang_up(session)
-            if not listening[session]:
-                del listening[session]
 
 
 async def _ignore() -> None:
@@ -147,11 +143,10 @@ def _name(host: str) -> str:
     return (urlsplit(f"//{host}").hostname or "") if re.fullmatch(r"[\w.:\[\]-]+", host) else ""
 
 
-def _is_address(name: str) -> bool:
-    try:
-        return bool(ipaddress.ip_address(name))
-    except ValueError:
-        return False
+def _parse_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    with suppress(ValueError):
+        return ipaddress.ip_address(text)
+    return None
 
 
 def is_within(times: OrderedDict[str, deque], name: str, limit: int, seconds: float) -> bool:
@@ -171,11 +166,10 @@ def is_within(times: OrderedDict[str, deque], name: str, limit: int, seconds: fl
 
 def network(address: str) -> str:
     """Return an address, or the /64 of an IPv6 address, all of which a client may use."""
-    try:
-        parsed = ipaddress.ip_address(address)
-    except ValueError:
-        return address
-    return str(ipaddress.ip_network((parsed, 64), strict=False)) if parsed.version == 6 else str(parsed)
+    parsed = _parse_address(address)
+    if parsed and parsed.version == 6:
+        return str(ipaddress.ip_network((parsed, 64), strict=False))
+    return str(parsed or address)
 
 
 def is_login(auth: dict[str, str], name: str, password: str) -> bool:
@@ -200,16 +194,10 @@ def read_logins(host: str, file: str | None) -> dict[str, str] | None:
     pairs = [line.strip().partition(":") for line in text.splitlines() if line.strip()]
     if not all(name and password for name, _, password in pairs) or (file and not pairs):
         raise ValueError(f"{where} must be name:password")
-    if not pairs and not _is_own(host):
+    address = _parse_address(host)
+    if not pairs and not (host == "localhost" or (address and address.is_loopback)):
         raise ValueError(
             f"--host {host} is reachable by others: set WEB_DEMO_AUTH=name:password in the environment, "
             "or use --auth_file"
         )
     return {name: password for name, _, password in pairs} or None
-
-
-def _is_own(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

@@ -6,11 +6,12 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import gradio as gr
 
+from sft.chat.reply import encodable, parse_tools, tool_result
 from sft.chat.sampling import Sampling
-from sft.opendata.messages import read_tools
 from sft.web.text import refusal
 
 MAX_MESSAGE = 8_000  # characters of a message or of the system prompt
@@ -66,11 +67,7 @@ def to_messages(turns: Sequence[Turn], pane: int, system: str = "") -> list[dict
 def to_results(calls: Sequence[dict], text: str) -> list[dict]:
     """Return the result of each call as a message."""
     lines = [text] if len(calls) == 1 else text.splitlines()
-    return [
-        {"role": "tool", "name": call["function"]["name"], "content": line.strip()}
-        | ({"tool_call_id": call["id"]} if call.get("id") else {})
-        for call, line in zip(calls, [*lines, *[""] * len(calls)], strict=False)
-    ]
+    return [tool_result(call, line.strip()) for call, line in zip_longest(calls, lines[: len(calls)], fillvalue="")]
 
 
 def open_calls(turns: Sequence[Turn], pane: int) -> Sequence[dict]:
@@ -101,9 +98,8 @@ def to_tools(text: str, request: gr.Request | None = None) -> list[dict] | None:
     if len(text) > MAX_TOOLS:
         raise refusal(request, "too_long", limit=MAX_TOOLS)
     try:
-        found = json.loads(text)
-        return read_tools(found if isinstance(found, dict) and "tools" in found else {"tools": found}) or None
-    except (ValueError, RecursionError) as error:  # of JSON, or a RecordError
+        return parse_tools(text) or None
+    except ValueError as error:
         line = str(error).splitlines()[0][:200]
         raise refusal(request, "bad_tools", error=line) from None
 
@@ -119,8 +115,7 @@ def to_sampling(values: Sequence, request: gr.Request | None = None) -> Sampling
 
 
 def clean(text: str) -> str:
-    """Strip a text and replace lone surrogates, which no tokenizer takes."""
-    return text.strip().encode("utf-8", "replace").decode()
+    return encodable(text).strip()
 
 
 def without_oldest(messages: list[dict]) -> list[dict]:
