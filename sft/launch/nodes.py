@@ -5,14 +5,24 @@ import os
 import socket
 import sys
 import time
+from dataclasses import dataclass
 from datetime import timedelta
 
 from sft.launch.plan import NODE_TIMEOUT_SECONDS, Job, read_number
 from sft.launch.processes import LOST
-from sft.launch.supervise import EXIT_SECONDS, Problem
 
 CONNECT_SECONDS = 5  # for one attempt to reach another machine
+EXIT_SECONDS = 10  # for the other processes to notice a failure and exit by themselves
 CHECK_SECONDS = 1  # between two looks at the other machines
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Why the job fails: its exit code, a line, and how many seconds the rest may take to exit by itself."""
+
+    code: int
+    text: str
+    seconds: int = EXIT_SECONDS
 
 
 class Nodes:

@@ -40,6 +40,11 @@ LOST_RANK_SECONDS = 5.0  # to find out which rank caused the error of a collecti
 LOST_RANK_ERRORS = r"onnection (closed|reset)|gloo|NCCL|[Tt]imed out"
 
 
+def handled_signals() -> list[signal.Signals]:
+    """Return SIGNALS without an ignored SIGHUP: nohup means it, a shell that ignores SIGINT under & does not."""
+    return [number for number in SIGNALS if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
+
+
 class Stopped(Exception):
     """A signal ended the training, on all ranks at the same step, after a complete checkpoint."""
 
@@ -78,11 +83,7 @@ class Guard:
     def __enter__(self) -> "Guard":
         self._read, self._write = os.pipe()
         os.set_blocking(self._write, False)
-        # nohup ignores SIGHUP on purpose; a shell ignores SIGINT in any process started with &, without meaning it.
-        numbers = [
-            number for number in SIGNALS if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN
-        ]
-        self._handlers = {number: signal.signal(number, lambda *_: None) for number in numbers}
+        self._handlers = {number: signal.signal(number, lambda *_: None) for number in handled_signals()}
         self._wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
         self._active = True
         # Blocked while forking: else a signal to the child, before it has reset its handlers, would arrive here.

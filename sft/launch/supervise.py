@@ -5,37 +5,17 @@ import os
 import signal
 import time
 from collections import deque
-from dataclasses import dataclass
-from typing import Protocol
 
-from sft.launch.plan import GRACE_SECONDS, Job, read_number
+from sft.launch.nodes import Nodes, Problem
+from sft.launch.plan import GRACE_SECONDS, read_number
 from sft.launch.processes import STOPPED
 from sft.launch.workers import Child, say
 
-EXIT_SECONDS = 10  # for the others to notice a failure and exit by themselves
 POLL_SECONDS = 0.05
 ARGUMENT_ERROR = 2  # exit code of train.py after a mistake in the arguments, which it has printed itself
 
 
-@dataclass(frozen=True)
-class Problem:
-    """Why the job fails: its exit code, a line, and how many seconds the rest may take to exit by itself."""
-
-    code: int
-    text: str
-    seconds: int = EXIT_SECONDS
-
-
-class OtherMachines(Protocol):
-    """The launchers of the other machines (`sft.launch.nodes.Nodes`)."""
-
-    job: Job
-    failure: str
-
-    def find_problem(self) -> Problem | None: ...
-
-
-def supervise(children: list[Child], signals: deque, nodes: OtherMachines | None = None) -> int:
+def supervise(children: list[Child], signals: deque, nodes: Nodes | None = None) -> int:
     """Wait for all children and return the exit code of the job.
 
     A signal gives GRACE seconds to save a checkpoint; a failure gives the others EXIT_SECONDS.
@@ -56,7 +36,7 @@ def supervise(children: list[Child], signals: deque, nodes: OtherMachines | None
         # A killed process comes first: the others' errors follow from that.
         failed += sorted((c for c in ended if not _is_in_order(c.code, passed_on)), key=lambda c: c.code)
         elsewhere = nodes.find_problem() if nodes else None
-        if problem is None and (problem := _problem_of(failed) or elsewhere):
+        if problem is None and (problem := _find_problem(failed) or elsewhere):
             deadline = time.monotonic() + problem.seconds
             if not failed:
                 say(problem.text)
@@ -79,7 +59,7 @@ def _exit_code(code: int) -> int:
     return 128 - code if code < 0 else code
 
 
-def _problem_of(failed: list[Child]) -> Problem | None:
+def _find_problem(failed: list[Child]) -> Problem | None:
     return Problem(_exit_code(failed[0].code), failed[0].ending()) if failed else None
 
 

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sft.launch.plan import Job
-from sft.launch.processes import SIGNALS
+from sft.launch.processes import handled_signals
+from sft.workers import PR_SET_PDEATHSIG
 
-PR_SET_PDEATHSIG = 1
 MIN_LOCK_AGE_SECONDS = 5
 MIN_SHARED_LOCK_AGE_SECONDS = 600
 
@@ -92,11 +92,10 @@ def start_process(name: str, command: Sequence[str], environment: dict, *, stdin
 
 
 def collect_signals() -> deque:
-    """Queue signals instead of ending; HUP stays ignored under nohup, INT does not in the background of a shell."""
+    """Queue signals instead of ending."""
     signals: deque = deque()
-    for number in SIGNALS:
-        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, lambda received, _frame: signals.append(received))
+    for number in handled_signals():
+        signal.signal(number, lambda received, _frame: signals.append(received))
     return signals
 
 
