@@ -2,20 +2,30 @@
 
 import contextlib
 import functools
-import hashlib
+import itertools
 import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from sft.files import exchange, lock_stream, move_files, open_whole, sync_folder
-from sft.opendata.cleaning import RULES, NearDuplicates, Outcome, process_piece
-from sft.opendata.fields import check_choices
+from sft.files import LinesFile, exchange, lock_stream, move_files, open_whole, sync_folder
+from sft.opendata.cleaning import (
+    RULES,
+    NearDuplicates,
+    band_keys,
+    clean,
+    digest_conversation,
+    is_held_out,
+    shingles,
+)
+from sft.opendata.conversation import read_record
+from sft.opendata.decoding import parse_record
+from sft.opendata.fields import FieldCounts, NotChosen, RecordError, check_choices
 from sft.opendata.files import (
     EVAL,
     LEDGER,
@@ -25,19 +35,97 @@ from sft.opendata.files import (
     Source,
     Work,
     check_sources,
+    count_bytes,
     find_skipped,
     map_pieces,
     resolve_inputs,
 )
+from sft.opendata.records import RawRecord, WrongCut
 from sft.workers import Workers, choose_num_workers
 
 STAGING, LOCK, SPILL = ".opendata.tmp", "lock", "samples"
+
+
+# --- From raw records to outcomes: the work of a worker process
+
+
+class Kept(NamedTuple):
+    """A record that is kept: `line` is the JSON to write, newline and all."""
+
+    line: bytes
+    digest: int
+    in_eval: bool
+    num_characters: int
+    changed: tuple[str, ...]
+    band_keys: tuple[int, ...]
+
+
+class Reject(NamedTuple):
+    """A record that is lost. `kind` is malformed or cleaning; `line` is the JSON to write."""
+
+    kind: str
+    reason: str
+    line: bytes
+
+
+class Outcomes(NamedTuple):
+    """The fates of the records of a piece. `kept` has a column for each field of Kept: rows take longer to pickle."""
+
+    kept: Kept
+    rejects: list[Reject]
+    counts: FieldCounts
+
+
+def process_piece(
+    task: Work, *, rules: Collection[str], reading: dict[str, str | None], eval_share: float, near: bool
+) -> Outcomes | None:
+    """Read, clean and serialise the records of a piece of a file; None for a range that was wrongly cut."""
+    counts = FieldCounts()
+    options = {"source": task.name, "counts": counts, **reading}
+    try:
+        found = [_process(raw, options, rules, eval_share, near) for raw in task.split()]
+    except WrongCut:
+        return None
+    rejects = [outcome for outcome in found if isinstance(outcome, Reject)]
+    kept = [outcome for outcome in found if isinstance(outcome, Kept)] if rejects else found
+    columns = zip(*kept, strict=True) if kept else [()] * len(Kept._fields)
+    return Outcomes(Kept(*map(list, columns)), rejects, counts)
+
+
+def _process(raw: RawRecord, options: dict, rules: Collection[str], eval_share: float, near: bool) -> Kept | Reject:
+    kind = "malformed"
+    try:
+        if raw.error:
+            raise raw.error
+        record = parse_record(raw.raw) if raw.record is None else raw.record
+        conversation = read_record(record, line=raw.place, **options)
+        kind = "cleaning"
+        conversation["messages"], changed = clean(conversation["messages"], rules)
+    except RecordError as error:
+        kind = "cleaning" if isinstance(error, NotChosen) else kind
+        reject = {"file": options["source"], "line": raw.line, "kind": kind, "reason": error.reason}
+        # Escapes keep what is no text: undecodable bytes and lone surrogates.
+        line = _encode(reject | {"message": str(error), "raw": raw.raw}, ensure_ascii=True)
+        return Reject(kind, error.reason, line)
+    return Kept(
+        line=_encode(conversation),
+        digest=digest_conversation(conversation),
+        in_eval=is_held_out(conversation, eval_share),
+        num_characters=sum([len(message["content"]) for message in conversation["messages"]]),
+        changed=tuple(changed),
+        band_keys=band_keys(shingles(conversation)) if near else (),
+    )
+
+
+def _encode(value: dict, *, ensure_ascii: bool = False) -> bytes:
+    return f"{json.dumps(value, ensure_ascii=ensure_ascii)}\n".encode()
 
 
 # --- The ledger of a file
 
 
 COUNTED = ("train", "eval", "duplicates", "near_duplicates", "not_sampled")
+NAMES = {"train": TRAIN, "eval": EVAL}  # of the files that conversations are written to
 
 
 @dataclass
@@ -52,16 +140,17 @@ class FileLedger:
     not_read: Counter = field(default_factory=Counter)
     lengths: Counter = field(default_factory=Counter)
 
-    def count(self, outcome: Outcome, where: str) -> None:
-        """Add one outcome; `where` is train, eval, duplicates, near_duplicates, malformed or cleaning."""
-        self.counts["in"] += 1
-        if where in ("malformed", "cleaning"):
-            (self.rejected if where == "malformed" else self.dropped)[outcome.reason] += 1
-            return
-        self.counts[where] += 1
-        if where in ("train", "eval"):
-            self.changed.update(outcome.changed)
-            self.lengths[outcome.num_characters] += 1
+    def count(self, found: Outcomes, ways: Sequence[str]) -> None:
+        """Add the outcomes of a piece; `ways` says of each kept record: train, eval, duplicates or near_duplicates."""
+        written = [way in ("train", "eval") for way in ways]
+        self.counts["in"] += len(ways) + len(found.rejects)
+        self.counts.update(ways)
+        self.lengths.update(itertools.compress(found.kept.num_characters, written))
+        self.changed.update(itertools.chain(*itertools.compress(found.kept.changed, written)))
+        for reject in found.rejects:
+            (self.rejected if reject.kind == "malformed" else self.dropped)[reject.reason] += 1
+        self.notes.update(found.counts.notes)
+        self.not_read.update(found.counts.unread)
 
     def __add__(self, other: "FileLedger") -> "FileLedger":
         return FileLedger(
@@ -128,7 +217,7 @@ def build_opendata(
     settings = {"max_rejected": max_rejected, "near_duplicates": near_duplicates, "encoding": encoding, "seed": seed}
     settings |= {"eval_share": eval_share, **reading, "rules": rules}
     make_function = functools.partial(functools.partial, process_piece, **options)
-    num_workers = choose_num_workers(workers, _count_bytes(sources))
+    num_workers = choose_num_workers(workers, count_bytes(sources))
     with _staging(output) as folder, Workers(num_workers, make_function) as started:
         staged = _StagedFiles(folder, sources, near_duplicates)
         _read_sources(sources, started, staged, seed=seed, encoding=encoding)
@@ -137,13 +226,6 @@ def build_opendata(
             raise ValueError("\n".join(mistakes))
         _move_into_place(folder, targets, json.dumps(ledger, ensure_ascii=False, indent=2, sort_keys=True) + "\n")
     return ledger
-
-
-def _count_bytes(sources: list[Source]) -> int:
-    """Bytes of the sources on this machine, and enough for any number of workers where one is elsewhere."""
-    if any(source.open_file for source in sources):
-        return sys.maxsize
-    return sum(os.path.getsize(source.path) for source in sources)
 
 
 def _check_settings(
@@ -219,26 +301,6 @@ def _move_into_place(folder: str, targets: dict[str, str], ledger: str) -> None:
     sync_folder(Path(targets[LEDGER]).parent)
 
 
-class _Writer:
-    """A file written to a staging folder, with its digest."""
-
-    def __init__(self, folder: str, name: str):
-        self.file = open(os.path.join(folder, name), "w+b")  # noqa: SIM115
-        self.sha256 = hashlib.sha256()
-        self.num_records = 0
-        self.num_bytes = 0
-
-    def write(self, line: bytes) -> None:
-        self.file.write(line)
-        self.sha256.update(line)
-        self.num_records += 1
-        self.num_bytes += len(line)
-
-    def close(self) -> dict[str, Any]:
-        self.file.close()
-        return {"records": self.num_records, "bytes": self.num_bytes, "sha256": self.sha256.hexdigest()}
-
-
 class _StagedFiles:
     """The files that a run writes into `folder`, the ledgers of its sources, and the first record of each reason."""
 
@@ -246,30 +308,41 @@ class _StagedFiles:
         self.folder = Path(folder)
         self.ledgers = {source.name: FileLedger() for source in sources}
         self._first: dict[str, str] = {}
-        self._writers = {name: _Writer(folder, name) for name in (TRAIN, EVAL, REJECTS)}
+        self._writers = {name: LinesFile(self.folder / name) for name in (TRAIN, EVAL, REJECTS)}
         self._digests: set[int] = set()
         self._near = None if near_duplicates is None else NearDuplicates(near_duplicates)
 
-    def add(self, source_name: str, outcome: Outcome) -> None:
-        """Write an outcome where it belongs, and count it."""
-        self.ledgers[source_name].count(outcome, self._write(outcome))
-        if outcome.reason and outcome.reason not in self._first:
-            reject = json.loads(outcome.line)
-            self._first[outcome.reason] = f"{source_name} line {reject['line']}: {reject['message']}"
+    def add(self, source_name: str, found: Outcomes) -> None:
+        """Write the outcomes of a piece where they belong, and count them."""
+        self._writers[REJECTS].write([reject.line for reject in found.rejects])
+        for reason, line in ((reject.reason, reject.line) for reject in found.rejects):
+            if reason not in self._first:
+                reject = json.loads(line)
+                self._first[reason] = f"{source_name} line {reject['line']}: {reject['message']}"
+        self.ledgers[source_name].count(found, self._write(found))
 
-    def _write(self, outcome: Outcome) -> str:
-        """Return what the outcome counts as."""
-        if outcome.kind != "kept":
-            self._writers[REJECTS].write(outcome.line)
-            return outcome.kind
-        if outcome.digest in self._digests:
-            return "duplicates"
-        self._digests.add(outcome.digest)
-        writer = self._writers[EVAL if outcome.in_eval else TRAIN]
-        if self._near and self._near.find_or_add(outcome.band_keys, outcome.line, writer.file, writer.num_bytes):
-            return "near_duplicates"
-        writer.write(outcome.line)
-        return "eval" if outcome.in_eval else "train"
+    def _write(self, found: Outcomes) -> list[str]:
+        """Write the conversations that are no duplicates; return what each counts as."""
+        kept = found.kept
+        ways = ["eval" if in_eval else "train" for in_eval in kept.in_eval]
+        for number, digest in enumerate(kept.digest):
+            if digest in self._digests:
+                ways[number] = "duplicates"
+                continue
+            self._digests.add(digest)
+            if self._near:
+                writer = self._writers[NAMES[ways[number]]]
+                line = kept.line[number]
+                if self._near.find_or_add(kept.band_keys[number], line, writer.file, writer.num_bytes):
+                    ways[number] = "near_duplicates"
+                else:
+                    writer.write([line])
+        if not self._near:
+            for way, name in NAMES.items():
+                self._writers[name].write(
+                    [line for line, its_way in zip(kept.line, ways, strict=True) if its_way == way]
+                )
+        return ways
 
     def close(self) -> dict[str, Any]:
         """Close the files; return the part of the ledger that tells what was read and written."""
@@ -295,14 +368,11 @@ def _read_sources(sources: list[Source], workers: Workers, staged: _StagedFiles,
         samples = Samples(sources, spill, seed=seed, encoding=encoding)
         parse = workers.num_workers == 1
         tasks = (Work(source.name, piece) for source in sources for piece in samples.cut(source, parse=parse))
-        for (name, _piece), (outcomes, counts) in map_pieces(workers, tasks):
-            staged.ledgers[name].notes.update(counts.notes)
-            staged.ledgers[name].not_read.update(counts.unread)
-            for outcome in outcomes:
-                staged.add(name, outcome)
+        for (name, _piece), found in map_pieces(workers, tasks):
+            staged.add(name, found)
             if progress:
                 progress.set_postfix_str(name, refresh=False)
-                progress.update(len(outcomes))
+                progress.update(len(found.kept.line) + len(found.rejects))
     for name, num in samples.num_left_out.items():
         staged.ledgers[name].counts.update({"in": num, "not_sampled": num})
 

@@ -10,13 +10,11 @@ import re
 import unicodedata
 from array import array
 from collections.abc import Collection, Iterator
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
-from sft.opendata.conversation import Conversation, Message, read_record, validate
-from sft.opendata.decoding import parse_record
-from sft.opendata.fields import FieldCounts, NotChosen, RecordError
-from sft.opendata.files import Work, hash_to_share
-from sft.opendata.records import RawRecord, WrongCut
+from sft.opendata.conversation import Conversation, Message, validate
+from sft.opendata.fields import RecordError
+from sft.opendata.files import hash_to_share
 
 
 def strip_edges(messages: list[Message]) -> list[Message]:
@@ -334,64 +332,10 @@ class NearDuplicates:
         return len(grams & other) / len(grams | other)
 
 
-# --- From raw records to outcomes: the work of a worker process
+# --- The held-out split
 
 
-class Outcome(NamedTuple):
-    """The fate of a record. `kind` is kept, malformed or cleaning; `line` is the JSON to write, newline and all."""
-
-    kind: str
-    line: bytes
-    reason: str = ""
-    digest: int = 0
-    in_eval: bool = False
-    num_characters: int = 0
-    changed: tuple[str, ...] = ()
-    band_keys: tuple[int, ...] = ()
-
-
-def process_piece(
-    task: Work, *, rules: Collection[str], reading: dict[str, str | None], eval_share: float, near: bool
-) -> tuple[list[Outcome], FieldCounts] | None:
-    """Read, clean and serialise the records of a piece of a file; None for a range that was wrongly cut."""
-    counts = FieldCounts()
-    options = {"source": task.name, "counts": counts, **reading}
-    try:
-        return [_process(raw, options, rules, eval_share, near) for raw in task.split()], counts
-    except WrongCut:
-        return None
-
-
-def _process(raw: RawRecord, options: dict, rules: Collection[str], eval_share: float, near: bool) -> Outcome:
-    kind = "malformed"
-    try:
-        if raw.error:
-            raise raw.error
-        record = parse_record(raw.raw) if raw.record is None else raw.record
-        conversation = read_record(record, line=raw.place, **options)
-        kind = "cleaning"
-        conversation["messages"], changed = clean(conversation["messages"], rules)
-    except RecordError as error:
-        kind = "cleaning" if isinstance(error, NotChosen) else kind
-        reject = {"file": options["source"], "line": raw.line, "kind": kind, "reason": error.reason}
-        # Escapes keep what is no text: undecodable bytes and lone surrogates.
-        return Outcome(kind, _encode(reject | {"message": str(error), "raw": raw.raw}, ensure_ascii=True), error.reason)
-    return Outcome(
-        kind="kept",
-        line=_encode(conversation),
-        digest=digest_conversation(conversation),
-        in_eval=_is_held_out(conversation, eval_share),
-        num_characters=sum(len(message["content"]) for message in conversation["messages"]),
-        changed=tuple(changed),
-        band_keys=band_keys(shingles(conversation)) if near else (),
-    )
-
-
-def _encode(value: dict, *, ensure_ascii: bool = False) -> bytes:
-    return f"{json.dumps(value, ensure_ascii=ensure_ascii)}\n".encode()
-
-
-def _is_held_out(conversation: Conversation, eval_share: float) -> bool:
+def is_held_out(conversation: Conversation, eval_share: float) -> bool:
     """Return whether the first question puts a conversation into the held-out split.
 
     The split depends on that text alone: it stays when data is added, and no prompt is on both sides.

@@ -7,6 +7,7 @@ import heapq
 import os
 import pickle
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -301,6 +302,13 @@ def check_sources(sources: list[Source], encoding: str) -> list[str]:
         except ValueError as error:
             mistakes.append(str(error))
     return mistakes
+
+
+def count_bytes(sources: list[Source]) -> int:
+    """Bytes of the sources on this machine, and enough for any number of workers where one is elsewhere."""
+    if any(source.open_file for source in sources):
+        return sys.maxsize
+    return sum(os.path.getsize(source.path) for source in sources)
 
 
 def split_source(source: Source, encoding: str) -> Iterator[RawRecord]:
