@@ -40,12 +40,17 @@ TEXT_LINES = {
     "hr": r"(?!(-{3,}|\*\*\*|\* \* \*)[ \t]*$)",
 }
 CALCULATION = r"\+[ \t]|[*-][ \t]+[\d(]"  # `+ 18` under a sum, or `* 3` in the midst of a calculation, is no bullet
-TEXT_END = re.compile(r"[*_~`\[\]!$\\]|https?://")
+TEXT = re.compile(r"(?:[^*_~`\[\]!$\\h]|h(?!ttps?://))+")
+MARK = re.compile(r"\*+|_+|~+")
 NEW_BLOCK = re.compile(r"[^\s>*+\-\d|]")
 FENCE = re.compile(r"( {0,3})(`{3,}(?=[^`]*$)|~{3,})(.*)")
 MARKS = re.compile(r"[*_~`\[\]$]|\\\(")
 MAX_BLOCK = 50_000  # characters
 MAX_MARKS = 2_000  # of a block: reading it takes time in the square of them
+TAGS = {
+    **{"*": ["em"], "**": ["strong"], "***": ["em", "strong"], "~~": ["s"]},
+    **{"_": ["em"], "__": ["strong"], "___": ["em", "strong"]},
+}
 FORMULAS = {"$$": "$$", r"\[": r"\]", r"\(": r"\)"}
 
 
@@ -102,9 +107,9 @@ def _markdown() -> MarkdownIt:
         rule = next(rule for rule in block.__rules__ if rule.name == name)
         block.at(name, _unless_text(re.compile(text_line), rule.fn), {"alt": rule.alt})
     block.before("fence", "formula", _formula_block, {"alt": ["paragraph", "blockquote", "list"]})
-    inline.at("text", _text)
+    inline.at("text", _as_text(TEXT))
     inline.at("link", _only_with_address(next(rule.fn for rule in inline.__rules__ if rule.name == "link")))
-    for name, rule in (("formula", _formula), ("image_text", _image_text), ("mark", _mark), ("url", _url)):
+    for name, rule in (("formula", _formula), ("image_text", _as_text(IMAGE)), ("mark", _mark), ("url", _url)):
         inline.push(name, rule)
     markdown.core.ruler.before("inline", "as_written", _keep_spaces)
     markdown.core.ruler.push("wrap", _wrap_texts)
@@ -167,95 +172,80 @@ def _wrap_texts(state: StateCore) -> None:
 # --- text ---------------------------------------------------------------------------------------------------------
 
 
-def _text(state: StateInline, silent: bool) -> bool:
-    """Take the text up to the next character that may be a mark."""
-    found = TEXT_END.search(state.src, state.pos, state.posMax)
-    end = found.start() if found else state.posMax
-    if end == state.pos:
-        return False
-    if not silent:
-        state.pending += state.src[state.pos : end]
-    state.pos = end
-    return True
+def _as_text(pattern: re.Pattern) -> Callable:
+    """Return an inline rule that takes what a pattern matches as text."""
+
+    def take(state: StateInline, silent: bool) -> bool:
+        found = pattern.match(state.src, state.pos, state.posMax)
+        if found:
+            state.pos = found.end()
+            state.pending += found[0] if not silent else ""
+        return bool(found)
+
+    return take
 
 
 def _mark(state: StateInline, silent: bool) -> bool:
     """Read emphasis (`*`, `**`, `***`, `_`, …) and `~~strikethrough~~`; a run that is no mark is text as a whole."""
-    start = state.pos
-    marker = state.src[start]
-    if marker not in "*_~":
+    found = MARK.match(state.src, state.pos, state.posMax)
+    if not found:
         return False
-    run = _run(state, start)
-    close = _closing(state, start, run) if run <= 3 and not (marker == "~" and run != 2) else None
+    mark = found[0]
+    close = _find_closing(state, found.start(), mark) if mark in TAGS else None
     if close is None:
-        if not silent:
-            state.pending += marker * run
-        state.pos = start + run
+        state.pending += mark if not silent else ""
+        state.pos = found.end()
         return True
     if not silent:
-        _push_marked(state, start + run, close, marker, run)
-    state.pos = close + run
+        _push_marked(state, found.end(), close, TAGS[mark])
+    state.pos = close + len(mark)
     return True
 
 
-def _run(state: StateInline, position: int) -> int:
-    marker = state.src[position]
-    end = position
-    while end < state.posMax and state.src[end] == marker:
-        end += 1
-    return end - position
-
-
-def _closing(state: StateInline, start: int, run: int) -> int | None:
+def _find_closing(state: StateInline, start: int, mark: str) -> int | None:
     """Return where the mark that begins at `start` is closed, code and links left out."""
     source = state.src
-    marker = state.src[start]
-    inner = start + run
-    before = BEFORE_BOLD if run > 1 and marker != "_" else BEFORE
+    inner = start + len(mark)
+    is_bold = mark in ("**", "***", "~~")
+    before = BEFORE_BOLD if is_bold else BEFORE
+    unclosed = (state.posMax, mark)
     if inner >= state.posMax or source[inner].isspace() or not before.search(source[max(0, start - 1) : start]):
         return None
-    unclosed = (state.posMax, marker, run)
     if unclosed in state.cache:  # an earlier scan has reached the end
         return None
-    found = _find_closing(state, inner, run)
+    found = _scan_to_closing(state, inner, mark, AFTER_BOLD if is_bold else AFTER)
     if found is None:
         state.cache[unclosed] = inner
-    elif _is_emphasis(source[inner:found], marker, run):
+    elif _is_emphasis(source[inner:found], mark):
         return found
     return None
 
 
-def _find_closing(state: StateInline, inner: int, run: int) -> int | None:
+def _scan_to_closing(state: StateInline, inner: int, mark: str, after: re.Pattern) -> int | None:
     source = state.src
-    marker = state.src[inner - 1]
-    after = AFTER_BOLD if run > 1 and marker != "_" else AFTER
     old = state.pos
     state.pos = inner
     found = None
     while state.pos < state.posMax and found is None:
-        position = state.pos
-        if source[position] == marker:
-            length = _run(state, position)
-            if length == run and not source[position - 1].isspace() and after.match(source[position + run :][:1]):
-                found = position
-            state.pos += length
-        elif source[position] in "*_~":
-            state.pos += _run(state, position)
-        else:
+        run = MARK.match(source, state.pos, state.posMax)
+        if not run:
             state.md.inline.skipToken(state)
+            continue
+        state.pos = run.end()
+        if run[0] == mark and not source[run.start() - 1].isspace() and after.match(source[run.end() : run.end() + 1]):
+            found = run.start()
     state.pos = old
     return found
 
 
-def _is_emphasis(content: str, marker: str, run: int) -> bool:
+def _is_emphasis(content: str, mark: str) -> bool:
     """`__init__` is a name and `*3*` an operand; `**24**` and `*really*` are emphasised."""
-    if marker == "_":
+    if mark[0] == "_":
         return not IDENTIFIER.fullmatch(content)
-    return bool(content) and (run > 1 or bool(LETTER.search(content)))
+    return bool(content) and (len(mark) > 1 or bool(LETTER.search(content)))
 
 
-def _push_marked(state: StateInline, start: int, end: int, marker: str, run: int) -> None:
-    tags = ["s"] if marker == "~" else {1: ["em"], 2: ["strong"], 3: ["em", "strong"]}[run]
+def _push_marked(state: StateInline, start: int, end: int, tags: list[str]) -> None:
     for tag in tags:
         state.push(f"{tag}_open", tag, 1)
     old = state.posMax
@@ -300,17 +290,6 @@ def _only_with_address(rule: Callable) -> Callable:
         return False
 
     return tried
-
-
-def _image_text(state: StateInline, silent: bool) -> bool:
-    """Keep an image as text: nothing is loaded from another host."""
-    found = IMAGE.match(state.src, state.pos, state.posMax)
-    if not found:
-        return False
-    if not silent:
-        state.pending += found[0]
-    state.pos = found.end()
-    return True
 
 
 def _url(state: StateInline, silent: bool) -> bool:
