@@ -9,7 +9,6 @@ base; a copy in another precision, quantised or in other shards is another one.
 import hashlib
 import json
 import os
-import queue
 import re
 import sys
 import threading
@@ -90,29 +89,28 @@ def hash_config(path: Path) -> str:
 
 
 def hash_in_threads(files: Sequence[Path], cache: Path) -> list[str]:
-    """Return the sha256 of each file, several at a time, in threads that an exit doesn't wait for."""
-    waiting = queue.SimpleQueue()
-    found = [Future() for _file in files]
-    for file, future in zip(files, found, strict=True):
-        waiting.put((file, future))
+    """Return the sha256 of each file, several at a time."""
+    free_threads = threading.Semaphore(min(MAX_HASH_THREADS, max(2, os.cpu_count() or 2)))
+
+    def hash_file(file: Path) -> str:
+        with free_threads:
+            return hash_once(file, cache)
+
+    return [future.result() for future in [start_thread(hash_file, file) for file in files]]
+
+
+def start_thread(function: Callable, *arguments, **options) -> Future:
+    """Call a function in a thread that an exit doesn't wait for; return the future of its result."""
+    future = Future()
 
     def work() -> None:
-        with suppress(queue.Empty):
-            while True:
-                file, future = waiting.get_nowait()
-                complete(future, hash_once, file, cache)
+        try:
+            future.set_result(function(*arguments, **options))
+        except BaseException as error:
+            future.set_exception(error)
 
-    for _thread in range(min(len(files), MAX_HASH_THREADS, max(2, os.cpu_count() or 2))):
-        threading.Thread(target=work, daemon=True).start()
-    return [future.result() for future in found]
-
-
-def complete(future: Future, function: Callable, *arguments, **options) -> None:
-    """Put what a function returns or raises into a future."""
-    try:
-        future.set_result(function(*arguments, **options))
-    except BaseException as error:
-        future.set_exception(error)
+    threading.Thread(target=work, daemon=True).start()
+    return future
 
 
 def hash_once(file: Path, cache: Path) -> str:
@@ -155,11 +153,8 @@ class BaseIdentity:
         self._future: Future | None = None
 
     def start(self) -> None:
-        """Hash in a thread that an exit doesn't wait for; on the one rank that saves."""
-        self._future = Future()
-        arguments = (self._future, identify_base, self._model)
-        options = {"cache_dir": self._cache_dir}
-        threading.Thread(target=complete, args=arguments, kwargs=options, daemon=True).start()
+        """Hash in the background, on the one rank that saves."""
+        self._future = start_thread(identify_base, self._model, cache_dir=self._cache_dir)
 
     def wait(self) -> dict | None:
         """Return the identity; None, after a line that says so, where it can't be found."""

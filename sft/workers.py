@@ -91,7 +91,8 @@ class _Worker:
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
             theirs.close()
-        self.socket, self.tasks = Connection(ours.detach()), deque()
+        self.socket = Connection(ours.detach())
+        self.tasks = deque()
         with contextlib.suppress(OSError):  # it has ended already; the first task says so
             self.socket.send_bytes(setup)
 
@@ -109,7 +110,8 @@ class Workers:
     """
 
     def __init__(self, num_workers: int, make_function: Callable[[], Callable[[Task], Any]]):
-        self.num_workers, self._make_function = num_workers, make_function
+        self.num_workers = num_workers
+        self._make_function = make_function
         self._setup = pickle.dumps(make_function) if num_workers > 1 else b""
         self._function: Callable | None = None
         self._workers: list[_Worker] = []
@@ -207,7 +209,8 @@ def serve(descriptor: int) -> None:
 
     if sys.platform == "linux":  # at once, also inside a call that lasts; elsewhere `_receive_tasks` ends the process
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    parent, tasks = Connection(descriptor), queue.SimpleQueue()
+    parent = Connection(descriptor)
+    tasks = queue.SimpleQueue()
     setup = parent.recv_bytes()
     threading.Thread(target=_receive_tasks, args=(parent, tasks), daemon=True).start()
     try:

@@ -7,6 +7,7 @@ file, for a share of them.
 import json
 import urllib.request
 from collections.abc import Iterable, Sequence
+from contextlib import closing
 from pathlib import Path
 
 from sft.chat.reply import Chat
@@ -143,7 +144,7 @@ def compare_with_llama_cpp(chat: Chat, path: Path, outtype: str) -> str:
         server = LlamaServer(path, context)
     except (ValueError, RuntimeError, OSError) as error:
         raise ValueError(f"llama.cpp can't load the file: {error}") from None
-    try:
+    with closing(server):
         problems = [
             *_find_other_ids(chat, server, prompts),
             *_find_other_ends(chat, server),
@@ -152,8 +153,6 @@ def compare_with_llama_cpp(chat: Chat, path: Path, outtype: str) -> str:
         if problems:
             raise ValueError(f"llama.cpp and transformers read the model differently: {'; '.join(problems[:3])}")
         equal, tied, total = count_equal_tokens(chat, server, prompts, MAX_TIE[outtype])
-    finally:
-        server.close()
     result = f"{equal} of {total} greedy tokens equal in llama.cpp and transformers, {tied} more tied"
     if (equal + tied) / total < MIN_AGREEMENT[outtype]:
         raise ValueError(f"{outtype}: only {result}; at least {MIN_AGREEMENT[outtype]:.0%} must be")

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -59,10 +60,10 @@ def activations(shape: Shape, step: Step, plan: Plan) -> Activations | None:
 @lru_cache(256)
 def _activations(shape: Shape, step: Step, lora: bool, spread: bool) -> Activations | None:
     settings = shape.config.get_text_config().to_dict()
-    kinds, chosen = kinds_of_layers(settings), choose_layers(settings, 2)
+    kinds = kinds_of_layers(settings)
+    chosen = choose_layers(settings, 2)
     if len(chosen) > MAX_TRACED_LAYERS:
         chosen = choose_layers(settings, 1)
-    places = {kinds[layer]: place for place, layer in enumerate(chosen)}
     if chosen[-1] + 1 < len(kinds):  # the last layer of a model frees less than the others
         chosen.append(chosen[-1] + 1)
     trace = _trace(shape, chosen, step, lora, spread)
@@ -74,8 +75,7 @@ def _activations(shape: Shape, step: Step, lora: bool, spread: bool) -> Activati
     return trace.add_up_offloaded(layers) if step.activation_offload and step.checkpointing else trace.add_up(layers)
 
 
-@dataclass
-class Trace:
+class Trace(NamedTuple):
     """Bytes of a model of a few layers; the last number of each list is that of what comes after the layers.
 
     `before` the first layer, `kept` by each in the forward pass; `begin` of the backward pass of the first layer,
@@ -92,7 +92,8 @@ class Trace:
         """Walk a model whose layers are those at these places of the trace."""
         layers = [*layers, len(self.kept) - 1]
         forward = self.before + sum(self.kept[place] for place in layers)
-        live, last = self.begin, self.begin + self.rise[layers[0]]
+        live = self.begin
+        last = self.begin + self.rise[layers[0]]
         most = max(forward, last)
         for place in layers[1:]:
             live += self.freed[place]
@@ -101,7 +102,8 @@ class Trace:
 
     def add_up_offloaded(self, layers: Sequence[int]) -> Activations:
         """As `add_up`, where the input of each layer waits in the machine's memory for its backward pass."""
-        forward, last = self.before + self.kept[-1], self.begin + self.rise[layers[0]]
+        forward = self.before + self.kept[-1]
+        last = self.begin + self.rise[layers[0]]
         most = self.begin + max(self.rise[place] for place in (*layers, -1))
         return Activations(forward, max(forward, most), last, sum(self.kept[place] for place in layers))
 
@@ -126,14 +128,13 @@ def _trace(shape: Shape, layers: Sequence[int], step: Step, lora: bool, spread: 
     if short is None or longer is None:
         return None
 
-    def extend(small: int, large: int) -> int:
+    def extend(small, large):
+        """Return a number, or each of a list, at so many tokens, from those at the two sizes."""
+        if isinstance(small, list):
+            return list(map(extend, small, large))
         return small + (large - small) * (tokens - sizes[0]) // (sizes[1] - sizes[0])
 
-    kept, rise, freed = (
-        [extend(*pair) for pair in zip(getattr(short, name), getattr(longer, name), strict=True)]
-        for name in ("kept", "rise", "freed")
-    )
-    return Trace(extend(short.before, longer.before), kept, extend(short.begin, longer.begin), rise, freed)
+    return Trace(*map(extend, short, longer))
 
 
 def _has_mixers(shape: Shape, layers: tuple[int, ...], step: Step) -> bool:

@@ -40,7 +40,7 @@ from sft.preview.memory import (
 )
 from sft.preview.report import Report, Section, show_report
 from sft.preview.shape import FULL, LORA, ONE, QLORA, ZERO2, ZERO3, Plan, Shape, Step, read_shape
-from sft.preview.twin import try_on_twin
+from sft.preview.twin import optimizer_name, try_on_twin
 from sft.train.setup import (
     Data,
     Gpus,
@@ -119,7 +119,7 @@ def describe_run(report: Report, run: Run, rows: TrainingRows, trained: np.ndarr
 
     Returns the number of steps, and the bytes that one takes.
     """
-    flags, training = run.settings.model, run.settings.training
+    flags = run.settings.model
     config = models.load_config(run.model_path, trust_remote_code=flags.trust_remote_code)
     steps = describe_steps(report, run, rows, model_type=config.model_type)
     how = {"variant": flags.lora_variant, "router": flags.lora_router, "dropout": flags.lora_dropout}
@@ -129,9 +129,10 @@ def describe_run(report: Report, run: Run, rows: TrainingRows, trained: np.ndarr
     if flags.lora:
         lines = [f"{shape.adapters.share:.1%} of the layers' weights are adapted", *shape.adapters.notes]
         report.sections.append(Section("adapters", shape.adapters.table(), lines))
-    gpus = find_gpus(training.gpu)
-    step, plan = _heaviest_step(run, rows, trained, on_gpu=gpus.on_gpu), _plan_of(run)
-    report.notes += find_uncounted_optimizer(str(getattr(training.optim, "value", training.optim)))
+    gpus = find_gpus(run.settings.training.gpu)
+    step = _heaviest_step(run, rows, trained, on_gpu=gpus.on_gpu)
+    plan = _plan_of(run)
+    report.notes += find_uncounted_optimizer(optimizer_name(run.settings.training))
     counted = report.check(describe_memory, report, shape, step, plan, gpus)
     describe_disk(report, shape, step, plan, run, steps=steps)
     return steps, counted or 0
@@ -139,7 +140,8 @@ def describe_run(report: Report, run: Run, rows: TrainingRows, trained: np.ndarr
 
 def _plan_of(run: Run) -> Plan:
     """Return how the run trains its weights, and over how many processes."""
-    flags, training = run.settings.model, run.settings.training
+    flags = run.settings.model
+    training = run.settings.training
     stage = (training.deepspeed or {}).get("zero_optimization", {}).get("stage", 0)
     method = FULL
     if flags.lora:
@@ -149,7 +151,9 @@ def _plan_of(run: Run) -> Plan:
 
 def _heaviest_step(run: Run, rows: TrainingRows, trained: np.ndarray, *, on_gpu: bool) -> Step:
     """Return the step that takes most memory."""
-    training, batch = run.settings.training, run.settings.training.per_device_train_batch_size
+    flags = run.settings.model
+    training = run.settings.training
+    batch = training.per_device_train_batch_size
     _order, row_tokens, row_trained = heaviest_rows(rows, trained)
     longest = int(rows.examples.lengths.max())
     length = rows.max_length if rows.max_length and on_gpu else int(row_tokens.max())
@@ -162,9 +166,9 @@ def _heaviest_step(run: Run, rows: TrainingRows, trained: np.ndarray, *, on_gpu:
         checkpointing=bool(training.gradient_checkpointing or getattr(training, "activation_checkpointing", False)),
         accumulation=training.gradient_accumulation_steps,
         half=bool(training.bf16 or training.fp16 or training.gpu),
-        lora_rank=run.settings.model.lora_rank,
-        lora_variant=run.settings.model.lora_variant,
-        lora_dropout=run.settings.model.lora_dropout,
+        lora_rank=flags.lora_rank,
+        lora_variant=flags.lora_variant,
+        lora_dropout=flags.lora_dropout,
         lora_token_rows=len(untrained_ids(run.renderer.tokenizer, run.renderer)),
         device="cuda" if on_gpu else "cpu",
         shared=training.sequence_parallel_size,
@@ -174,10 +178,9 @@ def _heaviest_step(run: Run, rows: TrainingRows, trained: np.ndarray, *, on_gpu:
 
 def count_saves(training, steps: int) -> int:
     """Return how many checkpoints a run of so many steps saves."""
-    strategy = getattr(training.save_strategy, "value", training.save_strategy)
-    if strategy == "no":
+    if training.save_strategy == "no":
         return 0
-    if strategy == "epoch":
+    if training.save_strategy == "epoch":
         return math.ceil(training.num_train_epochs)
     every = training.save_steps if training.save_steps >= 1 else math.ceil(training.save_steps * steps)
     return steps // max(1, int(every))
@@ -198,7 +201,7 @@ def updates_of(num_rows: int, training, *, seed: int = 0) -> Updates:
 
 def describe_resume(report: Report, run: Run, *, num_rows: int) -> None:
     """Add which checkpoint would be resumed and what is left; flags and data that changed and may not are problems."""
-    training, new = run.settings.training, fingerprint_of(run)
+    training = run.settings.training
     checkpoint, lines, wrong = find_named_checkpoint(training.resume_from_checkpoint, run.output_dir)
     report.sections.append(Section("resume", [], lines))
     if wrong:
@@ -208,7 +211,7 @@ def describe_resume(report: Report, run: Run, *, num_rows: int) -> None:
     if problem := find_other_base(run, checkpoint):
         report.problems.append(problem)
     try:
-        check_unchanged(checkpoint, new, training.allow_changed, lines.append)
+        check_unchanged(checkpoint, fingerprint_of(run), training.allow_changed, lines.append)
     except ValueError as error:
         report.problems += str(error).splitlines()
     progress = json.loads((Path(checkpoint) / PROGRESS).read_text(encoding="utf-8"))
@@ -226,7 +229,8 @@ def describe_resume(report: Report, run: Run, *, num_rows: int) -> None:
 
 def describe_steps(report: Report, run: Run, rows: TrainingRows, *, model_type: str = "") -> int:
     """Add what an update holds and how many there are, beside published runs; return their number."""
-    training, lora = run.settings.training, run.settings.model.lora
+    training = run.settings.training
+    lora = run.settings.model.lora
     num_rows = len(rows)
     updates = updates_of(num_rows, training)
     per_update = updates.rows_per_update
@@ -241,7 +245,8 @@ def describe_steps(report: Report, run: Run, rows: TrainingRows, *, model_type: 
         f"{describe_processes(training)}), "
         f"about {tokens:,.0f} tokens, {conversations:,.0f} conversations"
     )
-    warm_up, rate = training.get_warmup_steps(steps), training.learning_rate
+    warm_up = training.get_warmup_steps(steps)
+    rate = training.learning_rate
     schedule = getattr(training.lr_scheduler_type, "value", training.lr_scheduler_type)
     section.lines.append(f"updates: {steps:,}; learning rate {rate:g} after {warm_up:,} of warm-up, then {schedule}")
     section.lines += published_lines(lora=lora, model_type=model_type)
@@ -271,12 +276,12 @@ def published_lines(*, lora: bool, model_type: str) -> list[str]:
     runs = read_published(lora=lora)
     lines = []
     for row in [row for row in runs if model_type in row["types"].split()] or runs:
-        name, rate, source = row["run"], row["learning_rate"], row["source"]
-        batch, epochs = row["batch"] or "-", row["epochs"] or "-"
-        if row["lora"]:
-            name = f"{name} ({row['lora']})"
-        if row["row_tokens"]:
-            size = row["row_tokens"]
+        name = f"{row['run']} ({row['lora']})" if row["lora"] else row["run"]
+        rate = row["learning_rate"]
+        batch = row["batch"] or "-"
+        epochs = row["epochs"] or "-"
+        source = row["source"]
+        if size := row["row_tokens"]:
             lines.append(f"  published: {name}, {rate} at {batch} rows of {size} tokens, {epochs} epochs ({source})")
         else:
             lines.append(f"  published: {name}, {rate} at {batch} conversations, {epochs} epochs ({source})")
@@ -312,7 +317,7 @@ def describe_memory(report: Report, shape: Shape, step: Step, plan: Plan, gpus: 
     Returns the bytes of the chosen way at its peak.
     """
     parts, host = estimate(shape, step, plan)
-    size, count, where = gpus.bytes_each, gpus.count, gpus.name
+    size = gpus.bytes_each
     table = [["part", "on each GPU" if step.device == "cuda" else "on each process", "formula"]]
     table += [[part.name, gib(part.bytes), part.formula] for part in parts]
     table += [[f"{part.name}, in RAM", gib(part.bytes), part.formula] for part in host]
@@ -323,11 +328,11 @@ def describe_memory(report: Report, shape: Shape, step: Step, plan: Plan, gpus: 
     lines = [
         f"{shape.parameters:,} parameters; {step.rows} rows of {step.length:,} tokens, {checkpointing} checkpointing",
         f"a loss over all logits would take {gib(full.bytes)}: {full.formula}",
-        f"{where}: {count} x {gib(size)}, of which {gib(RESERVE)} stay free for CUDA and gaps",
+        f"{gpus.name}: {gpus.count} x {gib(size)}, of which {gib(RESERVE)} stay free for CUDA and gaps",
     ]
     report.sections.append(Section(f"memory: {plan}", table, lines))
-    best = fits_best(shape, replace(step, checkpointing=True), size, count)
-    other = Section("memory: other ways", plan_table(shape, step, size, count))
+    best = fits_best(shape, replace(step, checkpointing=True), size, gpus.count)
+    other = Section("memory: other ways", plan_table(shape, step, size, gpus.count))
     other.lines += _describe_longest_rows(shape, step, plan, size)
     other.lines.append(
         f"all weights fit with: {best or 'none of these on one machine'} (with --gradient_checkpointing)"
@@ -339,7 +344,8 @@ def describe_memory(report: Report, shape: Shape, step: Step, plan: Plan, gpus: 
             remedy = f"use {best} with --gradient_checkpointing"
         if step.device != "cuda":
             remedy += "; --gpu 80GBx8 judges it for other machines"
-        report.problems.append(f"out of memory: {plan} takes {gib(parts[-1].bytes)} of {gib(size)} ({where}); {remedy}")
+        taken = gib(parts[-1].bytes)
+        report.problems.append(f"out of memory: {plan} takes {taken} of {gib(size)} ({gpus.name}); {remedy}")
     return parts[-1].bytes
 
 
@@ -356,11 +362,13 @@ def _describe_longest_rows(shape: Shape, step: Step, plan: Plan, gpu_bytes: int)
 
 def describe_disk(report: Report, shape: Shape, step: Step, plan: Plan, run: Run, *, steps: int) -> None:
     """Add what a checkpoint and the whole run take; more than is free is a problem, if the run is to be here."""
-    training, output_dir = run.settings.training, run.output_dir
+    training = run.settings.training
     saves = count_saves(training, steps)
-    each, model = disk_of_checkpoint(shape, step, plan), disk_of_model(shape, step, plan)
+    each = disk_of_checkpoint(shape, step, plan)
+    model = disk_of_model(shape, step, plan)
     at_once = min(saves, (training.save_total_limit or saves) + 1)
-    needed, folder = at_once * each.bytes + model.bytes, Path(output_dir).expanduser().absolute()
+    needed = at_once * each.bytes + model.bytes
+    folder = Path(run.output_dir).expanduser().absolute()
     free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
     lines = [
         f"a checkpoint: {gib(each.bytes)}, {each.formula}",
@@ -369,7 +377,7 @@ def describe_disk(report: Report, shape: Shape, step: Step, plan: Plan, run: Run
     ]
     report.sections.append(Section("disk", [], lines))
     if needed > free:
-        line = f"--output_dir {output_dir}: {gib(needed)} are needed and {gib(free)} free; lower --save_total_limit"
+        line = f"--output_dir {run.output_dir}: {gib(needed)} are needed and {gib(free)} free; lower --save_total_limit"
         if training.gpu:  # the run is for another machine
             report.notes.append(line)
         else:

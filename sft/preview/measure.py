@@ -58,7 +58,8 @@ def _measured_run(run: Run, output_dir: str) -> Run:
     """Return the run cut down to the measured steps, without anything that is written, logged or evaluated."""
     training = copy.copy(run.settings.training)
     training.planned_steps = training.max_steps  # by which the fused kernels are chosen
-    training.output_dir, training.max_steps = output_dir, training.probe_steps
+    training.output_dir = output_dir
+    training.max_steps = training.probe_steps
     training.train_sampling_strategy = "sequential"
     for name in ("save_strategy", "eval_strategy", "logging_strategy"):
         setattr(training, name, type(getattr(training, name))("no"))

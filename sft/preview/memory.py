@@ -15,12 +15,14 @@ from sft.train.checks import GIB
 from sft.train.sequence_parallel import check_model, count_heads
 
 RESERVE = 2 * GIB  # CUDA's context, cuBLAS and NCCL workspaces, gaps between blocks
-MIN_ROW_TOKENS, MAX_ROW_TOKENS = 2**10, 2**20
+MIN_ROW_TOKENS = 2**10
+MAX_ROW_TOKENS = 2**20
 MACHINES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 # nf4 in blocks of 64 with a scale each, the scales in 8 bits in blocks of 256 (QLoRA, arXiv 2305.14314, section 3).
 BYTES_IN_4_BIT = (4 + 8 / 64 + 32 / (64 * 256)) / 8
 # DeepSpeed 0.19.8: reduce_bucket_size of ZeRO-2 (two of them with overlap_comm), stage3_max_live_parameters.
-ZERO2_BUCKETS, ZERO3_LIVE = 2 * 5e8, 1e9
+ZERO2_BUCKETS = 2 * 5e8
+ZERO3_LIVE = 1e9
 
 
 def count_trained(shape: Shape, step: Step, plan: Plan) -> int:
@@ -104,7 +106,8 @@ def _states_of_one(shape: Shape, step: Step, plan: Plan, trained: int) -> tuple[
 
 def loss_part(shape: Shape, step: Step, plan: Plan) -> Part:
     """Count what the loss in chunks needs: a chunk of logits, the head's gradient, the states' gradient."""
-    compute, kept = 2 if step.half else 4, 2 if step.half and (plan.launcher != ONE or plan.method != FULL) else 4
+    compute = 2 if step.half else 4
+    kept = 2 if step.half and (plan.launcher != ONE or plan.method != FULL) else 4
     head = shape.embedding if plan.method == FULL else 0
     chunk_rows = max(1, CHUNK_BYTES[step.device] // (shape.vocabulary * compute))
     trained = min(step.trained, step.tokens)  # all of them may be in one part of a shared row

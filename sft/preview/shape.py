@@ -9,8 +9,14 @@ from transformers import AutoModelForCausalLM
 from sft.model.adapters import plan_adapters
 from sft.model.shrink import not_sharded
 
-FULL, LORA, QLORA = "all weights", "LoRA", "QLoRA"
-ONE, ZERO2, ZERO3 = "one process", "ZeRO-2", "ZeRO-3"
+# methods
+FULL = "all weights"
+LORA = "LoRA"
+QLORA = "QLoRA"
+# launchers
+ONE = "one process"
+ZERO2 = "ZeRO-2"
+ZERO3 = "ZeRO-3"
 WRONG_CONFIG = (ValueError, RuntimeError, ImportError, KeyError, TypeError, AttributeError, ZeroDivisionError)
 
 
@@ -97,7 +103,8 @@ def read_shape(
         raise ValueError(
             f"{getattr(config, 'model_type', '?')}: no model can be built from this config: {error}"
         ) from None
-    head, text = model.get_output_embeddings(), config.get_text_config()
+    head = model.get_output_embeddings()
+    text = config.get_text_config()
     linear = [module for module in model.modules() if isinstance(module, nn.Linear) and module is not head]
     rows, size = model.get_input_embeddings().weight.shape
     return Shape(

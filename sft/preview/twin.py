@@ -37,10 +37,12 @@ from sft.train.losses import group_sources
 from sft.train.setup import Data, Run
 from sft.train.summary import store_base
 
-NUM_EXAMPLES, EXAMPLE_TOKENS = 6, 48  # of the data, the ends of the first ones; longer than a twin's windows
+NUM_EXAMPLES = 6  # of the data, the first ones
+EXAMPLE_TOKENS = 48  # of an example, the last ones; more than a twin's windows
 NUM_REPLY_TOKENS = 4
 # Relative, of the reopened twin's logits from those of the trained one: in fp32, and where its weights are bf16.
-MAX_LOGIT_DISTANCE, MAX_LOGIT_DISTANCE_BF16 = 1e-4, 5e-2
+MAX_LOGIT_DISTANCE = 1e-4
+MAX_LOGIT_DISTANCE_BF16 = 5e-2
 NEEDS_GPU = r"8bit|4bit|paged|bnb|apex|npu|anyprecision|rmsprop_bnb"  # optimizers
 REST = {  # flags of the run that a twin's single step leaves out
     **{"resume_from_checkpoint": None, "deepspeed": None, "use_cpu": True, "report_to": [], "push_to_hub": False},
@@ -48,7 +50,7 @@ REST = {  # flags of the run that a twin's single step leaves out
     **{"max_steps": 1, "warmup_steps": 0, "gradient_accumulation_steps": 1, "per_device_train_batch_size": 2},
     **{"save_steps": 1, "eval_steps": 1, "eval_delay": 0, "eval_on_start": False, "disable_tqdm": True},
     **{"dataloader_num_workers": 0, "dataloader_persistent_workers": False, "dataloader_prefetch_factor": None},
-    **{"dry_run": False, "sequence_parallel_size": 1},
+    "dry_run": False,
 }
 
 
@@ -138,14 +140,16 @@ def _files_beside(path: str) -> list[Path]:
 
 def _run_of_twin(run: Run, folder: str) -> Run:
     """Return the run with the twin as its base, cut down to a step that is evaluated and saved."""
-    training, flags, output = copy.copy(run.settings.training), copy.copy(run.settings.model), f"{folder}/run"
+    training = copy.copy(run.settings.training)
+    flags = copy.copy(run.settings.model)
+    output = f"{folder}/run"
     given = bool(training.gpu) and not training.fp16
     for name, value in {**REST, "output_dir": output, "bf16": training.bf16 or given}.items():
         setattr(training, name, value)
     for name, steps in (("save_strategy", "steps"), ("eval_strategy", "steps"), ("logging_strategy", "no")):
         before = getattr(training, name)
         setattr(training, name, before if before == "no" else type(before)(steps))
-    if re.search(NEEDS_GPU, _optimizer(training)):
+    if re.search(NEEDS_GPU, optimizer_name(training)):
         training.optim = type(training.optim)("adamw_torch")
     if (training.metric_for_best_model or "").removeprefix("eval_").startswith("loss/"):
         training.metric_for_best_model = "loss"  # the few examples may lack the source
@@ -159,18 +163,15 @@ def _run_of_twin(run: Run, folder: str) -> Run:
     return replace(run, model_path=f"{folder}/base", settings=settings, output_dir=output)
 
 
-def _optimizer(training) -> str:
+def optimizer_name(training) -> str:
     return str(getattr(training.optim, "value", training.optim))
 
 
 def _few_of(data: Data, seed: int) -> Data:
     """Return the ends of the first examples, in rows of two where the run packs."""
-    few, held_out = _ends(data.examples), _ends(data.held_out)
-    return data._replace(
-        examples=few,
-        held_out=held_out,
-        rows=TrainingRows(few, 2 * EXAMPLE_TOKENS if data.rows.max_length else None, seed=seed),
-    )
+    few = _ends(data.examples)
+    rows = TrainingRows(few, 2 * EXAMPLE_TOKENS if data.rows.max_length else None, seed=seed)
+    return data._replace(examples=few, held_out=_ends(data.held_out), rows=rows)
 
 
 def _ends(examples: Examples) -> Examples:
@@ -251,7 +252,8 @@ def _lines_of(output: str) -> list[str]:
 
 def _left_out(run: Run, config) -> list[str]:
     """Return what of this run a CPU can't try."""
-    training, flags = run.settings.training, run.settings.model
+    training = run.settings.training
+    flags = run.settings.model
     stored = getattr(config, "quantization_config", None)
     method = stored.get("quant_method", "") if isinstance(stored, dict) else ""
     stage = (training.deepspeed or {}).get("zero_optimization", {}).get("stage", 0)
@@ -259,7 +261,7 @@ def _left_out(run: Run, config) -> list[str]:
         "4-bit weights (QLoRA)": flags.load_in_4bit,
         f"the base's quantised weights ({method})": stored is not None,
         f"--attn_implementation {flags.attn_implementation}": "flash" in (flags.attn_implementation or ""),
-        f"--optim {_optimizer(training)}": re.search(NEEDS_GPU, _optimizer(training)),
+        f"--optim {optimizer_name(training)}": re.search(NEEDS_GPU, optimizer_name(training)),
         f"DeepSpeed ZeRO-{stage}": stage,
         f"--fused_kernels {training.fused_kernels}": training.fused_kernels in ("liger", "compile"),
         f"--sequence_parallel_size {training.sequence_parallel_size}": training.sequence_parallel_size > 1,

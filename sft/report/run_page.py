@@ -43,7 +43,8 @@ class RunPage(TrainerCallback):
         self.mfu = mfu
         self.training = False
         self.written = 0.0
-        self.mark = (0, 0.0)
+        self.tokens_seen = 0  # when the speed was last measured
+        self.began = 0.0
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.training = state.is_world_process_zero
@@ -52,14 +53,15 @@ class RunPage(TrainerCallback):
         self._write(state)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        tokens, seconds = self._since_mark(state)
+        tokens = state.num_input_tokens_seen - self.tokens_seen
+        seconds = max(time.monotonic() - self.began, 1e-9)
         if not self.training or "loss" not in logs or not tokens:
             return
         measured = {"tokens_per_second": round(tokens / seconds, 1), "peak_memory_gib": peak_memory()}
         state.log_history[-1] |= measured | ({"mfu": tokens / seconds * self.mfu} if self.mfu else {})
         if time.monotonic() - self.written >= PAGE_SECONDS:
             self._write(state)
-        self._set_mark(state)
+        self._restart_clock(state)
 
     def on_evaluate(self, args, state, control, **kwargs):
         # The last one is left to the end of the run, when all questions are asked.
@@ -73,12 +75,9 @@ class RunPage(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         self.training = False
 
-    def _since_mark(self, state) -> tuple[int, float]:
-        tokens, began = self.mark
-        return state.num_input_tokens_seen - tokens, max(time.monotonic() - began, 1e-9)
-
-    def _set_mark(self, state) -> None:
-        self.mark = (state.num_input_tokens_seen, time.monotonic())
+    def _restart_clock(self, state) -> None:
+        self.tokens_seen = state.num_input_tokens_seen
+        self.began = time.monotonic()
 
     def _write(self, state) -> None:
         if self.training:
@@ -86,7 +85,7 @@ class RunPage(TrainerCallback):
             with suppress(OSError):  # a full disk: no reason to end a run, and its save will say so
                 write_text(self.path, render_page(run, self.path.parent, step=state.global_step, steps=state.max_steps))
             self.written = time.monotonic()
-        self._set_mark(state)
+        self._restart_clock(state)
 
 
 def render_page(run: dict, folder: Path, *, step: int, steps: int, finished: bool = False) -> str:
