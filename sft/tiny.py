@@ -170,13 +170,15 @@ def find_families(family: str) -> Mapping[str, TinyFamily]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Build a tiny random base of a family, for a CPU.")
+    parser = argparse.ArgumentParser(
+        description="Build a tiny random base of a family, for a CPU.", argument_default=argparse.SUPPRESS
+    )
     parser.add_argument("--family", required=True, choices=FAMILY_NAMES)
     parser.add_argument("--output_dir", required=True)
-    parser.add_argument("--vocab_size", type=int, default=2048, help="tokens at most (the sample may give fewer)")
-    parser.add_argument("--hidden_size", type=int, default=128)
-    parser.add_argument("--num_layers", type=int, default=2)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--vocab_size", type=int, help="tokens at most (the sample may give fewer)")
+    parser.add_argument("--hidden_size", type=int)
+    parser.add_argument("--num_layers", type=int)
+    parser.add_argument("--seed", type=int)
     options = vars(parser.parse_args(arguments))
     try:
         family = options.pop("family")

@@ -8,14 +8,8 @@ from tokenizers import Regex, normalizers, pre_tokenizers, processors
 
 from sft import tiny
 from sft.export.converter_input import BLOOM_SPLIT
-from sft.tiny import (
-    ROTARY,
-    TinyFamily,
-    byte_level_bpe,
-    qwen_tokenizer,
-    write_json,
-    write_tokenizer,
-)
+from sft.files import write_json
+from sft.tiny import ROTARY, TinyFamily, byte_level_bpe, qwen_tokenizer, write_tokenizer
 
 FALCON_FIRST_TOKENS = [
     f">>{name}<<"

@@ -7,6 +7,7 @@ Both come from rendering: no template is edited, and `{% generation %}` isn't re
 and a thinking switch, and how it ends a turn, is found once by rendering probes.
 """
 
+import contextlib
 import itertools
 import json
 import re
@@ -174,7 +175,7 @@ class OwnTemplate:
 
     def probe_turn(self) -> Turn:
         """Return a turn of plain texts."""
-        return self.turns([_probe("user"), _probe("assistant")], self.probe_tools, trained=[1])[0]
+        return self.turns([PROBE_QUESTION, PROBE_ANSWER], self.probe_tools, trained=[1])[0]
 
     def stops(self) -> list[str]:
         """Return the control tokens that a reply can end in, a plain reply's first."""
@@ -182,15 +183,13 @@ class OwnTemplate:
 
     def find_frame(self) -> Frame:
         """Return what the template writes around a reply's thought and text."""
-        answer = _probe("assistant")
-        thought = _probe("thought")["content"]
-        plain = self._written(answer)
-        thinking = self._written({**answer, "reasoning_content": thought}) if self.thoughts else None
-        return find_frame(plain or "", answer["content"], thinking, thought)
+        plain = self._written(PROBE_ANSWER)
+        thinking = self._written({**PROBE_ANSWER, "reasoning_content": PROBE_THOUGHT}) if self.thoughts else None
+        return find_frame(plain or "", PROBE_ANSWER["content"], thinking, PROBE_THOUGHT)
 
     def _written(self, message: dict) -> str | None:
         try:
-            reply = self.turns([_probe("user"), message], self.probe_tools, trained=[1])[0].reply
+            reply = self.turns([PROBE_QUESTION, message], self.probe_tools, trained=[1])[0].reply
         except RecordError:
             return None
         return reply[: reply.rfind(self.stops()[0])]
@@ -225,7 +224,7 @@ class OwnTemplate:
     def _find_probe_tools(self) -> list[dict] | None:
         """Return the definitions that probes need: none, unless the template can't do without."""
         try:
-            self.template.render([_probe("user")], tools=None, add_generation_prompt=True)
+            self.template.render([PROBE_QUESTION], tools=None, add_generation_prompt=True)
         except RecordError:
             return [PROBE_TOOL]
         return None
@@ -236,7 +235,7 @@ class OwnTemplate:
         for name in sorted(names, key=lambda name: (name != "enable_thinking", name)):
             options = {"tools": self.probe_tools, "add_generation_prompt": True}
             try:
-                on, off = (self.template.render([_probe("user")], **options, **{name: on}) for on in (True, False))
+                on, off = (self.template.render([PROBE_QUESTION], **options, **{name: on}) for on in (True, False))
             except RecordError:
                 continue
             writes_value = on.lower().count("true") > off.lower().count("true")
@@ -246,11 +245,8 @@ class OwnTemplate:
 
     def _find_stop(self) -> tuple[str, bool]:
         """Return the text that ends a plain reply, and whether a conversation that ends there holds it."""
-        question = _probe("user")
-        answer = _probe("assistant")
-        conversations = ([question, answer], [question, answer, _probe("user", 1)])
-        rendered = [self._render(each, self.probe_tools, False, add_generation_prompt=False) for each in conversations]
-        after, following = (text.rpartition(answer["content"])[2] for text in rendered)
+        rendered = (self._render_probes(PROBE_ANSWER), self._render_probes(PROBE_ANSWER, PROBE_NEXT_QUESTION))
+        after, following = (text.rpartition(PROBE_ANSWER["content"])[2] for text in rendered)
         tokens = list(self._controls.finditer(after))
         if tokens and following.startswith(after.rstrip()):
             return after[tokens[0].start() : tokens[-1].end()], True
@@ -263,10 +259,12 @@ class OwnTemplate:
 
     def _find_header(self) -> str:
         """Return what the template writes between a question and a reply that is history."""
-        question = _probe("user")
-        answer = _probe("assistant")
-        full = self._render([question, answer], self.probe_tools, False, add_generation_prompt=False)
-        return full.partition(answer["content"])[0].rpartition(question["content"])[2]
+        before = self._render_probes(PROBE_ANSWER).partition(PROBE_ANSWER["content"])[0]
+        return before.rpartition(PROBE_QUESTION["content"])[2]
+
+    def _render_probes(self, *replies: dict, thinking: bool = False) -> str:
+        """Render a question and what comes after it."""
+        return self._render([PROBE_QUESTION, *replies], self.probe_tools, thinking, add_generation_prompt=False)
 
     def _stop_at_start(self, after: str) -> str:
         """Return the text up to and with the run of control tokens that ends a turn, or "" if none does."""
@@ -286,48 +284,39 @@ class OwnTemplate:
 
     def _find_thoughts(self) -> str:
         """Say where the thought of a reply goes: "field", "inline", "opened", or "" for nowhere."""
-        question = _probe("user")
-        answer = _probe("assistant")
-        thought = _probe("thought")["content"]
-        prompt = self._render([question], self.probe_tools, True, add_generation_prompt=True)
-        for place, message in (
-            ("field", {**answer, "reasoning_content": thought}),
-            ("inline", {**answer, "content": f"<think>\n{thought}\n</think>\n\n{answer['content']}"}),
-        ):
-            if place == "inline" and "</think>" not in self.template.source:
-                continue
-            try:
-                full = self._render([question, message], self.probe_tools, True, add_generation_prompt=False)
-            except RecordError:
-                continue
-            if thought in full:
-                return place
+        prompt = self._render([PROBE_QUESTION], self.probe_tools, True, add_generation_prompt=True)
+        thinks_inline = f"<think>\n{PROBE_THOUGHT}\n</think>\n\n{PROBE_ANSWER['content']}"
+        replies = {"field": {**PROBE_ANSWER, "reasoning_content": PROBE_THOUGHT}}
+        if "</think>" in self.template.source:
+            replies["inline"] = {**PROBE_ANSWER, "content": thinks_inline}
+        for place, reply in replies.items():
+            with contextlib.suppress(RecordError):
+                if PROBE_THOUGHT in self._render_probes(reply, thinking=True):
+                    return place
         return "opened" if OPENED_AT_THE_END.search(prompt) else ""
 
     def _writes_definitions(self) -> bool:
         try:
             return PROBE_TOOL["function"]["name"] in self._render(
-                [_probe("user")], [PROBE_TOOL], False, add_generation_prompt=True
+                [PROBE_QUESTION], [PROBE_TOOL], False, add_generation_prompt=True
             )
         except RecordError:
             return False
 
     def _find_call_form(self) -> CallForm | None:
         """Find the form of calls in which the template writes a call's arguments."""
-        for as_text in (False, True):
-            for needs_ids in (False, True):
-                form = CallForm(as_text, needs_ids)
-                try:
-                    full = self._render_call(form, with_result=True)
-                except RecordError:
-                    continue
-                if _writes_call(full):
-                    shows_ids = PROBE_ID in self._render_call(CallForm(as_text, True), with_result=True)
-                    return CallForm(as_text, needs_ids or shows_ids)
+        for as_text, needs_ids in itertools.product((False, True), repeat=2):
+            try:
+                full = self._render_call(CallForm(as_text, needs_ids), with_result=True)
+            except RecordError:
+                continue
+            if _writes_call(full):
+                shows_ids = PROBE_ID in self._render_call(CallForm(as_text, True), with_result=True)
+                return CallForm(as_text, needs_ids or shows_ids)
         return None
 
     def _render_call(self, form: CallForm, *, with_result: bool) -> str:
-        messages = [_probe("user"), PROBE_CALL, *([_probe("tool")] if with_result else [])]
+        messages = [PROBE_QUESTION, PROBE_CALL, *([PROBE_RESULT] if with_result else [])]
         prepared = in_call_form([dict(message) for message in messages], form)
         return self._render(prepared, [PROBE_TOOL], False, add_generation_prompt=False)
 
@@ -349,6 +338,11 @@ class OwnTemplate:
         return (written[-1], True) if written else (self.stop, self.stop_is_written)
 
 
+PROBE_QUESTION = {"role": "user", "content": "probe of user 0."}
+PROBE_NEXT_QUESTION = {"role": "user", "content": "probe of user 1."}
+PROBE_ANSWER = {"role": "assistant", "content": "probe of assistant 0."}
+PROBE_RESULT = {"role": "tool", "content": "probe of tool 0."}
+PROBE_THOUGHT = "probe of thought 0."
 PROBE_VALUE = "Zürich 7"
 PROBE_ID = "call00000"
 PROBE_CALL = {
@@ -368,10 +362,6 @@ PROBE_TOOL = {
         },
     },
 }
-
-
-def _probe(role: str, number: int = 0) -> dict:
-    return {"role": role, "content": f"probe of {role} {number}."}
 
 
 def _writes_call(text: str) -> bool:

@@ -21,7 +21,6 @@ from sft.opendata.fields import (
     Form,
     Message,
     RecordError,
-    Tool,
     check_media,
     count_unread,
     find_form,
@@ -164,8 +163,8 @@ def _unknown_form(record: dict) -> RecordError:
 
 
 def _complete(
-    messages: list[Message], tools: list[Tool], reasoning: str, notes: Counter[str]
-) -> tuple[list[Message], list[Tool]]:
+    messages: list[Message], tools: list[dict], reasoning: str, notes: Counter[str]
+) -> tuple[list[Message], list[dict]]:
     """Take tagged tools apart, leave out a greeting and maybe the thoughts, and count what is worth knowing."""
     if has_tool_tags(messages):
         messages, tools = take_tagged_tools(messages, tools, notes)

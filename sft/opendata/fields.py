@@ -6,7 +6,8 @@ A key that holds something is read, honoured, refused by name, or counted as not
 import json
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any, Literal, NotRequired, TypedDict
+from functools import cached_property
+from typing import Any, NotRequired, TypedDict
 
 
 class RecordError(ValueError):
@@ -41,47 +42,18 @@ class NotChosen(RecordError):
 # --- The canonical record
 
 
-class Function(TypedDict):
-    """The function of a call; `arguments` is an object, never JSON text."""
-
-    name: str
-    arguments: dict[str, Any]
-
-
-class ToolCall(TypedDict):
-    """One call in an assistant message."""
-
-    id: NotRequired[str]
-    type: Literal["function"]
-    function: Function
-
-
-class FunctionDefinition(TypedDict):
-    """A function that the model may call; `parameters` is a JSON schema."""
-
-    name: str
-    description: NotRequired[str]
-    parameters: NotRequired[dict[str, Any]]
-
-
-class Tool(TypedDict):
-    """A tool definition of a conversation."""
-
-    type: Literal["function"]
-    function: FunctionDefinition
-
-
 class Message(TypedDict):
     """A message. Role is system, user, assistant or tool; keys that don't apply to the role are absent.
 
-    assistant: `content` may be "" beside `tool_calls`; `train` is absent (trained) or False.
+    assistant: `content` may be "" beside `tool_calls`; `train` is absent (trained) or False. A call is
+    {"id"?, "type": "function", "function": {"name", "arguments"}}; its arguments are an object, never JSON text.
     tool: `content` is the result of the call `tool_call_id`, or of the next call without a result if that is absent.
     """
 
     role: str
     content: str
     reasoning_content: NotRequired[str]
-    tool_calls: NotRequired[list[ToolCall]]
+    tool_calls: NotRequired[list[dict]]
     tool_call_id: NotRequired[str]
     name: NotRequired[str]
     train: NotRequired[bool]
@@ -91,13 +63,14 @@ class Conversation(TypedDict):
     """The canonical record: maybe a system message, then user and assistant take turns; the last turn is a reply.
 
     The results of a reply's calls, one tool message each, come between it and the next reply. `tools` are the
-    definitions offered, absent where there are none.
+    definitions offered, {"type": "function", "function": {"name", "description"?, "parameters"?}} with a JSON schema
+    as parameters; the key is absent where there are none.
     """
 
     id: str
     source: str
     messages: list[Message]
-    tools: NotRequired[list[Tool]]
+    tools: NotRequired[list[dict]]
 
 
 # --- Keys that change what a record means
@@ -132,13 +105,13 @@ class Form:
     keys: tuple[str, ...]
     optional: tuple[str, ...] = ()
 
-    @property
+    @cached_property
     def read(self) -> frozenset[str]:
         """All keys of a record that are read or checked."""
-        return _READ[self]
+        thoughts = () if self in MESSAGE_LISTS else THOUGHT_KEYS  # lists have them in their messages
+        return MEANING_KEYS.union(("id",), SYSTEM_KEYS, TOOL_KEYS, thoughts, self.keys, self.optional)
 
 
-_EVERYWHERE = ("id", *SYSTEM_KEYS, *TOOL_KEYS)
 MESSAGE_LISTS = (Form(("messages",)), Form(("conversations",)))
 # Question, answer, and what may come with the question. The first row whose keys are not null decides.
 PAIRS = (
@@ -153,8 +126,6 @@ PAIRS = (
     Form(("input", "output"), ("history",)),
     Form(("query", "tools", "answers")),
 )
-_READ = {form: frozenset((*form.keys, *form.optional, *_EVERYWHERE, *MEANING_KEYS)) for form in MESSAGE_LISTS}
-_READ |= {form: frozenset((*form.keys, *form.optional, *_EVERYWHERE, *MEANING_KEYS, *THOUGHT_KEYS)) for form in PAIRS}
 
 MESSAGE_KEYS = frozenset(("role", "from", "content", "value", *SWITCHES, *OTHER_SWITCHES, *MEDIA_KEYS))
 ASSISTANT_KEYS = MESSAGE_KEYS.union(THOUGHT_KEYS, ("tool_calls", "function_call"))

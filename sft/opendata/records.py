@@ -26,14 +26,7 @@ from sft.opendata.decoding import (
     read_chunks,
     record_decoder,
 )
-from sft.opendata.fields import (
-    CHOSEN_KEYS,
-    PAIRS,
-    RecordError,
-    drop_nulls,
-    find_form,
-    has_lone_surrogate,
-)
+from sft.opendata.fields import CHOSEN_KEYS, PAIRS, RecordError, drop_nulls, find_form, has_lone_surrogate
 
 # The largest record in characters (up to 64 MiB in UTF-8), and how much of a broken part is kept as its raw text.
 MAX_RECORD_CHARACTERS = 16 << 20
