@@ -2,6 +2,7 @@
 
 import bz2
 import codecs
+import csv
 import gzip
 import json
 import lzma
@@ -9,6 +10,8 @@ import os
 import re
 import zlib
 from collections.abc import Callable, Iterator
+from functools import lru_cache
+from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from sft.opendata.fields import RecordError, has_lone_surrogate, unique_keys
@@ -22,35 +25,15 @@ MAX_LAST_BYTES = 4 << 20  # of a file's last range; more are read as a stream
 SEARCH_BYTES = 64 << 10  # read at a time to find the end of a range
 OVERHANG_BYTES = 4 << 10  # read at a time behind a range, for a record that reaches over its end
 COMPRESSIONS = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
-# How files begin that hold no text, the byte where that is, and what to do with them.
-FOREIGN_FILES = (
-    (b"PK\x03\x04", 0, "a ZIP archive (.zip, .xlsx, .docx)", "unpack it, or save the table as CSV"),
-    (b"7z\xbc\xaf\x27\x1c", 0, "a 7z archive", "unpack it"),
-    (b"Rar!", 0, "a RAR archive", "unpack it"),
-    (b"ustar", 257, "a tar archive", "unpack it"),
-    (b"PAR1", 0, "a compressed Parquet file", "decompress it"),
-    (b"ARROW1", 0, "an Arrow file of columns", "save it as Parquet"),
-    (b"FEA1", 0, "a Feather file of columns", "save it as Parquet"),
-    (b"\xff\xff\xff\xff", 0, "an Arrow stream of columns, as datasets caches it", "save it by to_parquet"),
-    (b"ORC", 0, "an ORC file of columns", "save it as Parquet"),
-    (b"Obj\x01", 0, "an Avro file", "save it as JSON Lines"),
-    (b"\x89HDF", 0, "an HDF5 file", "save it as JSON Lines"),
-    (b"SQLite format 3", 0, "an SQLite database", "save the table as CSV"),
-    (b"\x93NUMPY", 0, "a NumPy array", "save it as JSON Lines"),
-    *((bytes((0x80, version)), 0, "a pickle, which may run code", "save it as JSON Lines") for version in range(2, 6)),
-    (b"\x04\x22\x4d\x18", 0, "an LZ4 file", "decompress it"),
-    (b"\x1f\x9d", 0, "a file of compress (.Z)", "decompress it"),
-    (b"\xff\x06\0\0sNaPpY", 0, "a Snappy file", "decompress it"),
-    (b"%PDF", 0, "a PDF", "save its text as JSON Lines"),
-    (b"\x89PNG", 0, "a picture", "leave it out"),
-    (b"\xff\xd8\xff", 0, "a picture", "leave it out"),
-    (b"GIF8", 0, "a picture", "leave it out"),
-    (b"RIFF", 0, "a sound or film", "leave it out"),
-    (b"version https://git-lfs", 0, "a pointer of Git LFS, not the file itself", "fetch it by: git lfs pull"),
-    (b"<!doctype html", 0, "an HTML page", "download the data itself"),
-    (b"<html", 0, "an HTML page", "download the data itself"),
-    (b"<?xml", 0, "an XML file", "save it as JSON Lines"),
-)
+
+
+@lru_cache(1)
+def _foreign_files() -> list[tuple[bytes, int, str, str]]:
+    """How files begin that hold no text, the byte where that is, their name, and what to do with them."""
+    with open(Path(__file__).with_name("foreign_files.csv"), encoding="utf-8", newline="") as stream:
+        _header, *rows = csv.reader(stream)
+    begins = [begin.encode().decode("unicode_escape").encode("latin-1") for begin, *_ in rows]
+    return [(begin, int(place), name, advice) for begin, (_, place, name, advice) in zip(begins, rows, strict=True)]
 
 
 def find_compression(head: bytes) -> str | None:
@@ -60,7 +43,7 @@ def find_compression(head: bytes) -> str | None:
 
 def check_kind(head: bytes) -> None:
     """Raise ValueError, naming it, for a file that holds no text."""
-    for magic, place, name, advice in FOREIGN_FILES:
+    for magic, place, name, advice in _foreign_files():
         if head[place : place + len(magic)].lower() == magic.lower():
             raise ValueError(f"this is {name}; {advice}")
 
