@@ -4,7 +4,7 @@ import unicodedata
 from collections.abc import Sequence
 
 
-def align(table: Sequence[Sequence[str]]) -> list[str]:
+def align_columns(table: Sequence[Sequence[str]]) -> list[str]:
     """Return the lines of a table of cells for a terminal: the first column to the left, the others to the right."""
     if not table:
         return []

@@ -20,7 +20,7 @@ from pathlib import Path
 from sft.chat.reply import Asked, Chat
 from sft.chat.sampling import BLOSSOM, Sampling
 from sft.files import LineLog, open_whole
-from sft.opendata.conversation import read_record, validate
+from sft.opendata.conversation import check_messages, read_record
 from sft.opendata.fields import SYSTEM_KEYS, RecordError, name_type
 from sft.opendata.records import read_file
 
@@ -68,7 +68,7 @@ def to_prompt(record: object, *, source: str = "record", line: int | str = 1) ->
         messages = messages[:-1]
     if not messages or messages[-1]["role"] not in ("user", "tool"):
         raise RecordError("no_question", "no user message to answer")
-    validate({"messages": [*messages, {"role": "assistant", "content": "…"}]})
+    check_messages([*messages, {"role": "assistant", "content": "…"}])
     own = {"tools": tools, "chat_template_kwargs": variables}
     own = {name: value for name, value in own.items() if value}
     return {"messages": messages, **own} if own else messages

@@ -22,7 +22,7 @@ from sft.dataset.ledger import (
 )
 from sft.format.render import Renderer
 from sft.format.tokens import IGNORE_INDEX, BareTokenizer, Rows, join_rows
-from sft.opendata.conversation import Conversation, read_record, validate
+from sft.opendata.conversation import Conversation, check_messages, read_record
 from sft.opendata.decoding import parse_record
 from sft.opendata.fields import FieldCounts, NotChosen, RecordError
 from sft.opendata.files import Work
@@ -131,7 +131,7 @@ def _read(
                 raise raw.error
             record = parse_record(raw.raw) if raw.record is None else raw.record
             conversation = read_record(record, line=raw.place, **options)
-            validate(conversation)
+            check_messages(conversation["messages"])
         except RecordError as error:
             lost = "not_chosen" if isinstance(error, NotChosen) else "rejected"
             if lost == "rejected":

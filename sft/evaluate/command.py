@@ -101,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _problems(options: argparse.Namespace) -> list[str]:
+def _find_problems(options: argparse.Namespace) -> list[str]:
     given = {name: value for name, value in vars(options).items() if value is not None and value is not False}
     found = [f"--{name} {given[name]}: must be positive" for name in POSITIVE if not given.get(name, 1) > 0]
     found += [f"--{name} {given[name]}: must not be negative" for name in NOT_NEGATIVE if not given.get(name, 0) >= 0]
@@ -273,7 +273,7 @@ def run_quick(options: argparse.Namespace, settings: dict) -> None:
             limits = {"max_length": options.max_length, "cache_dir": options.cache_dir}
             losses.append(quick.held_out_losses(chat, options.eval_data_path, **limits))
     replies = [*replies, None][:2]
-    found = quick.compare(asked, *replies, [*losses, None][:2] if losses else None)
+    found = quick.compare_replies(asked, *replies, [*losses, None][:2] if losses else None)
     results = {"suite": "quick", "model": options.model_path, "base": options.base_path, "rows": found["rows"]}
     heading = f"# Quick check of {options.model_path}" + (f" beside {options.base_path}" if options.base_path else "")
     tables = f"{heading}\n\n{quick.quick_table(found['rows'])}\n\n"
@@ -289,7 +289,7 @@ def rows_without_overlap(asked: Sequence[dict], replies: Sequence[list | None], 
     """Return the rows of the questions that are not in the training data."""
     kept = [index for index, question in enumerate(asked) if question["id"] not in overlap["found"]]
     sides = ([side[index] for index in kept] if side else None for side in (asked, *replies))
-    return quick.compare(*sides)["rows"]
+    return quick.compare_replies(*sides)["rows"]
 
 
 RUNS: dict[str, Callable] = {"quick": run_quick, "lm-eval": run_exam, **dict.fromkeys(JUDGED, run_judged)}
@@ -297,7 +297,7 @@ RUNS: dict[str, Callable] = {"quick": run_quick, "lm-eval": run_exam, **dict.fro
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
-    if problems := _problems(options):
+    if problems := _find_problems(options):
         sys.exit("\n".join(f"sft.evaluate: {problem}" for problem in problems))
     try:
         RUNS[options.suite](options, {name: getattr(options, name) for name in SAME_FLAGS.split()})

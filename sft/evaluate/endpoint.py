@@ -257,7 +257,7 @@ def guess_tokens(text: str) -> int:
     return num_han + -(-(len(text) - num_han) // 4)
 
 
-def estimate(requests: Sequence[dict], known: Callable[[str], bool], *, reply: int) -> dict:
+def estimate_cost(requests: Sequence[dict], known: Callable[[str], bool], *, reply: int) -> dict:
     """Return what is still to send: {"requests", "in", "out", "at_most"} in tokens, `reply` for each answer."""
     missing = {key: asked["payload"] for asked in requests if not known(key := key_of(asked))}
     return {

@@ -12,7 +12,7 @@ from pathlib import Path
 from sft.chat.reply import Chat
 from sft.chat.sampling import Sampling
 from sft.dataset.tokenise import batches
-from sft.evaluate.endpoint import Calls, Endpoint, estimate, key_of
+from sft.evaluate.endpoint import Calls, Endpoint, estimate_cost, key_of
 from sft.evaluate.overlap import overlap_lines
 from sft.evaluate.protocols import (
     Question,
@@ -89,7 +89,7 @@ def answer_all(
     for turn in range(max(len(question.turns) for question in suite.questions)):
         left = [question for question in suite.questions if len(question.turns) > turn]
         for attempt in range(1 + suite.repeat_empty):
-            requests = [_request(source, q, said[q.id][:turn], max_tokens, attempt) for q in left]
+            requests = [_new_request(source, q, said[q.id][:turn], max_tokens, attempt) for q in left]
             replies = source.ask_all(requests, calls, f"answers to turn {turn + 1}")
             _check_missing("answers", replies, max_missing)
             for question, reply in zip(left, replies, strict=True):
@@ -109,7 +109,7 @@ def _check_missing(what: str, found: Sequence, max_missing: int) -> None:
         )
 
 
-def _request(source, question: Question, said: Sequence[str], max_tokens: int, attempt: int = 0) -> dict:
+def _new_request(source, question: Question, said: Sequence[str], max_tokens: int, attempt: int = 0) -> dict:
     messages = [{"role": "user", "content": question.turns[0]}]
     for answer, text in zip(said, question.turns[1:], strict=False):
         messages += [{"role": "assistant", "content": answer}, {"role": "user", "content": text}]
@@ -161,7 +161,7 @@ def ask_for_verdicts(
 
 def say_cost(what: str, endpoint: Endpoint, requests: Sequence[dict], known: dict, reply: int, prices) -> None:
     """Say what is still to be sent, and with `prices` (for a million tokens in, and out) what it may cost."""
-    numbers = estimate(requests, known.__contains__, reply=reply)
+    numbers = estimate_cost(requests, known.__contains__, reply=reply)
     text = f"{what} from {endpoint.base_url}: {numbers['requests']:,} requests to send, about {numbers['in']:,} tokens "
     text += f"in and {numbers['out']:,} out (at most {numbers['at_most']:,})"
     if prices:
@@ -173,7 +173,7 @@ def say_cost(what: str, endpoint: Endpoint, requests: Sequence[dict], known: dic
 def say_answers_cost(suite: Suite, endpoint: Endpoint, known: dict, max_tokens: int, prices) -> None:
     guess = "x" * 4 * ANSWER_TOKENS
     requests = [
-        _request(endpoint, q, [guess] * turn, max_tokens) for q in suite.questions for turn in range(len(q.turns))
+        _new_request(endpoint, q, [guess] * turn, max_tokens) for q in suite.questions for turn in range(len(q.turns))
     ]
     say_cost("answers", endpoint, requests, known, ANSWER_TOKENS, prices)
 
@@ -195,7 +195,7 @@ def judged_rows(
     suite: Suite, answers: dict, asked: Sequence[tuple], verdicts: Sequence[dict], pairs: bool
 ) -> list[dict]:
     """Return of each question its answers, its verdicts, and its scores by turn; a pair's two verdicts make one."""
-    rows = {q.id: _row(q, answers[q.id]) for q in suite.questions}
+    rows = {q.id: _new_row(q, answers[q.id]) for q in suite.questions}
     step = 2 if pairs else 1
     for place in range(0, len(asked), step):
         (question, turn, _messages) = asked[place]
@@ -203,7 +203,7 @@ def judged_rows(
         parts = [one["verdict"] for one in found]
         score = pair_result(*parts) if pairs else parts[0].score
         first = score if pairs else parts[0].first
-        _add(rows[question.id], turn, score, first, [(one["texts"], one["verdict"]) for one in found])
+        _add_verdicts(rows[question.id], turn, score, first, [(one["texts"], one["verdict"]) for one in found])
     return list(rows.values())
 
 
@@ -217,7 +217,7 @@ def read_judgments(suite: Suite, path: str, model: str | None) -> tuple[list[dic
     if model not in models and (model or len(models) > 1):
         raise ValueError(f"--judgments {path}: holds {', '.join(models)}; name one with --model")
     chosen = [line for line in kept if line["model"] == (model or models[0])]
-    rows = {q.id: _row(q, []) for q in suite.questions}
+    rows = {q.id: _new_row(q, []) for q in suite.questions}
     differ = 0
     for line in chosen:
         if str(line["question_id"]) not in rows:
@@ -226,18 +226,18 @@ def read_judgments(suite: Suite, path: str, model: str | None) -> tuple[list[dic
         # The published averages go by the first rating, and such a verdict can't be asked for again.
         row = rows[str(line["question_id"])]
         said = [([line["judgment"]], verdict)]
-        _add(row, line["turn"], verdict.first, verdict.first, said)
+        _add_verdicts(row, line["turn"], verdict.first, verdict.first, said)
         differ += line.get("score", verdict.first) != (-1 if verdict.first is None else verdict.first)
     names = {"model": model or models[0], "compared_with": None, "judge": chosen[0]["judge"][0]}
     return list(rows.values()), {**names, "kept_otherwise": differ}
 
 
-def _row(question: Question, answers: list[str]) -> dict:
+def _new_row(question: Question, answers: list[str]) -> dict:
     row = {"id": question.id, "category": question.category, "turns": question.turns, "answers": answers}
     return row | {"scores": {}, "first_ratings": {}, "verdicts": []}
 
 
-def _add(row: dict, turn: int, score, first, said: list[tuple[list[str], Verdict]]) -> None:
+def _add_verdicts(row: dict, turn: int, score, first, said: list[tuple[list[str], Verdict]]) -> None:
     row["scores"] |= {turn: score} if score is not None else {}
     row["first_ratings"] |= {turn: first} if first is not None else {}
     row["verdicts"] += [{"turn": turn, "texts": texts, **verdict._asdict()} for texts, verdict in said]

@@ -20,7 +20,7 @@ ANCHOR = 5  # tokens by which a run is looked up; shorter questions are not look
 _TOKEN = re.compile(rf"[{HAN}]|[^\W_{HAN}]+")
 
 
-def tokens(text: str) -> list[str]:
+def split_tokens(text: str) -> list[str]:
     """Return Chinese characters one by one, and words and numbers of other scripts."""
     return _TOKEN.findall(unicodedata.normalize("NFKC", text).casefold())
 
@@ -34,13 +34,13 @@ class Overlap:
         self.looked_for: set[str] = set()
         for name, texts in questions:
             for text in texts:
-                for run in _runs(tokens(text)):
+                for run in _runs(split_tokens(text)):
                     self.looked_for.add(name)
                     self.runs.setdefault(run[:ANCHOR], []).append((run, name))
 
     def find(self, text: str) -> set[str]:
         """Return the ids of the questions that a text holds."""
-        seen = tokens(text)
+        seen = split_tokens(text)
         places = list(zip(*(seen[start:] for start in range(ANCHOR)), strict=False))
         if self.runs.keys().isdisjoint(places):
             return set()

@@ -79,7 +79,7 @@ def language_of(text: str) -> str | None:
     return "zh" if han > words else "en"
 
 
-def units(text: str) -> int:
+def count_units(text: str) -> int:
     """Count a text's length as a person does: Chinese characters, and words or numbers of other scripts."""
     return len(re.findall(rf"[{HAN}]|[^\W_{HAN}]+(?:['’-][^\W_{HAN}]+)*", text))
 
@@ -93,7 +93,7 @@ def last_number(text: str) -> float | None:
 _KINDS = {"string": str, "integer": int, "array": list}
 
 
-def _json(text: str) -> object:
+def _parse_json(text: str) -> object:
     fenced = re.fullmatch(r"```(?:json)?\n(.*)\n```", text, re.DOTALL)
     try:
         return json.loads(fenced.group(1) if fenced else text)
@@ -101,14 +101,14 @@ def _json(text: str) -> object:
         return None
 
 
-def _json_object(text: str, kinds: dict[str, str]) -> bool:
-    found = _json(text)
+def _is_json_object(text: str, kinds: dict[str, str]) -> bool:
+    found = _parse_json(text)
     if not isinstance(found, dict) or set(found) != set(kinds):
         return False
     return all(isinstance(found[key], _KINDS[kind]) and found[key] is not True for key, kind in kinds.items())
 
 
-def _items(text: str, num: int) -> bool:
+def _has_items(text: str, num: int) -> bool:
     lines = [line for line in text.splitlines() if line.strip()]
     return len(lines) == num and all(re.match(r"\s*(?:\d+[.、)）]|[-*•])\s*\S", line) for line in lines)
 
@@ -118,12 +118,12 @@ def _bare(text: str) -> str:
 
 
 CHECKS: dict[str, Callable] = {
-    "json": _json_object,
-    "json_items": lambda text, num: isinstance(found := _json(text), list) and len(found) == num,
-    "items": _items,
+    "json": _is_json_object,
+    "json_items": lambda text, num: isinstance(found := _parse_json(text), list) and len(found) == num,
+    "items": _has_items,
     "lines": lambda text, num: len([line for line in text.splitlines() if line.strip()]) == num,
-    "max_units": lambda text, num: units(text) <= num,
-    "min_units": lambda text, num: units(text) >= num,
+    "max_units": lambda text, num: count_units(text) <= num,
+    "min_units": lambda text, num: count_units(text) >= num,
     "contains": lambda text, words: all(word.casefold() in text.casefold() for word in words),
     "excludes": lambda text, words: not any(word.casefold() in text.casefold() for word in words),
     "one_of": lambda text, words: _bare(text) in words,
@@ -134,17 +134,17 @@ CHECKS: dict[str, Callable] = {
 }
 
 
-def obeys(text: str, check: dict) -> bool:
+def is_in_form(text: str, check: dict) -> bool:
     """Tell whether a reply keeps the form that its question asks for; an empty one keeps none."""
     text = text.strip()
     return bool(text) and all(CHECKS[name](text, wanted) for name, wanted in check.items())
 
 
-def judge(question: dict, reply: Reply) -> dict[str, float]:
+def score_reply(question: dict, reply: Reply) -> dict[str, float]:
     """Return what a reply scores in each measure that its question is meant for."""
     scores = {"stop_rate": float(reply.ended), "repetition": repetition(reply.answer)}
     if "check" in question:
-        scores["format"] = float(obeys(reply.answer, question["check"]))
+        scores["format"] = float(is_in_form(reply.answer, question["check"]))
     elif "answer" in question:
         scores["arithmetic"] = float(last_number(reply.answer) == question["answer"])
     else:
@@ -179,7 +179,10 @@ def wilson(values: Sequence[float]) -> list[float]:
 
 def _row(measure: str, language: str, tuned: list, base: list | None, mean: Callable = fmean) -> dict:
     def alone(items: list) -> list[float]:
-        return [mean(items), *(wilson(items) if measure in SHARES else bootstrap([items], lambda g: [mean(g[0])])[0])]
+        return [
+            mean(items),
+            *(wilson(items) if measure in SHARES else bootstrap([items], lambda g: [mean(g[0])])[0]),
+        ]
 
     def apart(pairs: Sequence) -> float:
         return mean([pair[0] for pair in pairs]) - mean([pair[1] for pair in pairs])
@@ -209,7 +212,7 @@ def per_token(items: Sequence[tuple[float, int]]) -> float:
     return sum(total for total, _num in items) / sum(num for _total, num in items)
 
 
-def compare(
+def compare_replies(
     asked: Sequence[dict],
     tuned: Sequence[Reply],
     base: Sequence[Reply] | None = None,
@@ -221,7 +224,8 @@ def compare(
     "shown" holds the same for people.
     """
     scores = [
-        [judge(*pair) for pair in zip(asked, replies, strict=True)] if replies else [] for replies in (tuned, base)
+        [score_reply(*pair) for pair in zip(asked, replies, strict=True)] if replies else []
+        for replies in (tuned, base)
     ]
     rows = []
     for measure in ("stop_rate", "repetition", "language", "format", "arithmetic", "length"):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from sft.chat.reply import Chat
 from sft.files import write_json
-from sft.format.table import adds_bos
+from sft.format.table import is_bos_added
 from sft.tiny import QWEN_SPLIT
 
 # The split pattern of the published bloom tokenizer.json.
@@ -27,7 +27,7 @@ def write_converter_input(chat: Chat, folder: Path, source: Path) -> Path:
     tokenizer = chat.renderer.tokenizer
     tokenizer.save_pretrained(source)  # not the folder's tokenizer.model, which lacks the added tokens
     settings = json.loads((source / "tokenizer_config.json").read_text(encoding="utf-8"))
-    settings |= {"add_bos_token": adds_bos(tokenizer), "add_eos_token": False}  # else llama.cpp adds its family's
+    settings |= {"add_bos_token": is_bos_added(tokenizer), "add_eos_token": False}  # else llama.cpp adds its family's
     if has_byte_fallback(tokenizer):
         settings["add_prefix_space"] = has_prefix_space(tokenizer)
         write_sentencepiece(tokenizer, source / "tokenizer.model")

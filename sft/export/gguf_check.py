@@ -11,7 +11,7 @@ from contextlib import closing
 from pathlib import Path
 
 from sft.chat.reply import Chat
-from sft.format.table import adds_bos
+from sft.format.table import is_bos_added
 
 # The smallest share of tokens of transformers' greedy replies that llama.cpp must choose too. Quantised weights are
 # another model; below these shares it no longer resembles the trained one.
@@ -173,7 +173,7 @@ def _find_other_ids(chat: Chat, server: LlamaServer, prompts: list[list[int]]) -
         if server.tokenize(text) != tokenizer(text)["input_ids"]:
             yield f"other ids for {text!r}"
     num_rows = chat.model.config.get_text_config().vocab_size
-    bos = tokenizer.bos_token if adds_bos(tokenizer) else ""
+    bos = tokenizer.bos_token if is_bos_added(tokenizer) else ""
     for token, token_id in tokenizer.get_added_vocab().items():
         if token != bos and token_id < num_rows and server.tokenize(token)[-1:] != [token_id]:
             yield f"{token!r} is not one token in llama.cpp"

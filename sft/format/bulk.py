@@ -18,7 +18,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from sft.format.table import Part
-from sft.format.tokens import HALF_CHARACTER, IGNORE_INDEX, Rendered, Rows, shorten, text_around_by_decoding
+from sft.format.tokens import HALF_CHARACTER, IGNORE_INDEX, Rendered, Rows, shorten_row, text_around_by_decoding
 from sft.opendata.fields import RecordError
 
 if TYPE_CHECKING:
@@ -160,7 +160,7 @@ def render_segments(
             replies = np.asarray(is_reply[segment])
             segment_ends = np.cumsum(lengths[segment])
             around = text_around_by_decoding(backend, ids[token], int(segment_ends[~replies][0]))
-            replaced[owner] = [shorten(ids[token], labels[token], segment_ends[replies], max_length, around)]
+            replaced[owner] = [shorten_row(ids[token], labels[token], segment_ends[replies], max_length, around)]
     others = [index for index, rendered in replaced.items() if not rendered]
     for begin in range(0, len(others), NUM_AT_ONCE):
         some = others[begin : begin + NUM_AT_ONCE]

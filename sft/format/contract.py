@@ -153,7 +153,7 @@ def _check_conversation(renderer: "Renderer", messages: list[dict], tools: list[
     example = repr(messages[-1]["content"][:20])
     is_named = renderer.names_control(messages, tools)  # which a server takes for the token
     whole = renderer.text(messages, tools=tools)
-    if not is_named and _serve(renderer, messages, tools, add_generation_prompt=False) != whole:
+    if not is_named and _render_as_server(renderer, messages, tools, add_generation_prompt=False) != whole:
         yield f"the chat template renders other text than training does (reply {example})"
     for index, message in enumerate(messages):
         history = messages[:index]
@@ -175,7 +175,7 @@ def _check_conversation(renderer: "Renderer", messages: list[dict], tools: list[
             yield f"a reply does not end in the stop token (reply {example})"
 
 
-def _serve(
+def _render_as_server(
     renderer: "Renderer", messages: list[dict], tools, *, add_generation_prompt: bool, thinking: bool | None = None
 ) -> str:
     """Render as a server does, by transformers' own code."""
@@ -194,7 +194,7 @@ def _serve(
 
 
 def _served_ids(renderer: "Renderer", messages: list[dict], tools, *, thinking: bool | None) -> list[int]:
-    text = _serve(renderer, messages, tools, add_generation_prompt=True, thinking=thinking)
+    text = _render_as_server(renderer, messages, tools, add_generation_prompt=True, thinking=thinking)
     return renderer.tokenizer.encode(text, add_special_tokens=False)
 
 

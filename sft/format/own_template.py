@@ -310,7 +310,7 @@ class OwnTemplate:
                 full = self._render_call(CallForm(as_text, needs_ids), with_result=True)
             except RecordError:
                 continue
-            if _writes_call(full):
+            if _has_probe_call(full):
                 shows_ids = PROBE_ID in self._render_call(CallForm(as_text, True), with_result=True)
                 return CallForm(as_text, needs_ids or shows_ids)
         return None
@@ -364,7 +364,7 @@ PROBE_TOOL = {
 }
 
 
-def _writes_call(text: str) -> bool:
+def _has_probe_call(text: str) -> bool:
     """Say whether the probe's call is in a rendered text, its arguments as JSON or in a form of the template's own."""
     written = [PROBE_VALUE, json.dumps(PROBE_VALUE)[1:-1]]
     is_python = repr(PROBE_CALL["tool_calls"][0]["function"]["arguments"]) in text
@@ -382,7 +382,8 @@ def _after_opened(rest: str, opened: str, header: str, thought: str) -> str:
         pairs = zip(header, opened, strict=False)
         shared = header[: sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))]
         return EMPTY_THOUGHT.sub("", rest.removeprefix(shared))
-    opener, closer = found.group(1), OPENERS[found.group(1)]
+    opener = found.group(1)
+    closer = OPENERS[found.group(1)]
     rest = rest.removeprefix(opened[: found.start()])
     if rest.startswith(opener) and thought and thought.strip() in rest:
         return rest[len(opener) :].lstrip("\n")

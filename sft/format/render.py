@@ -26,7 +26,7 @@ from sft.format import bulk
 from sft.format.contract import choose_format, odd_conversations, probe_conversations, require_template, saved_run
 from sft.format.own_template import OwnTemplate
 from sft.format.reply import NO_FRAME, field_beyond_text, find_trained, split_reply
-from sft.format.table import CHAT_FORMATS, TURNS_TO_TRAIN, Part, adds_bos, bind_format, table_layout
+from sft.format.table import CHAT_FORMATS, TURNS_TO_TRAIN, Part, bind_format, is_bos_added, table_layout
 from sft.format.template import ChatTemplate, in_call_form, jinja_template, texts_in
 from sft.format.tokens import (
     Rendered,
@@ -37,7 +37,6 @@ from sft.format.tokens import (
     join_rows,
     label_parts,
     rows_of_turns,
-    rows_or_reason,
     unforgeable_backend,
 )
 from sft.opendata.fields import RecordError
@@ -74,7 +73,8 @@ class Renderer:
         self.thinking: bool | None = run.get("thinking")
         self.today = today or date.fromisoformat(run.get("template_date") or date.today().isoformat())
         self.name, self.reason = choose_format(chat_format, tokenizer)
-        self.tokenizer, self.train_turns = tokenizer, train_turns
+        self.tokenizer = tokenizer
+        self.train_turns = train_turns
         self._backend, self._sentinels = unforgeable_backend(tokenizer)
         self._controls = any_of(self._sentinels)
         self._seam = f"\ue000{secrets.token_hex(8)}\ue001"
@@ -85,7 +85,7 @@ class Renderer:
             self._hashed_template = self.chat_template
             self._bind_template()
         else:
-            bos = tokenizer.bos_token if adds_bos(tokenizer) else ""
+            bos = tokenizer.bos_token if is_bos_added(tokenizer) else ""
             row = bind_format(CHAT_FORMATS[self.name], tokenizer)
             self.chat_template = jinja_template(row, bos, with_tools=row.has_tools)
             self._hashed_template = jinja_template(row, bos)  # plain conversations: runs from before tools resume
@@ -115,7 +115,8 @@ class Renderer:
     def _find_control_ids(self) -> None:
         if self.name == "base":
             turn = self._own.probe_turn()
-            used, stops = self._controls.findall(turn.prompt + turn.reply), self._own.stops()
+            used = self._controls.findall(turn.prompt + turn.reply)
+            stops = self._own.stops()
         else:
             layout = self._layout(("user", "assistant"))
             names = [self._controls.findall(part.text or "") for part in layout]
@@ -207,10 +208,9 @@ class Renderer:
         """Lay the messages out with their contents (edge whitespace removed) filled in."""
         filled = []
         for part in self._layout(tuple(message["role"] for message in messages)):
-            content = part.text is None
-            text = messages[part.message]["content"].strip() if content else part.text
-            in_loss = part.in_loss and messages[part.message].get("train", True)
-            filled.append(part._replace(text=text if content else self._literal(text), in_loss=in_loss))
+            message = messages[part.message]
+            text = message["content"].strip() if part.text is None else self._literal(part.text)
+            filled.append(part._replace(text=text, in_loss=part.in_loss and message.get("train", True)))
         return filled
 
     def text(
@@ -265,16 +265,17 @@ class Renderer:
         end of a character, and without a stop token: a cut answer must not teach the model to stop.
         """
         (rows,) = self._render_each([{"messages": messages, "tools": tools}], max_length)
-        if isinstance(rows, RecordError):
-            raise rows
+        if rows[0].why:
+            raise RecordError(rows[0].outcome, rows[0].why)
         return rows
 
     # --- many conversations ---------------------------------------------------------------------------------------
 
-    def _render_each(self, batch: Sequence, max_length: int | None) -> list[list[Rendered] | RecordError]:
+    def _render_each(self, batch: Sequence, max_length: int | None) -> list[list[Rendered]]:
         """Render conversations in few calls of the tokenizer, which shares them among its threads."""
-        rendered: list = [None] * len(batch)
-        laid_out, turns = {}, {}
+        rendered: list[list[Rendered]] = [[] for _ in batch]
+        laid_out = {}
+        turns = {}
         for index, item in enumerate(batch):
             messages, tools = self._unpack(item)
             try:
@@ -286,21 +287,20 @@ class Renderer:
                 else:
                     laid_out[index] = self.parts(messages)
             except RecordError as error:
-                rendered[index] = error
+                rendered[index] = [empty_row(error.reason, str(error))]
         texts = ["".join(part.text for part in parts) for parts in laid_out.values()]
         encodings = self._backend.encode_batch(texts, add_special_tokens=False)
         for (index, parts), encoding in zip(laid_out.items(), encodings, strict=True):
             try:
                 rendered[index] = [label_parts(parts, encoding, max_length)]
             except RecordError as error:
-                rendered[index] = error
+                rendered[index] = [empty_row(error.reason, str(error))]
         encoded = iter(
             encode_turns([turn for of_one in turns.values() for turn in of_one], self._backend, self._anchor)
         )
         for index, of_one in turns.items():
             pairs = [next(encoded) for _turn in of_one]
-            rows = rows_of_turns(pairs, self._backend, max_length) if pairs else [empty_row("no_trained_token")]
-            rendered[index] = rows
+            rendered[index] = rows_of_turns(pairs, self._backend, max_length) or [empty_row("no_trained_token")]
         return rendered
 
     def _unpack(self, item) -> tuple[Sequence[dict], Sequence[dict] | None]:
@@ -317,8 +317,7 @@ class Renderer:
         """Render conversations in bulk."""
         if self._encode is None:
             groups = (batch[start : start + bulk.NUM_AT_ONCE] for start in range(0, len(batch), bulk.NUM_AT_ONCE))
-            rendered = (rows for group in groups for rows in self._render_each(group, max_length))
-            return join_rows(list(map(rows_or_reason, rendered)))
+            return join_rows([rows for group in groups for rows in self._render_each(group, max_length)])
         unpacked = [self._unpack(item) for item in batch]
         has_tools = [bool(tools) for _messages, tools in unpacked]
         segments = iter(has_tools)
@@ -329,9 +328,7 @@ class Renderer:
             self._encode,
             max_length=max_length,
             backend=self._backend,
-            render_others=lambda indices: list(
-                map(rows_or_reason, self._render_each([batch[index] for index in indices], max_length))
-            ),
+            render_others=lambda indices: self._render_each([batch[index] for index in indices], max_length),
         )
 
     def _segments(self, messages: Sequence[dict]) -> bulk.Segments | None:
@@ -360,7 +357,8 @@ class Renderer:
         self.use_slow_encoder()
         expected = [self.render_rows(batch, max_length=limit) for batch, limit in proof]
         for name, encode in bulk.bulk_encoders(self._backend, num_bytes):
-            self.encoder, self._encode = name, encode
+            self.encoder = name
+            self._encode = encode
             found = [self.render_rows(batch, max_length=limit) for batch, limit in proof]
             if all(map(bulk.are_same_rows, found, expected)):
                 return name
@@ -368,12 +366,14 @@ class Renderer:
 
     def use_slow_encoder(self) -> str:
         """Go back to encoding whole conversations, with offsets; return the encoder's name."""
-        self.encoder, self._encode = "tokenizers, with offsets", None
+        self.encoder = "tokenizers, with offsets"
+        self._encode = None
         return self.encoder
 
     def use_encoder(self, name: str) -> None:
         """Take the encoder of that name, which another renderer of the same tokenizer has proved."""
-        self.encoder, self._encode = name, dict(bulk.bulk_encoders(self._backend, bulk.MIN_FAST_BYTES)).get(name)
+        self.encoder = name
+        self._encode = dict(bulk.bulk_encoders(self._backend, bulk.MIN_FAST_BYTES)).get(name)
 
     def describe(self) -> dict:
         """Return what run.json says of the format; `Renderer` reads it again beside a checkpoint."""

@@ -163,7 +163,7 @@ def _typed(call: Call, tools: Sequence[dict] | None) -> dict:
         kind = properties.get(key) if isinstance(properties, dict) else None
         is_text = isinstance(kind, dict) and kind.get("type") == "string"
         if isinstance(value, Unquoted):
-            value = str(value) if is_text else _value(value)
+            value = str(value) if is_text else _parse_value(value)
         values[key] = value
     return values
 
@@ -223,7 +223,7 @@ def _without_groups(pattern: str) -> str:
     return re.sub(r"(?<!\\)\((?!\?)", "(?:", pattern)
 
 
-def _value(text: str):
+def _parse_value(text: str):
     """Read an argument that has no quotes: JSON, or a word of Python, else a string."""
     if text in PYTHON_WORDS:
         return PYTHON_WORDS[text]

@@ -139,7 +139,7 @@ def table_layout(chat_format: ChatFormat, roles: Sequence[str], bos: str = "") -
     return parts + ([Part(row.header, len(roles) - 1)] if roles[-1:] != ("assistant",) else [])
 
 
-def adds_bos(tokenizer) -> bool:
+def is_bos_added(tokenizer) -> bool:
     """Say whether the family starts every sequence with bos (Mistral does; bloom, falcon, Qwen and Yi don't)."""
     return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
 

@@ -58,11 +58,6 @@ def empty_row(reason: str, why: str = "") -> Rendered:
     return Rendered(empty, empty, reason, why)
 
 
-def rows_or_reason(rendered: list[Rendered] | RecordError) -> list[Rendered]:
-    """Return the rows of a conversation, or an empty one with the reason why it is lost."""
-    return [empty_row(rendered.reason, str(rendered))] if isinstance(rendered, RecordError) else rendered
-
-
 def join_rows(rendered: Sequence[Sequence[Rendered]]) -> Rows:
     """Join the rows of a batch, one or more per conversation, into flat arrays."""
     kept = [row for rows in rendered for row in rows if len(row.input_ids)]
@@ -118,7 +113,7 @@ def rows_of_turns(turns: Sequence[TurnIds], backend: Tokenizer, max_length: int 
         arrays = [np.asarray(values, dtype=np.int32) for values in (ids, labels)]
         start = next((place for place, label in enumerate(labels) if label != IGNORE_INDEX), len(labels))
         around = text_around_by_decoding(backend, arrays[0], start)
-        shortened.append(shorten(*arrays, np.asarray(ends), max_length, around))
+        shortened.append(shorten_row(*arrays, np.asarray(ends), max_length, around))
     complete = [row for row in shortened if row.outcome in ("whole", "turns_dropped")]
     if all(row.outcome == "whole" for row in shortened):
         return shortened
@@ -128,7 +123,7 @@ def rows_of_turns(turns: Sequence[TurnIds], backend: Tokenizer, max_length: int 
 # --- truncation ---------------------------------------------------------------------------------------------------
 
 
-def shorten(
+def shorten_row(
     ids: np.ndarray,
     labels: np.ndarray,
     turn_ends: np.ndarray,
@@ -283,7 +278,7 @@ def label_parts(parts: list[Part], encoding, max_length: int | None) -> Rendered
     turn_ends = [end for part, end in zip(parts, ends, strict=True) if part.ends_turn]
     turn_lengths = np.searchsorted(offsets[:, 0], turn_ends, side="left")
     text_around = text_around_by_offsets("".join(part.text for part in parts), offsets)
-    return shorten(ids, labels, turn_lengths, max_length, text_around)
+    return shorten_row(ids, labels, turn_lengths, max_length, text_around)
 
 
 def _check_boundaries(parts: list[Part], ends: np.ndarray, offsets: np.ndarray) -> None:

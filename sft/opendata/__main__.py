@@ -19,7 +19,7 @@ from sft.opendata.build import COUNTED, build_opendata
 from sft.opendata.cleaning import CHANGES, DROPS, RULES
 from sft.opendata.fields import list_counts
 from sft.opendata.files import MIXES, REJECTS, describe_skipped
-from sft.tables import align, display_width
+from sft.tables import align_columns, display_width
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -90,7 +90,7 @@ def print_ledger(ledger: dict[str, Any]) -> None:
     """Print a row for each file and the total, and what was lost or changed by which rule; at most 120 columns."""
     head = ["file", "in", "train", "eval", "dupl.", "near", "unsampled", "dropped", "rejected", "p50", "p90", "p99"]
     rows = [head] + [_row(name, row) for name, row in (*ledger["files"].items(), ("total", ledger["total"]))]
-    print("\n".join(align(rows)))
+    print("\n".join(align_columns(rows)))
     print("p50, p90, p99: characters in a kept conversation")
     for title in ("dropped", "rejected", "changed", "notes"):
         if counts := ledger["total"][title]:
@@ -113,8 +113,10 @@ MAX_DROPPED_SHARE = 0.1  # of a file's records, by one cleaning rule; above it t
 
 def find_problem(ledger: dict[str, Any]) -> str | None:
     """Say why the data can't be trusted: too many malformed records, or nothing kept; None if all is well."""
-    total, limit = ledger["total"], ledger["settings"]["max_rejected"]
-    num_rejected, num_read = sum(total["rejected"].values()), total["in"] - total["not_sampled"]
+    total = ledger["total"]
+    limit = ledger["settings"]["max_rejected"]
+    num_rejected = sum(total["rejected"].values())
+    num_read = total["in"] - total["not_sampled"]
     if num_rejected > limit * num_read:
         share = f"{num_rejected:,} of {num_read:,} records ({num_rejected / num_read:.1%}) are malformed"
         return f"{share}, more than --max_rejected {limit:g}"
@@ -147,14 +149,14 @@ def _row(name: str, row: dict[str, Any]) -> list[str]:
     return [name, *(f"{number:,}" for number in numbers)]
 
 
-def _stop(number: int, _frame: object) -> None:
+def _exit_on_signal(number: int, _frame: object) -> None:
     """Exit on SIGTERM or SIGHUP as on Ctrl-C: staged files are removed, and workers end."""
     print(f"stopped by {signal.Signals(number).name}; nothing was changed", file=sys.stderr)
     sys.exit(128 + number)
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, _stop)
+    signal.signal(signal.SIGTERM, _exit_on_signal)
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup
-        signal.signal(signal.SIGHUP, _stop)
+        signal.signal(signal.SIGHUP, _exit_on_signal)
     sys.exit(main())

@@ -18,7 +18,7 @@ from sft.opendata.cleaning import (
     RULES,
     NearDuplicates,
     band_keys,
-    clean,
+    clean_messages,
     digest_conversation,
     is_held_out,
     shingles,
@@ -43,7 +43,9 @@ from sft.opendata.files import (
 from sft.opendata.records import RawRecord, WrongCut
 from sft.workers import Workers, choose_num_workers
 
-STAGING, LOCK, SPILL = ".opendata.tmp", "lock", "samples"
+STAGING = ".opendata.tmp"
+LOCK = "lock"
+SPILL = "samples"
 
 
 # --- From raw records to outcomes: the work of a worker process
@@ -83,7 +85,7 @@ def process_piece(
     counts = FieldCounts()
     options = {"source": task.name, "counts": counts, **reading}
     try:
-        found = [_process(raw, options, rules, eval_share, near) for raw in task.split()]
+        found = [_process_record(raw, options, rules, eval_share, near) for raw in task.split()]
     except WrongCut:
         return None
     rejects = [outcome for outcome in found if isinstance(outcome, Reject)]
@@ -92,7 +94,9 @@ def process_piece(
     return Outcomes(Kept(*map(list, columns)), rejects, counts)
 
 
-def _process(raw: RawRecord, options: dict, rules: Collection[str], eval_share: float, near: bool) -> Kept | Reject:
+def _process_record(
+    raw: RawRecord, options: dict, rules: Collection[str], eval_share: float, near: bool
+) -> Kept | Reject:
     kind = "malformed"
     try:
         if raw.error:
@@ -100,15 +104,15 @@ def _process(raw: RawRecord, options: dict, rules: Collection[str], eval_share: 
         record = parse_record(raw.raw) if raw.record is None else raw.record
         conversation = read_record(record, line=raw.place, **options)
         kind = "cleaning"
-        conversation["messages"], changed = clean(conversation["messages"], rules)
+        conversation["messages"], changed = clean_messages(conversation["messages"], rules)
     except RecordError as error:
         kind = "cleaning" if isinstance(error, NotChosen) else kind
         reject = {"file": options["source"], "line": raw.line, "kind": kind, "reason": error.reason}
+        reject |= {"message": str(error), "raw": raw.raw}
         # Escapes keep what is no text: undecodable bytes and lone surrogates.
-        line = _encode(reject | {"message": str(error), "raw": raw.raw}, ensure_ascii=True)
-        return Reject(kind, error.reason, line)
+        return Reject(kind, error.reason, _to_line(reject, ensure_ascii=True))
     return Kept(
-        line=_encode(conversation),
+        line=_to_line(conversation),
         digest=digest_conversation(conversation),
         in_eval=is_held_out(conversation, eval_share),
         num_characters=sum([len(message["content"]) for message in conversation["messages"]]),
@@ -117,7 +121,7 @@ def _process(raw: RawRecord, options: dict, rules: Collection[str], eval_share: 
     )
 
 
-def _encode(value: dict, *, ensure_ascii: bool = False) -> bytes:
+def _to_line(value: dict, *, ensure_ascii: bool = False) -> bytes:
     return f"{json.dumps(value, ensure_ascii=ensure_ascii)}\n".encode()
 
 
@@ -167,7 +171,8 @@ class FileLedger:
 
 def _percentile(lengths: Counter, percent: int) -> int:
     """The smallest length that `percent` of the conversations do not exceed."""
-    wanted, seen = lengths.total() * percent / 100, 0
+    wanted = lengths.total() * percent / 100
+    seen = 0
     for length in sorted(lengths):
         seen += lengths[length]
         if seen >= wanted:

@@ -12,17 +12,15 @@ from array import array
 from collections.abc import Collection, Iterator
 from typing import BinaryIO
 
-from sft.opendata.conversation import Conversation, Message, validate
+from sft.opendata.conversation import Conversation, Message, check_messages
 from sft.opendata.fields import RecordError
 from sft.opendata.files import hash_to_share
 
 
 def strip_edges(messages: list[Message]) -> list[Message]:
     """Strip whitespace from both ends of each text."""
-    return [message | {key: message[key].strip() for key in _TEXTS if key in message} for message in messages]
-
-
-_TEXTS = ("content", "reasoning_content")
+    texts = ("content", "reasoning_content")
+    return [message | {key: message[key].strip() for key in texts if key in message} for message in messages]
 
 
 def _is_blank(message: Message) -> bool:
@@ -51,7 +49,7 @@ def fix_roles(messages: list[Message]) -> list[Message]:
     turns: list[Message] = []
     for message in sorted(messages, key=lambda message: message["role"] != "system"):
         if turns and turns[-1]["role"] == message["role"] != "tool":
-            turns[-1] = _merge(turns[-1], message)
+            turns[-1] = _merge_messages(turns[-1], message)
         elif message["role"] in ("system", "user") or any(turn["role"] == "user" for turn in turns):
             turns.append(message)
     while turns and turns[-1]["role"] in ("user", "tool"):
@@ -61,7 +59,7 @@ def fix_roles(messages: list[Message]) -> list[Message]:
     return turns
 
 
-def _merge(first: Message, second: Message) -> Message:
+def _merge_messages(first: Message, second: Message) -> Message:
     """One message of two by one speaker. Raises RecordError where that would change what is learned."""
     if first.get("train") != second.get("train"):
         raise RecordError("loss_switch", "of two replies in a row only one is to be learned, so they can't be merged")
@@ -117,11 +115,11 @@ def drop_cut_off(messages: list[Message]) -> None:
         raise RecordError("cut_off", f"messages[{number}] ends in a list number without its text")
     if reply.endswith((",", "，", "、")):
         raise RecordError("cut_off", f"messages[{number}] ends in a comma")
-    if _stops_in_prose(reply.rpartition("\n")[2]):
+    if _is_cut_in_prose(reply.rpartition("\n")[2]):
         raise RecordError("cut_off", f'messages[{number}] stops in mid-sentence: "…{reply[-30:]}"')
 
 
-def _stops_in_prose(line: str) -> bool:
+def _is_cut_in_prose(line: str) -> bool:
     """Whether a line is long running text that ends in a word; titles, names, tags, links and formulas are not."""
     if not line[-1:].isalnum():
         return False
@@ -204,7 +202,8 @@ def _is_chinese(text: str) -> bool:
 
 def _is_english(text: str) -> bool:
     """Whether a text without Chinese is prose, and not just a few words, code or numbers."""
-    num_words, num_symbols = len(_LATIN_WORD.findall(text)), len(re.findall(r"[{}()\[\]<>=;_\\/|$#]", text))
+    num_words = len(_LATIN_WORD.findall(text))
+    num_symbols = len(re.findall(r"[{}()\[\]<>=;_\\/|$#]", text))
     return num_words >= 8 and num_symbols < num_words / 3
 
 
@@ -216,14 +215,14 @@ DROPS = {rule.__name__: rule for rule in (drop_self_identity, drop_cut_off, drop
 RULES = (*CHANGES, *DROPS)
 
 
-def clean(messages: list[Message], rules: Collection[str] = RULES) -> tuple[list[Message], list[str]]:
+def clean_messages(messages: list[Message], rules: Collection[str] = RULES) -> tuple[list[Message], list[str]]:
     """Apply the named rules in order; return the messages and which rules changed them. Raises RecordError to drop."""
     changed = []
     for name, change in CHANGES.items():
         if name in rules and (after := change(messages)) != messages:
             messages = after
             changed.append(name)
-    validate({"id": "", "source": "", "messages": messages})
+    check_messages(messages)
     for name, drop in DROPS.items():
         if name in rules:
             drop(messages)
@@ -233,7 +232,7 @@ def clean(messages: list[Message], rules: Collection[str] = RULES) -> tuple[list
 # --- Duplicates
 
 
-def normalise(text: str) -> str:
+def normalise_text(text: str) -> str:
     """Fold width (NFKC), case and whitespace, so that texts which look alike are equal."""
     if not text.isascii():
         # The common ones by hand: without them most Chinese text passes NFKC's quick check, ten times as fast.
@@ -246,7 +245,8 @@ def normalise(text: str) -> str:
 def digest_conversation(conversation: Conversation) -> int:
     """Return 128 bits of what is learned and shown, equal after NFC and without whitespace at the edges of texts."""
     messages = conversation["messages"]
-    whole = "\x1e".join(f"{message['role']}\x1f{_fold(message['content'])}" for message in messages)
+    turns = ((message["role"], unicodedata.normalize("NFC", message["content"]).strip()) for message in messages)
+    whole = "\x1e".join(map("\x1f".join, turns))
     rest = [{key: message[key] for key in message if key not in ("role", "content")} for message in messages]
     if any(rest) or "tools" in conversation:
         extra = json.dumps([rest, conversation.get("tools")], ensure_ascii=False, sort_keys=True)
@@ -254,23 +254,20 @@ def digest_conversation(conversation: Conversation) -> int:
     return int.from_bytes(hashlib.blake2b(whole.encode(), digest_size=16).digest())
 
 
-def _fold(text: str) -> str:
-    return unicodedata.normalize("NFC", text).strip()
-
-
 # --- Near duplicates
 
 
 SHINGLE = 5
 # 16 bands of 6 permutations find 99% of the pairs with a similarity of 0.8, and 22% of those with 0.5.
-NUM_BANDS, ROWS = 16, 6
+NUM_BANDS = 16
+ROWS = 6
 # Per band. The table takes 256 MiB at most; above a million conversations newcomers find ever more slots taken.
 NUM_SLOTS = 1 << 21
 
 
 def shingles(conversation: Conversation) -> set[str]:
     """The character 5-grams of the normalised texts, thoughts and calls."""
-    text = normalise("\n".join(map(_join_texts, conversation["messages"])))
+    text = normalise_text("\n".join(map(_join_texts, conversation["messages"])))
     return {text[i : i + SHINGLE] for i in range(max(1, len(text) - SHINGLE + 1))}
 
 
@@ -324,7 +321,8 @@ class NearDuplicates:
         return False
 
     def _similarity(self, grams: set[str], candidate: int) -> float:
-        file, offset = self.files[self.places[candidate] & 1], self.places[candidate] >> 1
+        file = self.files[self.places[candidate] & 1]
+        offset = self.places[candidate] >> 1
         end = file.tell()
         file.seek(offset)
         other = shingles(json.loads(file.readline()))
@@ -341,4 +339,4 @@ def is_held_out(conversation: Conversation, eval_share: float) -> bool:
     The split depends on that text alone: it stays when data is added, and no prompt is on both sides.
     """
     question = next(message["content"] for message in conversation["messages"] if message["role"] == "user")
-    return hash_to_share(normalise(question)) < eval_share
+    return hash_to_share(normalise_text(question)) < eval_share

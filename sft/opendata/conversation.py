@@ -69,7 +69,7 @@ def read_conversations(
                 if raw.error:
                     raise raw.error
                 conversation = read_record(raw.record, line=raw.place, **options)
-                validate(conversation)
+                check_messages(conversation["messages"])
                 yield conversation, None, path, raw.line
             except RecordError as error:
                 yield None, error, path, raw.line
@@ -88,7 +88,7 @@ def read_record(
 
     Its own id is kept, else it is `source:line`. `reasoning` "drop" leaves out the thoughts. `preference` "chosen"
     takes the chosen replies of preference data, which is refused without it. Contents may still be empty and roles out
-    of order: that is for `validate`, or for cleaning.
+    of order: that is for `check_messages`, or for cleaning.
     """
     if not isinstance(record, dict):
         raise RecordError("not_object", f"the record is {name_type(record)}; write it as an object with named fields")
@@ -109,7 +109,7 @@ def read_record(
     messages = _read_system(record) + _read_form(record, form, counts)
     if learned is False:
         messages = [m | {"train": False} if m["role"] == "assistant" else m for m in messages]
-    messages, tools = _complete(messages, read_tools(record), reasoning, counts.notes)
+    messages, tools = _finish_messages(messages, read_tools(record), reasoning, counts.notes)
     own = is_own and _own_source(record["source"])
     conversation = {"id": _read_id(record.get("id")) or f"{source}:{line}", "source": own or source}
     return conversation | ({"messages": messages, "tools": tools} if tools else {"messages": messages})
@@ -162,7 +162,7 @@ def _unknown_form(record: dict) -> RecordError:
     return RecordError("unknown_form", f"no known form has {keys[:200]}; use one of {known}")
 
 
-def _complete(
+def _finish_messages(
     messages: list[Message], tools: list[dict], reasoning: str, notes: Counter[str]
 ) -> tuple[list[Message], list[dict]]:
     """Take tagged tools apart, leave out a greeting and maybe the thoughts, and count what is worth knowing."""
@@ -182,13 +182,12 @@ def _complete(
     return messages, tools
 
 
-def validate(conversation: Conversation) -> None:
+def check_messages(messages: list[Message]) -> None:
     """Raise RecordError unless user and assistant take turns and each result answers a call.
 
     A system message may come first; the results of a reply's calls come before the next reply; the last message is a
     reply; some reply is learned. Only a reply with calls and a result may be empty.
     """
-    messages = conversation["messages"]
     if not messages:
         raise RecordError("empty", "messages is empty; give at least one user and one assistant message")
     check_calls(messages)

@@ -126,7 +126,7 @@ def _escape_undecodable(error: UnicodeError) -> tuple[str, int]:
 codecs.register_error("sft_escape", _escape_undecodable)
 
 
-def decode(chunks: Iterator[bytes], encoding: str) -> Iterator[str]:
+def decode_chunks(chunks: Iterator[bytes], encoding: str) -> Iterator[str]:
     """Text, with undecodable bytes as lone surrogates; a RecordError comes last."""
     decoder = codecs.getincrementaldecoder(encoding)("surrogateescape" if encoding == "utf-8" else "sft_escape")
     fault = None
@@ -151,13 +151,19 @@ class TextWindow:
     """A window on decoded text: `buffer[start:]` is unread, `start` is on line `line` of the file."""
 
     def __init__(self, chunks: Iterator[str], line: int = 1):
-        self.chunks, self.buffer, self.start, self.line = chunks, "", 0, line
-        self.ended, self.fault = False, None
-        self.last_line, self.num_on_line = 0, 0
+        self.chunks = chunks
+        self.buffer = ""
+        self.start = 0
+        self.line = line
+        self.ended = False
+        self.fault = None
+        self.last_line = 0
+        self.num_on_line = 0
 
     def grow(self) -> bool:
         """Read on, at least as much as is unread: trying again stays linear. False, and no change, at the end."""
-        parts, num_new = [self.buffer[self.start :]], 0
+        parts = [self.buffer[self.start :]]
+        num_new = 0
         wanted = max(1, len(parts[0]))
         while num_new < wanted and not self.ended:
             try:
@@ -166,9 +172,11 @@ class TextWindow:
             except StopIteration:
                 self.ended = True
             except RecordError as error:
-                self.ended, self.fault = True, error
+                self.ended = True
+                self.fault = error
         if num_new:
-            self.buffer, self.start = "".join(parts), 0
+            self.buffer = "".join(parts)
+            self.start = 0
         return num_new > 0
 
     def skip(self) -> str:
@@ -237,13 +245,16 @@ def cut_file(path: str, encoding: str) -> Iterator[Range]:
         opening = _find_opening(head, encoding)
         if not opening:
             return
-        start, line, size = 0, 1, os.fstat(stream.fileno()).st_size
+        start = 0
+        line = 1
+        size = os.fstat(stream.fileno()).st_size
         is_array = head.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
         while start < size:
             end, num_lines = _find_end(stream, start, opening)
             end_line = line + num_lines if end < size else None
             yield Range(path, start, end, line, end_line, is_array and start > 0, is_array and end < size)
-            start, line = end, line + num_lines
+            start = end
+            line = line + num_lines
 
 
 def _find_opening(head: bytes, encoding: str) -> bytes | None:
@@ -265,14 +276,18 @@ def _find_end(stream: BinaryIO, start: int, opening: bytes) -> tuple[int, int]:
     Without one in MAX_RANGE_BYTES it is the end of the file.
     """
     stream.seek(start)
-    data, rest = stream.read(RANGE_BYTES), b""
-    end, num_lines = start + len(data), data.count(b"\n")
+    data = stream.read(RANGE_BYTES)
+    rest = b""
+    end = start + len(data)
+    num_lines = data.count(b"\n")
     while end - start < MAX_RANGE_BYTES and (data := stream.read(SEARCH_BYTES)):
         rest += data
         if (found := rest.find(opening)) >= 0:
             return end + found + 1, num_lines + rest.count(b"\n", 0, found + 1)
         counted = max(0, len(rest) - len(opening) + 1)
-        end, num_lines, rest = end + counted, num_lines + rest.count(b"\n", 0, counted), rest[counted:]
+        end = end + counted
+        num_lines = num_lines + rest.count(b"\n", 0, counted)
+        rest = rest[counted:]
     return os.fstat(stream.fileno()).st_size, num_lines
 
 
@@ -297,14 +312,14 @@ def parse_record(raw: str) -> object:
     except RecordError:
         raise
     except json.JSONDecodeError as error:
-        raise malformed(error.msg, error.pos) from error
+        raise malformed_json(error.msg, error.pos) from error
     except RecursionError as error:
         raise RecordError("too_deep", "the record is nested too deeply to be a conversation") from error
     except ValueError as error:
         raise RecordError("huge_number", f"a number has too many digits; write it as a string ({error})") from error
 
 
-def malformed(message: str, position: int) -> RecordError:
+def malformed_json(message: str, position: int) -> RecordError:
     # Some of json's messages end in "at" already.
     where = f"{message.removesuffix(' at')} at character {position + 1} of the record"
     return RecordError("malformed_json", f"{where}; this is not valid JSON")

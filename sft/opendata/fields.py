@@ -353,7 +353,8 @@ def _put_chosen(record: dict, chosen: object) -> dict:
             reply = [{"role": "assistant", "content": chosen}] if isinstance(chosen, str) else chosen
             return record | {form.keys[0]: [*messages, *reply]}
     for form in PAIRS:
-        question, answer = form.keys[0], form.keys[-1]
+        question = form.keys[0]
+        answer = form.keys[-1]
         if record.get(question) is not None and len(form.keys) == 2:
             if isinstance(record[question], list) == isinstance(chosen, list):
                 return record | {answer: chosen}

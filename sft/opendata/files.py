@@ -24,7 +24,10 @@ _COMPRESSED_EXTENSIONS = ("", ".gz", ".bz2", ".xz", ".zst", ".zstd")
 EXTENSIONS = (*(text + packed for text in _TEXT_EXTENSIONS for packed in _COMPRESSED_EXTENSIONS), ".parquet")
 KNOWN_FILES = "JSON, JSON Lines, CSV, TSV (each maybe compressed) or Parquet file"
 # The files that sft.opendata writes.
-TRAIN, EVAL, REJECTS, LEDGER = "train.json", "eval.json", "rejects.jsonl", "ledger.json"
+TRAIN = "train.json"
+EVAL = "eval.json"
+REJECTS = "rejects.jsonl"
+LEDGER = "ledger.json"
 # Never read as data: what sft.opendata writes beside its conversations, and what the hub keeps beside a data set.
 NOT_DATA = (LEDGER, REJECTS, "dataset_info.json", "dataset_infos.json")
 # The mixes that the seeds were trained on. Belle: the BLOOM folder's sets, 20,000 of each. Blossom v5 (model card): 40K
@@ -45,12 +48,12 @@ def list_files(path_or_glob: str | os.PathLike) -> list[str]:
     if os.path.isfile(path):
         return [path]
     if os.path.isdir(path):
-        found = _walk(path)
+        found = _list_data_files(path)
         if not found:
             raise ValueError(f"{path}: the folder holds no {KNOWN_FILES}")
         return found
     matches = sorted(match for match in glob.glob(path, recursive=True) if os.path.basename(match) not in NOT_DATA)
-    found = {file for match in matches for file in ([match] if os.path.isfile(match) else _walk(match))}
+    found = {file for match in matches for file in ([match] if os.path.isfile(match) else _list_data_files(match))}
     if not found:
         raise ValueError(f"{path}: no such file or folder, and as a glob it matches no data file")
     return sorted(found)
@@ -62,7 +65,7 @@ def split_suffix(text: str) -> tuple[str, str]:
     return (text, "") if not at or "/" in suffix or os.path.exists(text) or glob.glob(text) else (path, suffix)
 
 
-def _walk(folder: str) -> list[str]:
+def _list_data_files(folder: str) -> list[str]:
     """The data files of a folder, sorted."""
     return sorted(path for path in _list_folder(folder) if _is_data(path))
 
@@ -120,7 +123,7 @@ def resolve_inputs(inputs: Iterable[str], *, skip: Collection[str] = ()) -> tupl
     mistakes = []
     for text in inputs:
         try:
-            for source in _resolve(text):
+            for source in _resolve_input(text):
                 if source.path in skip and source.path != os.path.abspath(text):
                     continue
                 if found.setdefault(source.path, source).sample != source.sample:
@@ -132,7 +135,7 @@ def resolve_inputs(inputs: Iterable[str], *, skip: Collection[str] = ()) -> tupl
     return sorted(sources, key=lambda source: source.name), mistakes
 
 
-def _resolve(text: str) -> list[Source]:
+def _resolve_input(text: str) -> list[Source]:
     if text.startswith("--mix "):
         raise ValueError(f"{text}: there are {', '.join(MIXES)}")
     path, sample = split_sample(text)
@@ -193,7 +196,8 @@ def _short_names(paths: list[str]) -> dict[str, str]:
 
 # --- Pieces of a file, for the tasks of worker processes
 
-BATCH_RECORDS, BATCH_CHARACTERS = 256, 1 << 19
+BATCH_RECORDS = 256
+BATCH_CHARACTERS = 1 << 19
 
 
 class Batch(NamedTuple):
@@ -241,11 +245,13 @@ def cut_pieces(path: str, encoding: str, *, parse: bool) -> Iterator[Range | Bat
 
 def cut_batches(path: str, records: Iterable[RawRecord]) -> Iterator[Batch]:
     """Cut records into batches, bounded by number and by text."""
-    batch, num_characters = [], 0
+    batch = []
+    num_characters = 0
     for raw in records:
         if batch and (len(batch) >= BATCH_RECORDS or num_characters >= BATCH_CHARACTERS):
             yield Batch(path, batch)
-            batch, num_characters = [], 0
+            batch = []
+            num_characters = 0
         batch.append(raw)
         num_characters += len(raw.raw)
     if batch:
@@ -257,7 +263,8 @@ def map_pieces(workers: Workers, tasks: Iterable[Work]) -> Iterator[tuple[Work, 
 
     From there on the file is read as a stream, and the results of its further ranges are left out.
     """
-    read_again, parse = set(), workers.num_workers == 1
+    read_again = set()
+    parse = workers.num_workers == 1
     for task, result in workers.map(tasks):
         if task.piece.path in read_again:
             continue

@@ -103,7 +103,7 @@ def _read_message(item: object, where: str, counts: FieldCounts, mask: object) -
         shown = json.dumps(given)[:80]
         raise RecordError("unknown_role", f"{where} has role {shown}; use system, user or assistant")
     check_media(item, f"{where}.")
-    count_unread(item, _KEYS.get(role, MESSAGE_KEYS), generalise(where), counts.unread)
+    count_unread(item, _KEYS.get(role, MESSAGE_KEYS), generalise_place(where), counts.unread)
     key = "content" if item.get("content") is not None or "value" not in item else "value"
     learned = read_learned(item, mask, role in ("assistant", CALL), where)
     if role == "tool":
@@ -186,7 +186,7 @@ def read_parts(parts: list, where: str, unread: Counter[str]) -> Parts:
             raise RecordError("content_part", f"{place} is of type {json.dumps(kind)[:80]}; only text is read")
         keys = key or ("text",)
         name = next((name for name in keys if part.get(name) is not None), keys[0])
-        count_unread(part, frozenset({"type", name, *_MORE_PART_KEYS.get(kind, ())}), generalise(place), unread)
+        count_unread(part, frozenset({"type", name, *_MORE_PART_KEYS.get(kind, ())}), generalise_place(place), unread)
         if kind in ("reasoning", "thinking"):
             thoughts.append(read_text(part.get(name), f"{place}.{name}"))
         elif kind == "tool_call":
@@ -340,10 +340,10 @@ def _read_call(item: object, where: str, unread: Counter[str]) -> dict:
     function = item["function"] if isinstance(item.get("function"), dict) else item
     key = next((key for key in ("arguments", "parameters", "input") if function.get(key) is not None), "arguments")
     if function is not item:
-        count_unread(item, frozenset(("id", "type", "function")), generalise(where), unread)
-        count_unread(function, frozenset(("name", key)), generalise(where) + "function.", unread)
+        count_unread(item, frozenset(("id", "type", "function")), generalise_place(where), unread)
+        count_unread(function, frozenset(("name", key)), generalise_place(where) + "function.", unread)
     else:
-        count_unread(item, frozenset(("id", "type", "name", key)), generalise(where), unread)
+        count_unread(item, frozenset(("id", "type", "name", key)), generalise_place(where), unread)
     if not isinstance(function.get("name"), str) or not function["name"]:
         raise RecordError("tool_call", f"{where} has no name; give the function's")
     inner = where if function is item else f"{where}.function"
@@ -366,7 +366,7 @@ def _read_arguments(value: object, where: str) -> dict:
     return value
 
 
-def generalise(where: str) -> str:
+def generalise_place(where: str) -> str:
     """`messages[3].tool_calls[0]` -> `messages[].tool_calls[].`: the same for all records."""
     return re.sub(r"\[\d+\]", "[]", where) + "."
 

@@ -19,9 +19,9 @@ from sft.opendata.decoding import (
     check_encoding,
     check_kind,
     choose_codec,
-    decode,
+    decode_chunks,
     find_compression,
-    malformed,
+    malformed_json,
     parse_record,
     read_chunks,
     record_decoder,
@@ -97,14 +97,16 @@ class WrongCut(Exception):
 def split_range(piece: Range) -> Iterator[RawRecord]:
     """Yield the records of a range as `split_file` yields those of the file, parsed. WrongCut comes last."""
     with open(piece.path, "rb") as stream:
-        yield from _split_text(TextWindow(decode(piece.read(stream), "utf-8"), piece.line), parse=True, piece=piece)
+        yield from _split_text(
+            TextWindow(decode_chunks(piece.read(stream), "utf-8"), piece.line), parse=True, piece=piece
+        )
 
 
 def split_rest(piece: Range, *, parse: bool) -> Iterator[RawRecord]:
     """Yield the records from the beginning of a range to the end of the file, as `split_file` does."""
     with open(piece.path, "rb") as stream:
         stream.seek(piece.start)
-        text = TextWindow(decode(read_chunks(stream, None, decoding.CHUNK_BYTES), "utf-8"), piece.line)
+        text = TextWindow(decode_chunks(read_chunks(stream, None, decoding.CHUNK_BYTES), "utf-8"), piece.line)
         yield from _split_text(text, parse=parse, piece=piece._replace(end_line=None))
 
 
@@ -135,7 +137,8 @@ def _split_bytes(stream: BinaryIO, path: str, magic: bytes, encoding: str, parse
     """Decompress and decode a file, and split its text into records: rows of a table, or JSON values."""
     compression = find_compression(magic)
     chunks = read_chunks(stream, compression, decoding.CHUNK_BYTES)
-    first, fault = [], None
+    first = []
+    fault = None
     try:
         while sum(map(len, first)) < decoding.PROBE_BYTES and (chunk := next(chunks, b"")):
             first.append(chunk)
@@ -143,12 +146,12 @@ def _split_bytes(stream: BinaryIO, path: str, magic: bytes, encoding: str, parse
         fault = error
     head = b"".join(first)
     check_kind(head)
-    text = TextWindow(decode(_chain(first, chunks, fault), choose_codec(head, encoding)))
+    text = TextWindow(decode_chunks(_chain_chunks(first, chunks, fault), choose_codec(head, encoding)))
     table = _find_table(text, path)
     yield from _split_table(text, *table) if table else _split_text(text, parse)
 
 
-def _chain(first: list[bytes], rest: Iterator[bytes], fault: RecordError | None) -> Iterator[bytes]:
+def _chain_chunks(first: list[bytes], rest: Iterator[bytes], fault: RecordError | None) -> Iterator[bytes]:
     yield from first
     if fault:
         raise fault
@@ -158,7 +161,8 @@ def _chain(first: list[bytes], rest: Iterator[bytes], fault: RecordError | None)
 # --- Tables: CSV and TSV
 
 _DELIMITERS = ("\t", ",", ";")
-_CHOSEN, _QUESTIONS = frozenset(CHOSEN_KEYS), frozenset(form.keys[0] for form in PAIRS)
+_CHOSEN = frozenset(CHOSEN_KEYS)
+_QUESTIONS = frozenset(form.keys[0] for form in PAIRS)
 
 
 def _find_table(text: TextWindow, path: str) -> tuple[str, list[str]] | None:
@@ -199,7 +203,9 @@ class _Lines:
     """The lines of a text; `taken` are those of the row that is being read."""
 
     def __init__(self, text: TextWindow):
-        self.text, self.taken, self.again = text, [], []
+        self.text = text
+        self.taken = []
+        self.again = []
 
     def __iter__(self) -> "_Lines":
         return self
@@ -223,16 +229,20 @@ class _Lines:
 def _split_table(text: TextWindow, delimiter: str, names: list[str]) -> Iterator[RawRecord]:
     """The rows of a table as JSON text; a row that can't be read costs its first line only."""
     csv.field_size_limit(MAX_RECORD_CHARACTERS)
-    lines, line = _Lines(text), text.line
+    lines = _Lines(text)
+    line = text.line
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
     while True:
         lines.taken = []
         try:
-            row, error = next(reader, None), None
+            row = next(reader, None)
+            error = None
         except csv.Error as problem:
-            row, error = [], RecordError("malformed_csv", f"{problem}; this is no valid row of a table")
+            row = []
+            error = RecordError("malformed_csv", f"{problem}; this is no valid row of a table")
             lines.again += lines.taken[:0:-1]
-            reader, lines.taken = csv.reader(lines, delimiter=delimiter, strict=True), lines.taken[:1]
+            reader = csv.reader(lines, delimiter=delimiter, strict=True)
+            lines.taken = lines.taken[:1]
         if row is None:
             break
         if row and len(row) != len(names):
@@ -273,7 +283,7 @@ def _split_text(text: TextWindow, parse: bool, piece: Range | None = None) -> It
         begin = text.begin()
         length, record = _parse_at_once(text) if parse else (0, None)
         try:
-            yield RawRecord(*begin, text.take(length or _scan(text)), record)
+            yield RawRecord(*begin, text.take(length or _find_length(text)), record)
         except RecordError as error:
             raw, error = _take_broken(text, error, in_array=in_array)
             yield RawRecord(*begin, raw, error=error)
@@ -306,10 +316,10 @@ def _parse_at_once(text: TextWindow) -> tuple[int, object]:
     return (length, record) if usual else (0, None)
 
 
-def _scan(text: TextWindow) -> int:
+def _find_length(text: TextWindow) -> int:
     """Length of the JSON value that starts here; reads on while it is incomplete. Raises RecordError."""
     while True:
-        length, error = _measure(text.buffer, text.start, ended=text.ended)
+        length, error = _measure_value(text.buffer, text.start, ended=text.ended)
         num_unread = length or len(text.buffer) - text.start
         if error and error.reason != "truncated":
             raise error
@@ -326,19 +336,21 @@ def _scan(text: TextWindow) -> int:
         text.grow()
 
 
-def _measure(buffer: str, start: int, *, ended: bool) -> tuple[int, RecordError | None]:
+def _measure_value(buffer: str, start: int, *, ended: bool) -> tuple[int, RecordError | None]:
     """Length of the JSON value at `start`, or the error: `truncated` if more text might complete it."""
     try:
         return _scan_once(buffer, start)[1] - start, None
     except json.JSONDecodeError as error:
-        position, message = error.pos, error.msg
+        position = error.pos
+        message = error.msg
     except StopIteration as error:
-        position, message = error.value, "Expecting value"
+        position = error.value
+        message = "Expecting value"
     except RecursionError:
         return 0, RecordError("too_deep", "the record is nested too deeply to be a conversation")
     if position >= len(buffer) - (0 if ended else LOOKAHEAD_CHARACTERS) or message.startswith("Unterminated string"):
         return 0, RecordError("truncated", "the record is cut off: its end is missing")
-    return 0, malformed(message, position - start)
+    return 0, malformed_json(message, position - start)
 
 
 def _take_broken(text: TextWindow, error: RecordError, *, in_array: bool) -> tuple[str, RecordError]:
@@ -346,12 +358,14 @@ def _take_broken(text: TextWindow, error: RecordError, *, in_array: bool) -> tup
     restart = _RESTART_IN_ARRAY if in_array else _RESTART_IN_LINES
     # A record nested too deeply contains many beginnings like its own.
     key = _FIRST_KEY.match(text.buffer, text.start) if error.reason != "too_deep" else None
-    head, at = "", 1
+    head = ""
+    at = 1
     while True:
         match = restart.search(text.buffer, text.start + at)
         if match is None or match.end() == len(text.buffer):
             if len(text.buffer) - text.start > MAX_RECORD_CHARACTERS:
-                head, at = head or text.buffer[text.start : text.start + MAX_RAW_CHARACTERS], 0
+                head = head or text.buffer[text.start : text.start + MAX_RAW_CHARACTERS]
+                at = 0
                 text.advance(len(text.buffer) - 1)
             if text.grow():
                 continue
@@ -362,7 +376,8 @@ def _take_broken(text: TextWindow, error: RecordError, *, in_array: bool) -> tup
         if not at:
             return (head + text.take(length).rstrip(", \t\r\n"))[:MAX_RAW_CHARACTERS], error
     raw = (head + text.take(len(text.buffer) - text.start)).rstrip(", \t\r\n")[:MAX_RAW_CHARACTERS]
-    error, text.fault = text.fault or error, None
+    error = text.fault or error
+    text.fault = None
     return raw.removesuffix("]").rstrip() if in_array else raw, error
 
 
@@ -373,7 +388,7 @@ def _next_restart(text: TextWindow, offset: int, key: re.Match | None) -> int:
     size = 4096
     while True:
         piece = text.buffer[text.start + offset : text.start + offset + size]
-        length, error = _measure(piece, 0, ended=False)
+        length, error = _measure_value(piece, 0, ended=False)
         if length:
             return offset + length if find_form(_scan_once(piece, 0)[0]) is None else 0
         if error.reason != "truncated" or size > MAX_RECORD_CHARACTERS or (len(piece) < size and not text.grow()):

@@ -12,7 +12,7 @@ from sft.files import write_text
 from sft.report.provenance import without_secrets
 from sft.report.templates import load_template
 from sft.report.text import paint, say, split_by_loss
-from sft.tables import align
+from sft.tables import align_columns
 from sft.train.arguments import fail
 from sft.train.setup import Run
 
@@ -72,7 +72,7 @@ def as_text(report: Report, tokenizer, *, since: int = 0) -> str:
     for title, ids, labels in report.samples if not since else ():
         lines += [f"== {title}", *_paint_ends(tokenizer, ids, labels), ""]
     for section in report.sections[since:]:
-        lines += [f"== {section.title}", *align(section.table), *section.lines, ""]
+        lines += [f"== {section.title}", *align_columns(section.table), *section.lines, ""]
     lines += [f"note: {note}" for note in report.notes if not since]
     return "\n".join(lines)
 

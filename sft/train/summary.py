@@ -69,7 +69,7 @@ class Replies:
         if not after:
             return {}
         questions = [question for _prompt, question in self._quick_questions]
-        found = quick.compare(questions, after, self._quick_before)
+        found = quick.compare_replies(questions, after, self._quick_before)
         say(f"\nquick check, before training (base) and after (tuned):\n{quick.quick_table(found['rows'])}")
         return {"quick": found}
 

@@ -12,7 +12,7 @@ from sft.evaluate.endpoint import (
     Calls,
     Endpoint,
     api_key,
-    estimate,
+    estimate_cost,
     find_url_problem,
     guess_tokens,
     key_of,
@@ -206,6 +206,11 @@ def test_keys_come_from_the_environment_and_openais_goes_to_openai_alone(monkeyp
 def test_the_estimate_counts_what_is_not_there_yet():
     requests = [{"payload": {"messages": [{"content": text}], "max_tokens": 100}} for text in ("四个汉字", "abcdefgh")]
     assert guess_tokens("四个汉字ab") == 5
-    assert estimate(requests, lambda key: False, reply=50) == {"requests": 2, "in": 6, "out": 100, "at_most": 200}
+    assert estimate_cost(requests, lambda key: False, reply=50) == {
+        "requests": 2,
+        "in": 6,
+        "out": 100,
+        "at_most": 200,
+    }
     known = key_of(requests[0])
-    assert estimate(requests, lambda key: key == known, reply=50)["in"] == 2
+    assert estimate_cost(requests, lambda key: key == known, reply=50)["in"] == 2

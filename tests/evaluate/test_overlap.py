@@ -3,7 +3,7 @@
 import gzip
 import json
 
-from sft.evaluate.overlap import Overlap, find_overlap, tokens
+from sft.evaluate.overlap import Overlap, find_overlap, split_tokens
 
 LONG = (
     "Compose an engaging travel blog post about a recent trip to Hawaii, highlighting cultural experiences and sights"
@@ -17,7 +17,7 @@ def found(question: str, text: str) -> bool:
 
 
 def test_words_and_characters_are_compared_without_case_width_and_punctuation():
-    assert tokens("Ｈello, it's 你好！a-b") == ["hello", "it", "s", "你", "好", "a", "b"]
+    assert split_tokens("Ｈello, it's 你好！a-b") == ["hello", "it", "s", "你", "好", "a", "b"]
     assert found(LONG, "x " + LONG.upper().replace(",", " --") + " y")
     assert found(CHINESE, CHINESE.replace("，", " ").replace("。", "\n"))
 
@@ -30,7 +30,7 @@ def test_thirteen_words_in_a_row_are_found_and_twelve_are_not():
 
 
 def test_twenty_chinese_characters_in_a_row_are_found_and_nineteen_are_not():
-    text = "".join(tokens(CHINESE))
+    text = "".join(split_tokens(CHINESE))
     assert found(CHINESE, "前文" + text[5:25] + "后文")
     assert not found(CHINESE, "前文" + text[5:24] + "后文")
 

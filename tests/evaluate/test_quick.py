@@ -66,26 +66,26 @@ def test_the_sums_are_right():
     ],
 )
 def test_a_form_is_kept_or_not(text, check, expected):
-    assert quick.obeys(text, check) is expected
+    assert quick.is_in_form(text, check) is expected
 
 
 def test_languages_lengths_and_numbers_are_read_as_people_do():
     assert [quick.language_of(t) for t in ("你好 OK", "I said 你好 twice", "42", "")] == ["zh", "en", None, None]
-    assert [quick.units(t) for t in ("我有2个apple。", "don't, well", "")] == [5, 2, 0]
+    assert [quick.count_units(t) for t in ("我有2个apple。", "don't, well", "")] == [5, 2, 0]
     found = [quick.last_number(t) for t in ("3 + 4 = 7.", "一共是１，２３４元", "答案是−5", "none", "7 (=3+4.5)")]
     assert found == [7, 1234, -5, None, 4.5]
 
 
 def test_a_reply_scores_in_the_measures_that_its_question_is_meant_for():
     said = Reply("天空是蓝色的。", True, 7)
-    assert quick.judge({"language": "zh"}, said) == {"stop_rate": 1, "repetition": 0, "language": 1, "length": 7}
-    assert quick.judge({"language": "en"}, said)["language"] == 0
-    assert quick.judge({"language": "en", "answer": 7}, Reply("It is 7", False, 4)) == {
+    assert quick.score_reply({"language": "zh"}, said) == {"stop_rate": 1, "repetition": 0, "language": 1, "length": 7}
+    assert quick.score_reply({"language": "en"}, said)["language"] == 0
+    assert quick.score_reply({"language": "en", "answer": 7}, Reply("It is 7", False, 4)) == {
         "stop_rate": 0,
         "repetition": 0,
         "arithmetic": 1,
     }
-    assert quick.judge({"language": "en", "check": {"items": 1}}, Reply("x", True, 1))["format"] == 0
+    assert quick.score_reply({"language": "en", "check": {"items": 1}}, Reply("x", True, 1))["format"] == 0
 
 
 def test_intervals_are_those_of_the_literature():
@@ -111,7 +111,7 @@ def test_base_and_tuned_are_shown_side_by_side_with_their_difference():
     asked += [{"id": "e", "language": "en", "prompt": "?"}]
     tuned = [Reply(str(n), True, 1) for n in range(4)] + [Reply("yes it is", True, 3)]
     base = [Reply("0", False, 1)] * 4 + [Reply("是的", True, 2)]
-    found = quick.compare(asked, tuned, base, ([(2.0, 4), (1.0, 2)], [(4.0, 4), (2.0, 2)]))
+    found = quick.compare_replies(asked, tuned, base, ([(2.0, 4), (1.0, 2)], [(4.0, 4), (2.0, 2)]))
     rows = {(row["measure"], row["language"]): row for row in found["rows"]}
     assert rows["arithmetic", "zh"]["tuned"][0] == 1.0 and rows["arithmetic", "zh"]["base"][0] == 0.25
     assert rows["arithmetic", "zh"]["difference"][0] == 0.75

@@ -9,7 +9,7 @@ import pytest
 
 from sft.export.modelfile import quote, write_modelfile
 from sft.format.render import Renderer
-from sft.format.table import CHAT_FORMATS, adds_bos
+from sft.format.table import CHAT_FORMATS, is_bos_added
 
 needs_go = pytest.mark.skipif(not shutil.which("tmpl"), reason="needs Go's templates: apt-get install tmpl")
 
@@ -54,7 +54,7 @@ def test_ollama_renders_what_was_trained(name, kind, tokenizer_of, tmp_path):
         for texts in TEXTS.values():
             messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
             messages = [{"role": "system", "content": system}, *messages] if system else messages
-            bos = renderer.tokenizer.bos_token if adds_bos(renderer.tokenizer) else ""
+            bos = renderer.tokenizer.bos_token if is_bos_added(renderer.tokenizer) else ""
             assert bos + run_ollama(commands, messages, tmp_path) == renderer.text(messages)
 
 

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from sft.opendata.cleaning import RULES, band_keys, clean, count_han, has_han
+from sft.opendata.cleaning import RULES, band_keys, clean_messages, count_han, has_han
 from sft.opendata.fields import RecordError
 from tests.opendata.make import build, read_lines, write
 
@@ -21,20 +21,20 @@ def without(*names):
 
 def dropped(messages, rules=RULES):
     with pytest.raises(RecordError) as caught:
-        clean(messages, rules)
+        clean_messages(messages, rules)
     return caught.value.reason
 
 
 def test_strip_edges_strips_both_ends_of_each_text():
     messages = talk("u: \n q ", "a: \n\n a\n b \u3000")
-    assert clean(messages) == (talk("u: q", "a: a\n b"), ["strip_edges"])
-    assert clean(messages, without("strip_edges")) == (messages, [])
+    assert clean_messages(messages) == (talk("u: q", "a: a\n b"), ["strip_edges"])
+    assert clean_messages(messages, without("strip_edges")) == (messages, [])
 
 
 def test_cut_at_empty_turn_keeps_what_comes_before():
     for empty in (("u: q2", "a: "), ("u: ", "a: a2"), ("u: q2", "u: ", "a: a2")):
         messages = talk("s: ", "u: q", "a: a.", *empty, "u: q3", "a: a3")
-        assert clean(messages) == (talk("u: q", "a: a."), ["cut_at_empty_turn"])
+        assert clean_messages(messages) == (talk("u: q", "a: a."), ["cut_at_empty_turn"])
         assert dropped(messages, without("cut_at_empty_turn")) in ("empty", "role_order")
     assert dropped(talk("u: q", "a: ", "u: q2", "a: a2")) == "empty"
     assert dropped([]) == "empty"
@@ -42,7 +42,7 @@ def test_cut_at_empty_turn_keeps_what_comes_before():
 
 def test_fix_roles_merges_moves_and_trims():
     messages = talk("a: hello", "u: q", "s: s1", "u: more", "a: a1", "a: a2", "s: s2", "u: bye")
-    assert clean(messages) == (talk("s: s1\ns2", "u: q\nmore", "a: a1\na2"), ["fix_roles"])
+    assert clean_messages(messages) == (talk("s: s1\ns2", "u: q\nmore", "a: a1\na2"), ["fix_roles"])
     assert dropped(messages, without("fix_roles")) == "role_order"
     assert dropped(talk("u: q")) == "role_order"
     assert dropped(talk("a: a", "u: q")) == "role_order"
@@ -53,7 +53,7 @@ def test_fix_roles_merges_neighbours_only_if_that_does_not_change_what_is_learne
     messages[1]["train"] = False
     assert dropped(messages) == "loss_switch"
     messages[2]["train"] = False
-    assert clean(messages)[0][1] == {"role": "assistant", "content": "a1\na2", "train": False}
+    assert clean_messages(messages)[0][1] == {"role": "assistant", "content": "a1\na2", "train": False}
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_fix_roles_merges_neighbours_only_if_that_does_not_change_what_is_learne
 )
 def test_drop_self_identity_drops_claims_in_the_first_person(reply):
     assert dropped(talk("u: hello", f"a: {reply}")) == "self_identity"
-    clean(talk("u: hello", f"a: {reply}"), without("drop_self_identity"))
+    clean_messages(talk("u: hello", f"a: {reply}"), without("drop_self_identity"))
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_drop_self_identity_drops_claims_in_the_first_person(reply):
     ],
 )
 def test_drop_self_identity_leaves_the_subject_alone(question, reply):
-    clean(talk(f"u: {question}", f"a: {reply}"))
+    clean_messages(talk(f"u: {question}", f"a: {reply}"))
 
 
 PROSE_ZH = "这是一段比较长的文字，它一直写下去，描述了很多很多的事情，然后忽然就在这个地方停住了没有"
@@ -107,7 +107,7 @@ PROSE_EN = (
 )
 def test_drop_cut_off_drops_what_stops_in_the_middle(reply):
     assert dropped(talk("u: q", f"a: {reply}"), without("drop_language_mismatch")) == "cut_off"
-    clean(talk("u: q", f"a: {reply}"), without("drop_cut_off"))
+    clean_messages(talk("u: q", f"a: {reply}"), without("drop_cut_off"))
 
 
 @pytest.mark.parametrize(
@@ -127,11 +127,11 @@ def test_drop_cut_off_drops_what_stops_in_the_middle(reply):
     ],
 )
 def test_drop_cut_off_leaves_whole_replies_alone(reply):
-    clean(talk("u: q", f"a: {reply}"))
+    clean_messages(talk("u: q", f"a: {reply}"))
 
 
 def test_drop_cut_off_looks_at_the_last_reply_only():
-    clean(talk("u: q", "a: one, two,", "u: go on", "a: three."))
+    clean_messages(talk("u: q", "a: one, two,", "u: go on", "a: three."))
 
 
 def test_drop_language_mismatch_goes_both_ways_and_keeps_requested_languages():
@@ -146,10 +146,10 @@ def test_drop_language_mismatch_goes_both_ways_and_keeps_requested_languages():
         "写一个排序的函数给我看看",
         "用opulent一词造句给我看看",
     ):
-        clean(talk(f"u: {question}", f"a: {english}"))
-    clean(talk("u: Translate into Chinese: good morning to all of you", "a: 大家早上好，祝你们愉快。"))
-    clean(talk("u: 请计算一下这个算式的结果", "a: 12 + 30 = 42"))
-    clean(talk("u: 请给我看一个例子好吗", "a: ```\none two three four five six seven eight nine\n```"))
+        clean_messages(talk(f"u: {question}", f"a: {english}"))
+    clean_messages(talk("u: Translate into Chinese: good morning to all of you", "a: 大家早上好，祝你们愉快。"))
+    clean_messages(talk("u: 请计算一下这个算式的结果", "a: 12 + 30 = 42"))
+    clean_messages(talk("u: 请给我看一个例子好吗", "a: ```\none two three four five six seven eight nine\n```"))
 
 
 @pytest.mark.parametrize(
@@ -168,8 +168,8 @@ def test_drop_language_mismatch_goes_both_ways_and_keeps_requested_languages():
 )
 def test_drop_role_words_drops_a_line_that_begins_like_a_turn(line):
     assert dropped(talk("u: q", f"a: fine\n{line}")) == "role_words"
-    clean(talk(f"u: fine\n{line}", "a: ok"))
-    clean(talk("u: q", f"a: he said {line}"))
+    clean_messages(talk(f"u: fine\n{line}", "a: ok"))
+    clean_messages(talk("u: q", f"a: he said {line}"))
 
 
 def test_a_chinese_character_is_an_ideograph_of_any_block_and_no_kana_mark_or_hexagram():

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from sft.opendata.conversation import read_conversations, read_record, validate
+from sft.opendata.conversation import check_messages, read_conversations, read_record
 from sft.opendata.fields import FieldCounts
 from tests.opendata.make import ONE_TURN, messages_of, pair, reason_of, write_file
 
@@ -190,15 +190,15 @@ def test_an_unknown_form_names_its_keys_and_the_known_forms():
 def test_validate_refuses_roles_out_of_order(roles, reason):
     names = {"s": "system", "u": "user", "a": "assistant"}
     messages = [{"role": names[role], "content": "x"} for role in roles]
-    assert reason_of(validate, {"id": "1", "source": "f", "messages": messages})[0] == reason
+    assert reason_of(check_messages, messages)[0] == reason
 
 
 def test_validate_accepts_turns_with_and_without_system_and_refuses_blank_text():
     turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
-    validate({"id": "1", "source": "f", "messages": turns})
-    validate({"id": "1", "source": "f", "messages": [{"role": "system", "content": "s"}, *turns, *turns]})
+    check_messages(turns)
+    check_messages([{"role": "system", "content": "s"}, *turns, *turns])
     blank = [turns[0], {"role": "assistant", "content": " \n"}]
-    assert reason_of(validate, {"id": "1", "source": "f", "messages": blank})[0] == "empty"
+    assert reason_of(check_messages, blank)[0] == "empty"
 
 
 def test_read_conversations_gives_file_and_line_for_good_and_bad(tmp_path):
@@ -243,7 +243,7 @@ def test_one_block_of_hermes_that_cannot_be_read_leaves_all_of_it_as_text(result
     counts = FieldCounts()
     record = hermes(CALL, "<tool_call>\n{broken\n</tool_call>", "18.", result=result)
     found = read_record(record, source="s", line=1, counts=counts)
-    validate(found)
+    check_messages(found["messages"])
     assert [message["role"] for message in found["messages"]] == ["system", *["user", "assistant"] * 3]
     assert found["messages"][2]["content"] == CALL
     assert found["messages"][3]["content"] == "<tool_response>\n18\n</tool_response>"
@@ -276,7 +276,7 @@ def test_content_blocks_of_anthropic_become_calls_and_results():
         "tools": [{"name": "f", "input_schema": {"type": "object", "properties": {"x": {"type": "integer"}}}}],
     }
     found = read_record(record, source="s", line=1, counts=counts)
-    validate(found)
+    check_messages(found["messages"])
     _user, call, result, _reply = found["messages"]
     function = {"name": "f", "arguments": {"x": 1}}
     assert call["content"] == "I look."

@@ -11,7 +11,7 @@ import pytest
 from sft.chat.reply import load_chat
 from sft.chat.sampling import Sampling
 from sft.opendata import __main__ as opendata
-from sft.opendata.conversation import validate
+from sft.opendata.conversation import check_messages
 from sft.web import handlers as handlers_module
 from sft.web.handlers import Handlers
 from sft.web.models import LocalModel
@@ -131,7 +131,7 @@ def test_the_pages_tools_are_in_the_prompt_and_in_the_export(tiny_base, new_hand
     record = to_record(to_messages([CALLED, Turn("18", ({"content": "十八度"},))], 0), tools)
     assert record["tools"] == tools
     assert [message["role"] for message in record["messages"]] == ["user", "assistant", "tool", "assistant"]
-    validate(record)
+    check_messages(record["messages"])
 
 
 def test_a_lone_surrogate_is_replaced(new_handlers):
