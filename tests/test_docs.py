@@ -186,6 +186,40 @@ def test_the_variables_before_a_launcher_are_its_knobs():
     assert [name for name in sorted(seen) if not re.search(rf"\b{name}\b", knobs)] == []
 
 
+def defaults_of_the_code() -> dict[str, str]:
+    """The defaults that the pages quote, by knob or flag, read from the code that has them."""
+    from dataclasses import asdict
+
+    import train
+    from sft.chat.sampling import Sampling
+    from sft.launch import plan
+
+    of_train = train.TrainingArguments.__dataclass_fields__
+    knobs = {}
+    for name in LAUNCHERS:
+        text = (ROOT / name).read_text(encoding="utf-8")
+        knobs |= dict(re.findall(r'"\$\{(\w+):=([\w/.-]+)\}"', text))  # the last one of a knob is that of every model
+    return {
+        **{name: knobs[name] for name in ("PYTHON", "DATA", "BATCH_SIZE", "ACCUMULATION", "DRY_RUN", "ZERO")},
+        **{name: knobs[name] for name in ("OFFLOAD", "SEQUENCE_PARALLEL")},
+        "MAX_LENGTH": str(train.DataArguments.max_length),
+        "LEARNING_RATE": f"{of_train['learning_rate'].default:g}".replace("e-0", "e-"),
+        "EPOCHS": f"{of_train['num_train_epochs'].default:g}",
+        "GRACE": str(plan.GRACE_SECONDS),
+        "NODE_TIMEOUT": str(plan.NODE_TIMEOUT_SECONDS),
+        "MASTER_PORT": str(plan.DEFAULT_PORT),
+        **{f"--{name}": str(value) for name, value in asdict(Sampling()).items() if name != "max_new_tokens"},
+    }
+
+
+@pytest.mark.parametrize("folder", ["docs", "docs/zh"])
+def test_the_defaults_in_the_tables_are_those_of_the_code(folder):
+    rows = "".join(read(f"{folder}/{page}") for page in ("train.md", "multi-gpu.md", "chat.md"))
+    for name, default in defaults_of_the_code().items():
+        (shown,) = re.findall(rf"^\| `{name}` \|.*?([^|]+)\|$", rows, re.MULTILINE)
+        assert re.search(rf"(?<![\w.]){re.escape(default)}(?![\w.])", shown), (name, default)
+
+
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory):
     """A copy of the tracked files, and the environment of a shell in it."""
