@@ -139,21 +139,22 @@ def ask_for_verdicts(
     *,
     tries: int,
     max_missing: int,
-) -> list[dict]:
-    """Return {"texts", "verdict"} for each prompt; a judge without a verdict is asked up to `tries` more times."""
-    found = [{"texts": [], "verdict": None} for _ in prompts]
+) -> list[tuple[list[str], Verdict]]:
+    """Return the judge's texts and verdict for each prompt; one without a verdict is asked up to `tries` more times."""
+    texts: list[list[str]] = [[] for _ in prompts]
+    verdicts: list[Verdict | None] = [None] * len(prompts)
     missing = list(range(len(prompts)))
     for attempt in range(tries + 1):
         requests = [endpoint.asked(prompts[index], attempt, **parameters) for index in missing]
         replies = endpoint.ask_all(requests, calls, f"verdicts, try {attempt + 1}")
         for index, reply in zip(missing, replies, strict=True):
-            found[index]["verdict"] = read(reply["text"]) if reply else None
-            found[index]["texts"] += [reply["text"]] if reply else []
-        missing = [index for index in missing if found[index]["verdict"] and found[index]["verdict"].score is None]
+            verdicts[index] = read(reply["text"]) if reply else None
+            texts[index] += [reply["text"]] if reply else []
+        missing = [index for index in missing if verdicts[index] and verdicts[index].score is None]
         if not missing:
             break
-    _check_missing("verdicts", [one["verdict"] for one in found], max_missing)
-    return [{**one, "verdict": one["verdict"] or Verdict(None)} for one in found]
+    _check_missing("verdicts", verdicts, max_missing)
+    return [(said, verdict or Verdict(None)) for said, verdict in zip(texts, verdicts, strict=True)]
 
 
 # --- the cost --------------------------------------------------------------------------------------------
@@ -191,19 +192,16 @@ def say_verdicts_cost(
 # --- results ------------------------------------------------------------------------------------------------------
 
 
-def judged_rows(
-    suite: Suite, answers: dict, asked: Sequence[tuple], verdicts: Sequence[dict], pairs: bool
-) -> list[dict]:
+def judged_rows(suite: Suite, answers: dict, asked: Sequence[tuple], verdicts: Sequence, pairs: bool) -> list[dict]:
     """Return of each question its answers, its verdicts, and its scores by turn; a pair's two verdicts make one."""
     rows = {q.id: _new_row(q, answers[q.id]) for q in suite.questions}
     step = 2 if pairs else 1
     for place in range(0, len(asked), step):
-        (question, turn, _messages) = asked[place]
-        found = verdicts[place : place + step]
-        parts = [one["verdict"] for one in found]
+        question, turn, _messages = asked[place]
+        said = verdicts[place : place + step]
+        parts = [verdict for _texts, verdict in said]
         score = pair_result(*parts) if pairs else parts[0].score
-        first = score if pairs else parts[0].first
-        _add_verdicts(rows[question.id], turn, score, first, [(one["texts"], one["verdict"]) for one in found])
+        _add_verdicts(rows[question.id], turn, score, score if pairs else parts[0].first, said)
     return list(rows.values())
 
 
@@ -224,9 +222,8 @@ def read_judgments(suite: Suite, path: str, model: str | None) -> tuple[list[dic
             raise ValueError(f"--judgments {path}: question {line['question_id']} is not one of the suite's")
         verdict = suite.read(line["judgment"])
         # The published averages go by the first rating, and such a verdict can't be asked for again.
-        row = rows[str(line["question_id"])]
         said = [([line["judgment"]], verdict)]
-        _add_verdicts(row, line["turn"], verdict.first, verdict.first, said)
+        _add_verdicts(rows[str(line["question_id"])], line["turn"], verdict.first, verdict.first, said)
         differ += line.get("score", verdict.first) != (-1 if verdict.first is None else verdict.first)
     names = {"model": model or models[0], "compared_with": None, "judge": chosen[0]["judge"][0]}
     return list(rows.values()), {**names, "kept_otherwise": differ}
@@ -245,7 +242,7 @@ def _add_verdicts(row: dict, turn: int, score, first, said: list[tuple[list[str]
 
 def judged_results(suite: Suite, rows: Sequence[dict], overlap: dict | None, *, pairs: bool, seed: int) -> dict:
     """Return the columns with their intervals, and the questions with missing or doubtful verdicts."""
-    columns = pair_columns(list(dict.fromkeys(row["category"] for row in rows))) if pairs else suite.columns
+    columns = pair_columns(row["category"] for row in rows) if pairs else suite.columns
     verdicts = [(row["id"], verdict) for row in rows for verdict in row["verdicts"]]
     said = [(row["id"], text) for row in rows for text in row["answers"]]
     found = {

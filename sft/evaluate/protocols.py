@@ -328,7 +328,7 @@ def pair_result(first: Verdict, swapped: Verdict) -> str | None:
     return results[0] if results[0] == results[1] else "tie"
 
 
-def pair_columns(categories: Collection[str]) -> dict[str, Callable]:
+def pair_columns(categories: Iterable[str]) -> dict[str, Callable]:
     """Shares of wins, ties and losses, and the win rate with a tie as half a win: in all, and of each category."""
 
     def worth(of: dict, chosen: Collection[str] | None = None) -> Callable:

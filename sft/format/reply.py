@@ -92,18 +92,16 @@ def split_reply(text: str, *, opened: str = "", frame: Frame = NO_FRAME, tools: 
 
 
 def _split_thought(text: str, opened: str) -> tuple[str, str]:
-    prompt_opens = OPENED_AT_THE_END.search(opened)
-    for opener, closer in OPENERS.items():
-        if text.lstrip().startswith(opener):
-            thought, _closer, rest = text.lstrip()[len(opener) :].partition(closer)
-            return thought.strip(), rest
-    if prompt_opens:
-        thought, _closer, rest = text.partition(OPENERS[prompt_opens.group(1)])
-        return thought.strip(), rest
-    if not opened and "</think>" in text and "<think>" not in text.partition("</think>")[0]:
-        thought, _closer, rest = text.partition("</think>")
-        return thought.strip(), rest
-    return "", text
+    body = text.lstrip()
+    opener, closer = next((pair for pair in OPENERS.items() if body.startswith(pair[0])), ("", ""))
+    if not opener and (prompt_opens := OPENED_AT_THE_END.search(opened)):
+        closer = OPENERS[prompt_opens.group(1)]
+    elif not opener and not opened and "</think>" in body and "<think>" not in body.partition("</think>")[0]:
+        closer = "</think>"
+    if not closer:
+        return "", text
+    thought, _closer, rest = body.removeprefix(opener).partition(closer)
+    return thought.strip(), rest
 
 
 def _split_by_frame(text: str, frame: Frame, opened: str) -> tuple[str, str]:

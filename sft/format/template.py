@@ -176,31 +176,26 @@ class CallForm(NamedTuple):
 
 def in_call_form(messages: list[dict], form: CallForm) -> list[dict]:
     """Give calls and their results the form that a template takes; `messages` are copies."""
-    waiting = []
+    waiting: list[tuple[str | None, str | None]] = []  # for results: the ids of calls as given and as written
     number = 0
     for message in messages:
         if calls := message.get("tool_calls"):
-            waiting = []
-            copies = []
-            for call in calls:
-                function = dict(call["function"])
-                if form.as_text and not isinstance(function["arguments"], str):
-                    function["arguments"] = json.dumps(function["arguments"], ensure_ascii=False)
-                call = {**call, "function": function}
-                if form.needs_ids and not call.get("id"):
-                    call["id"] = f"call{number:05}"
-                number += 1
-                waiting.append((calls[len(copies)].get("id"), call.get("id")))
-                copies.append(call)
-            message["tool_calls"] = copies
-        elif message["role"] == "tool" and form.needs_ids:
-            of_call = [new for old, new in waiting if old is not None and old == message.get("tool_call_id")]
-            if not of_call and waiting:
-                of_call = [waiting[0][1]]
-            if of_call:
-                message["tool_call_id"] = of_call[0]
-                waiting = [pair for pair in waiting if pair[1] != of_call[0]]
+            message["tool_calls"] = [_call_in_form(call, form, number + place) for place, call in enumerate(calls)]
+            number += len(calls)
+            waiting = [(old.get("id"), new.get("id")) for old, new in zip(calls, message["tool_calls"], strict=True)]
+        elif message["role"] == "tool" and form.needs_ids and waiting:
+            given = message.get("tool_call_id")
+            place = next((place for place, (old, _new) in enumerate(waiting) if old is not None and old == given), 0)
+            message["tool_call_id"] = waiting.pop(place)[1]
     return messages
+
+
+def _call_in_form(call: dict, form: CallForm, number: int) -> dict:
+    function = call["function"]
+    if form.as_text and not isinstance(function["arguments"], str):
+        function = {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}
+    new_id = {"id": f"call{number:05}"} if form.needs_ids and not call.get("id") else {}
+    return {**call, "function": function, **new_id}
 
 
 class Escaper:
