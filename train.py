@@ -39,7 +39,7 @@ from sft.preview.report import Report
 from sft.report.text import say
 from sft.train import sequence_parallel
 from sft.train.arguments import fail, flag, parse_arguments
-from sft.train.callbacks import SelfTest
+from sft.train.callbacks import KEEP_CHOICES, KeepOutputs, SelfTest
 from sft.train.checks import check_held_out_metrics
 from sft.train.losses import group_sources
 from sft.train.setup import (
@@ -165,6 +165,7 @@ class TrainingArguments(transformers.TrainingArguments):
     activation_offload: bool = flag(
         False, "With --gradient_checkpointing, keep the input of each layer on the CPU until the backward pass."
     )
+    checkpoint_keep: str = flag("auto", "Checkpointed layers keep what fits, or inputs alone.", choices=KEEP_CHOICES)
     offload: bool = flag(False, "Under DeepSpeed, keep the optimizer (ZeRO-3: the weights too) on the CPU.")
     dry_run: bool = flag(False, "Show and check what the run would do, without reading the weights.")
     probe_steps: int = flag(
@@ -298,6 +299,7 @@ def build_trainer(run: Run, data: Data, **options) -> Trainer:
     if settings.training.full_determinism:
         kernels.make_determinism_fast()
     trainer.add_callback(SelfTest(trainer, notes, packing=settings.data.packing))
+    trainer.add_callback(KeepOutputs(model, max_length=settings.data.max_length))
     return trainer
 
 

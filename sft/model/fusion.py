@@ -15,8 +15,8 @@ from importlib import util
 import torch
 from torch import nn
 
-from sft.model.kernels import HALF_DTYPES, MasterLinear, SharedRounding, read_documents
-from sft.model.load import has_liger, use_liger_kernels
+from sft.model.kernels import HALF_DTYPES, MasterLinear, SharedRounding, compute_dtype, read_documents
+from sft.model.load import family_model, has_liger, use_liger_kernels
 from sft.model.mixers import documents_set_to, with_globals
 
 CHOICES = ("auto", "liger", "compile", "none")
@@ -30,7 +30,7 @@ WITHOUT_LIGER = (
 GATED_MLP = "self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))"
 # Activations of transformers that are one kernel already.
 SINGLE_KERNELS = {"GELUActivation", "SiLUActivation", "GELUTanh", "LinearActivation"}
-# Of the compiled model from the plain one, relative: rounding through all layers.
+# Of the fused model from the plain one, relative: rounding through all layers.
 MAX_DISTANCES = {torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 0.15}
 PROOF_TOKENS = 48
 
@@ -79,10 +79,8 @@ def fuse(model, wanted: str, facts: Circumstances) -> list[str]:
 
 def choose_kernels(model, wanted: str, facts: Circumstances) -> str:
     """Return liger, compile or none. On a CPU auto is none: compiling did not pay there (dev/LOG.md)."""
-    if wanted == "compile" and facts.zero_stage == 3:
-        return "none"
     if wanted != "auto":
-        return wanted
+        return "none" if wanted == "compile" and facts.zero_stage == 3 else wanted
     if not facts.on_gpu:
         return "none"
     return "liger" if has_liger(model) else _choose_without_liger(facts)
@@ -95,13 +93,17 @@ def _choose_without_liger(facts: Circumstances) -> str:
 
 def _apply_liger(model, wanted: str, facts: Circumstances, notes: list[str]) -> str:
     """Use Liger's kernels, or if they fail and were not asked for, choose another way; return the way."""
+    base = family_model(model)
+    others = {module for module in base.modules() if "forward" in vars(module)}
     try:
         notes.append(f"fused kernels: {use_liger_kernels(model)}")
+        fused = [module for module in base.modules() if "forward" in vars(module) and module not in others]
+        base.liger_forwards = {module: module.forward for module in fused}
         return "liger"
     except Exception as error:  # it patches modules of transformers, whose versions differ
         if wanted == "liger":
             raise
-        notes.append(f"Liger's kernels failed: {' '.join(str(error).split())[:200]}")
+        notes.append(f"Liger's kernels failed: {_one_line(error)}")
         return _choose_without_liger(facts)
 
 
@@ -109,10 +111,6 @@ def _reason_for_none(facts: Circumstances) -> str:
     if facts.zero_stage == 3:
         return "ZeRO-3 gathers weights in hooks, which compiled functions don't see"
     return f"compiling pays in runs of more than {MIN_SECONDS_TO_COMPILE} s, this one takes about {facts.seconds:.0f} s"
-
-
-def _base_of(model):
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def use_master_products(model, *, accumulation: int, alone: bool) -> int:
@@ -271,7 +269,7 @@ def compile_elementwise(model) -> str:
 def _decoder_modules(model) -> Iterator[nn.Module]:
     """Yield the base's modules; an activation inside a gated MLP is part of its function and left out."""
     inside = set()
-    for module in _base_of(model).modules():
+    for module in family_model(model).modules():
         if _is_gated_mlp(module) and isinstance(module.act_fn, nn.Module):
             inside |= {id(child) for child in module.act_fn.modules()}
         if id(module) not in inside:
@@ -284,12 +282,10 @@ def _kind_of(module: nn.Module) -> str | None:
         return None
     if _is_gated_mlp(module):
         return "gated MLPs"
-    names = getattr(getattr(type(module).forward, "__code__", None), "co_names", ())
+    names, name = getattr(getattr(type(module).forward, "__code__", None), "co_names", ()), type(module).__name__
     if ("apply_rotary_pos_emb" in names or hasattr(type(module), "rotate")) and _has_usual_rotary(module):
         return "rotary positions"
-    name = type(module).__name__
-    is_leaf = not any(True for _ in module.children())
-    if not is_leaf or not _takes_states_alone(module):
+    if any(True for _ in module.children()) or not _takes_states_alone(module):
         return None
     if name.endswith(("RMSNorm", "LayerNorm")):
         return "norms"
@@ -316,8 +312,8 @@ def _has_usual_rotary(module: nn.Module) -> bool:
 
 
 def _takes_states_alone(module: nn.Module) -> bool:
-    parameters = list(inspect.signature(type(module).forward).parameters.values())
-    return len(parameters) == 2 and parameters[1].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
+    _module, *others = inspect.signature(type(module).forward).parameters.values()
+    return len(others) == 1 and others[0].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
 
 
 _SUBCLASSES = {
@@ -331,44 +327,57 @@ _SUBCLASSES = {
 # --- the proof ------------------------------------------------------------------------------------------------------
 
 
-def prove_compiled(model, *, num_rows: int = 1, packing: bool = True) -> str:
-    """Compile every function now, compare the model with itself run plainly, and say what it took; empty without any.
+def prove_fused(model, *, num_rows: int = 1, packing: bool = True) -> str:
+    """Compile every function now, compare the model with itself run plainly, and say what it took; empty if unfused.
 
     Hidden states and their gradient by the embeddings are compared in the types of the training: call it under its
-    autocast. If they differ, or a function can't be compiled (no C compiler, an unknown GPU), the model runs plainly.
+    autocast. If they differ, or a kernel fails (no C compiler, an unknown GPU), the model runs plainly.
     """
-    if not any(isinstance(module, Compiled) for module in model.modules()):
+    has_liger_kernels = hasattr(family_model(model), "liger_forwards")
+    is_sharded = any(hasattr(parameter, "ds_id") for parameter in model.parameters())  # hooks gather, for a whole step
+    if is_sharded or not (has_liger_kernels or any(isinstance(module, Compiled) for module in model.modules())):
         return ""
-    began = time.monotonic()
-    was_training = model.training
-    model.train()
+    began, kind = time.monotonic(), "Liger's kernels" if has_liger_kernels else "compiled functions"
+    switches = (functools.partial(_switch, model, on) for on in (False, True))
     try:
-        plain, compiled = (_run_once(model, on, min(num_rows, 2), packing) for on in (False, True))
+        distance = measure_distance(model, *switches, num_rows=num_rows, packing=packing)
     except Exception as error:  # compilers fail in many ways
         _switch(model, False)
-        return f"fused kernels: none (compiling failed: {_first_line(error)})"
-    finally:
-        model.train(was_training)
-    distance = max(_distance(found, expected) for found, expected in zip(compiled, plain, strict=True))
-    if not distance < MAX_DISTANCES[_compute_dtype(model)]:
+        return f"fused kernels: none ({kind} failed: {_one_line(error)})"
+    if not distance < find_max_distance(model):
         _switch(model, False)
-        return f"fused kernels: none (compiled functions end {distance:.0e} from the plain ones)"
-    return f"fused kernels: compiled in {time.monotonic() - began:.1f} s, hidden states within {distance:.0e} of plain"
+        return f"fused kernels: none ({kind} end {distance:.0e} from the plain ones)"
+    return f"fused kernels: {kind} in {time.monotonic() - began:.1f} s, hidden states within {distance:.0e} of plain"
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
-def _switch(model, is_compiled: bool) -> None:
+def _switch(model, is_fused: bool) -> None:
     for module in model.modules():
         if isinstance(module, Compiled):
-            module.is_compiled = is_compiled
+            module.is_compiled = is_fused
+    for module, forward in getattr(family_model(model), "liger_forwards", {}).items():
+        vars(module).pop("forward", None)
+        if is_fused:
+            module.forward = forward
 
 
-def _run_once(model, is_compiled: bool, num_rows: int, packing: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def measure_distance(model, plain: Callable, other: Callable, *, num_rows: int = 1, packing: bool = True) -> float:
+    """Return the relative distance of the model after `other()` from itself after `plain()`, in training."""
+    was_training, found = model.training, []
+    try:
+        for switch in (plain, other):
+            switch()
+            found.append(_run_once(model.train(), min(num_rows, 2), packing))
+    finally:
+        model.train(was_training)
+    return max(_distance(of_other, of_plain) for of_plain, of_other in zip(*found, strict=True))
+
+
+def _run_once(model, num_rows: int, packing: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the hidden states of random embeddings, and the gradient of a weighted sum of them."""
-    _switch(model, is_compiled)
     weight = model.get_input_embeddings().weight
     random = torch.Generator().manual_seed(0)
     size = model.get_input_embeddings().embedding_dim
@@ -378,7 +387,7 @@ def _run_once(model, is_compiled: bool, num_rows: int, packing: bool) -> tuple[t
     documents = read_documents(positions, num_rows) if packing else None
     with torch.random.fork_rng([weight.device] if weight.is_cuda else []), documents_set_to(documents):
         torch.manual_seed(0)  # the same dropout
-        hidden = _base_of(model).base_model(inputs_embeds=embedded, position_ids=positions, use_cache=False)[0]
+        hidden = family_model(model).base_model(inputs_embeds=embedded, position_ids=positions, use_cache=False)[0]
     weights = torch.linspace(-1, 1, hidden.numel(), device=hidden.device).view(hidden.shape).to(hidden.dtype)
     return hidden.detach(), *torch.autograd.grad(hidden, embedded, weights)
 
@@ -387,7 +396,5 @@ def _distance(found: torch.Tensor, expected: torch.Tensor) -> float:
     return ((found.float() - expected.float()).norm() / expected.float().norm()).item()
 
 
-def _compute_dtype(model) -> torch.dtype:
-    weight = model.get_input_embeddings().weight
-    device = weight.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+def find_max_distance(model) -> float:
+    return MAX_DISTANCES[compute_dtype(model.get_input_embeddings().weight)]

@@ -41,6 +41,7 @@ from sft.preview.memory import (
 from sft.preview.report import Report, Section, show_report
 from sft.preview.shape import FULL, LORA, ONE, QLORA, ZERO2, ZERO3, Plan, Shape, Step, read_shape
 from sft.preview.twin import optimizer_name, try_on_twin
+from sft.train.callbacks import may_keep
 from sft.train.setup import (
     Data,
     Gpus,
@@ -130,7 +131,7 @@ def describe_run(report: Report, run: Run, rows: TrainingRows, trained: np.ndarr
         lines = [f"{shape.adapters.share:.1%} of the layers' weights are adapted", *shape.adapters.notes]
         report.sections.append(Section("adapters", shape.adapters.table(), lines))
     gpus = find_gpus(run.settings.training.gpu)
-    step = _heaviest_step(run, rows, trained, on_gpu=gpus.on_gpu)
+    step = _heaviest_step(run, rows, trained, gpus)
     plan = _plan_of(run)
     report.notes += find_uncounted_optimizer(optimizer_name(run.settings.training))
     counted = report.check(describe_memory, report, shape, step, plan, gpus)
@@ -149,14 +150,14 @@ def _plan_of(run: Run) -> Plan:
     return Plan(method, {2: ZERO2, 3: ZERO3}.get(stage, ONE), training.offload, count_processes(training))
 
 
-def _heaviest_step(run: Run, rows: TrainingRows, trained: np.ndarray, *, on_gpu: bool) -> Step:
+def _heaviest_step(run: Run, rows: TrainingRows, trained: np.ndarray, gpus: Gpus) -> Step:
     """Return the step that takes most memory."""
     flags = run.settings.model
     training = run.settings.training
     batch = training.per_device_train_batch_size
     _order, row_tokens, row_trained = heaviest_rows(rows, trained)
     longest = int(rows.examples.lengths.max())
-    length = rows.max_length if rows.max_length and on_gpu else int(row_tokens.max())
+    length = rows.max_length if rows.max_length and gpus.on_gpu else int(row_tokens.max())
     return Step(
         rows=batch,
         length=length,
@@ -170,7 +171,8 @@ def _heaviest_step(run: Run, rows: TrainingRows, trained: np.ndarray, *, on_gpu:
         lora_variant=flags.lora_variant,
         lora_dropout=flags.lora_dropout,
         lora_token_rows=len(untrained_ids(run.renderer.tokenizer, run.renderer)),
-        device="cuda" if on_gpu else "cpu",
+        device="cuda" if gpus.on_gpu else "cpu",
+        keeps_in=gpus.bytes_each if gpus.on_gpu and may_keep(training) else 0,
         shared=training.sequence_parallel_size,
         activation_offload=training.activation_offload,
     )

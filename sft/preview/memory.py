@@ -11,6 +11,7 @@ from sft.model.kernels import CHUNK_BYTES, CHUNK_ROWS
 from sft.model.load import context_window
 from sft.preview.activations import Activations, activations
 from sft.preview.shape import FULL, LORA, ONE, QLORA, ZERO2, ZERO3, Part, Plan, Shape, Step
+from sft.train.callbacks import MAX_SHARE_OF_GPU, choose_sizes
 from sft.train.checks import GIB
 from sft.train.sequence_parallel import check_model, count_heads
 
@@ -49,11 +50,22 @@ def estimate(shape: Shape, step: Step, plan: Plan) -> tuple[list[Part], list[Par
     kept = gradients.bytes if step.accumulation > 1 or plan.launcher != ONE else 0
     # The backward pass ends in the first layer, when all gradients but the embedding's are there.
     late = gradients.bytes + max(tied, counted.last - (4 * shape.embedding if plan.method == FULL else 0))
-    most = max(kept + peak, late)
-    total = weights.bytes + optimizer.bytes + buffers.bytes + most
+    always = weights.bytes + optimizer.bytes + buffers.bytes
+    outputs = kept_outputs(shape, step, plan, always + max(kept + peak, late))
+    total = always + max(kept + peak + outputs.bytes, late)
     formula = "all of them at once" if kept else "weights + optimizer + max(activations + loss, gradients + a layer)"
-    parts = [weights, gradients, optimizer, buffers, running, loss, Part("peak", int(total), formula)]
+    parts = [weights, gradients, optimizer, buffers, running, outputs, loss, Part("peak", int(total), formula)]
     return [part for part in parts if part.bytes], host
+
+
+def kept_outputs(shape: Shape, step: Step, plan: Plan, others: int) -> Part:
+    """Count what checkpointed layers keep where `others`, the bytes without it, leave room on the GPU."""
+    room = int(MAX_SHARE_OF_GPU * step.keeps_in) - RESERVE - others
+    if not step.checkpointing or plan.launcher == ZERO3 or room <= 0:
+        return Part("kept outputs", 0, "")
+    half = {"tokens": step.tokens, "element_size": 2 if step.half else 4}
+    sizes = choose_sizes(shape.widths, hidden=shape.hidden, room=room, **half)
+    return Part("kept outputs", sum(sizes), f"wide products and attention of {len(sizes)} of {shape.layers} layers")
 
 
 def _states(shape: Shape, step: Step, plan: Plan) -> tuple[Part, Part, Part, Part, list[Part]]:

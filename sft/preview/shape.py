@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from sft.model.adapters import plan_adapters
 from sft.model.shrink import not_sharded
+from sft.train.callbacks import find_widths
 
 # methods
 FULL = "all weights"
@@ -33,6 +34,7 @@ class Shape:
     hidden: int
     vocabulary: int
     tied: bool
+    widths: tuple[int, ...] = ()  # numbers a token that checkpointed layers may keep beside their inputs
     trusted: bool = False  # its code came with it
 
     @property
@@ -58,6 +60,7 @@ class Step:
     lora_token_rows: int = 0  # of embedding and head each, trained beside the adapters
     device: str = "cuda"
     shared: int = 1  # GPUs that share each row
+    keeps_in: int = 0  # bytes of the GPU in which checkpointed layers keep more than their inputs; 0 if they don't
     activation_offload: bool = False  # layer inputs in the machine's memory between forward and backward
 
     @property
@@ -117,6 +120,7 @@ def read_shape(
         hidden=size,
         vocabulary=rows,
         tied=bool(text.tie_word_embeddings),
+        widths=tuple(find_widths(model)),
         trusted=trust_remote_code,
     )
 

@@ -1,11 +1,16 @@
-"""Callbacks of the trainer: proofs before the first step, the position of a resumed run, the progress bar."""
+"""Callbacks of the trainer: proofs before the first step, a resumed run's position, checkpointing, progress bar."""
 
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers import ProgressCallback, TrainerCallback
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from sft.model import adapters, attention, fusion, loss
+from sft.model.kernels import compute_dtype
 from sft.report.text import say
 from sft.train import sequence_parallel
 from sft.train.losses import sum_by_source
@@ -90,8 +95,8 @@ class SelfTest(TrainerCallback):
         dtype = torch.bfloat16 if args.bf16 else torch.float16
         with torch.autocast(args.device.type, dtype=dtype, enabled=low):
             rows = args.per_device_train_batch_size
-            if compiled := fusion.prove_compiled(model, num_rows=rows, packing=self.packing):
-                say(compiled)
+            if note := fusion.prove_fused(model, num_rows=rows, packing=self.packing):
+                say(note)
             try:
                 loss.self_test(model, exact=exact)
             except ValueError as error:
@@ -114,3 +119,157 @@ class ProgressWithSpeed(ProgressCallback):
         if self.training_bar is not None and "loss" in (logs or {}):
             speed = logs.get("train_tokens_per_second", 0)
             self.training_bar.set_postfix_str(f"loss {logs['loss']:.3f}, {speed:,.0f} tokens/s")
+
+
+# --- what gradient checkpointing keeps ------------------------------------------------------------------------------
+
+KEEP_CHOICES = ("auto", "none")
+# The optimizer's state is there, and a step with it took its most memory.
+STEPS_BEFORE_KEEPING = 2
+MAX_SHARE_OF_GPU = 0.95
+# To look at each operation takes a CPU 1 ms a layer (dev/LOG.md), and 1e12 operations an H200 1.5 ms.
+MIN_FLOPS_TO_KEEP = 1e12
+ATTENTION_OPERATORS = ("torch_attn::_varlen_attn", "flash_attn::_flash_attn_varlen", "aten::_scaled_dot_product")
+
+
+def may_keep(training) -> bool:
+    """Whether a run's checkpointing may keep more: not under ZeRO-3, whose shards come and go, nor if memory is short.
+
+    torch keeps parts of a layer only without `use_reentrant`.
+    """
+    how = getattr(training, "activation_checkpointing_kwargs", None) or training.gradient_checkpointing_kwargs or {}
+    stage = (training.deepspeed or {}).get("zero_optimization", {}).get("stage", 0)
+    is_on = bool(training.gradient_checkpointing or getattr(training, "activation_checkpointing", False))
+    is_short = training.activation_offload or bool(how.keys() & {"offload", "context_fn"})
+    return is_on and training.checkpoint_keep == "auto" and stage != 3 and not is_short and not how.get("use_reentrant")
+
+
+class KeepOutputs(TrainerCallback):
+    """After two steps let checkpointed layers keep products and attention outputs, as many as the GPU has room for."""
+
+    def __init__(self, model, *, max_length: int):
+        self.model = model
+        self.max_length = max_length
+        self.num_steps = 0
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.num_steps += 1
+        if self.num_steps != STEPS_BEFORE_KEEPING or args.device.type != "cuda" or not may_keep(args):
+            return
+        tokens = args.per_device_train_batch_size * self.max_length // args.sequence_parallel_size
+        free, whole = torch.cuda.mem_get_info(args.device)
+        room = free - int((1 - MAX_SHARE_OF_GPU) * whole)
+        dtype = torch.bfloat16 if args.bf16 else torch.float16
+        with torch.autocast("cuda", dtype=dtype, enabled=args.bf16 or args.fp16):
+            if note := keep_outputs(self.model, tokens, room=room):
+                say(note)
+
+
+def keep_outputs(model, tokens: int, *, room: int) -> str:
+    """Let as many checkpointed layers as `room` bytes allow keep what `Kept` says; return a note, or nothing.
+
+    A short step with and without it is compared: call it under the training's autocast.
+    """
+    layers = find_layers(model)
+    weight = model.get_input_embeddings().weight
+    hidden = weight.shape[1]
+    element_size = compute_dtype(weight).itemsize
+    sizes = choose_sizes(find_widths(model), hidden=hidden, room=room, tokens=tokens, element_size=element_size)
+    chosen = list(zip(layers, sizes, strict=False))
+    functions = [layer._gradient_checkpointing_func for layer, _size in chosen]
+
+    def leave() -> None:
+        for (layer, _size), function in zip(chosen, functions, strict=True):
+            layer._gradient_checkpointing_func = function
+
+    def keep() -> None:
+        for (layer, size), function in zip(chosen, functions, strict=True):
+            layer._gradient_checkpointing_func = functools.partial(function, context_fn=Kept(hidden, size))
+
+    if not sizes:
+        return ""
+    distance = fusion.measure_distance(model, leave, keep)
+    if not distance < fusion.find_max_distance(model):
+        leave()
+        return f"gradient checkpointing: layers keep their inputs alone (with more, states end {distance:.0e} apart)"
+    return (
+        f"gradient checkpointing: from now on {len(sizes)} of {len(layers)} layers keep wide products and attention "
+        f"outputs, {sum(sizes) / 2**30:.1f} GiB; all else is computed again (--checkpoint_keep none: these too)"
+    )
+
+
+def find_layers(model) -> list:
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def find_widths(model) -> list[int]:
+    """Return how many numbers a token each layer may keep; see `Kept`."""
+    hidden = model.get_input_embeddings().embedding_dim
+    widths = []
+    for layer in find_layers(model):
+        products = [module for module in layer.modules() if hasattr(module, "in_features")]
+        wide = [each.out_features for each in products if _is_wide(each.in_features, each.out_features, hidden)]
+        widths.append(hidden + sum(wide))
+    return widths
+
+
+def _is_wide(inputs: int, outputs: int, hidden: int) -> bool:
+    return inputs == hidden and outputs >= 2 * hidden
+
+
+def choose_sizes(widths: Sequence[int], *, hidden: int, room: int, tokens: int, element_size: int) -> list[int]:
+    """Return the bytes that each layer, from the first one on, may keep in `room`; none where it is not worth it."""
+    sizes = []
+    for width in widths:
+        size = width * tokens * element_size
+        if size > room or 2.0 * tokens * hidden * (width - hidden) < MIN_FLOPS_TO_KEEP:
+            break
+        room -= size
+        sizes.append(size)
+    return sizes
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Keeps of a layer's forward pass the products that widen the states, as gate and up of an MLP, and attention.
+
+    They are most of the work. Other products can't be kept: Liger's rotary kernel overwrites queries and keys where
+    the product has put them. `max_bytes` are those of one forward pass of a layer.
+    """
+
+    hidden: int
+    max_bytes: int
+
+    def __call__(self) -> tuple:
+        kept = {False: 0, True: 0}  # bytes in the forward pass, and when it is run again (torch 2.11 asks then too)
+
+        def choose(context, operator, *args, **kwargs) -> CheckpointPolicy:
+            size = self._bytes_of(operator, args)
+            if not size or kept[context.is_recompute] + size > self.max_bytes:
+                return CheckpointPolicy.PREFER_RECOMPUTE
+            kept[context.is_recompute] += size
+            return CheckpointPolicy.MUST_SAVE
+
+        return create_selective_checkpoint_contexts(choose)
+
+    def _bytes_of(self, operator, args: tuple) -> int:
+        """Return the bytes of what is to be kept of an operator's output; 0 for any other operator."""
+        place = _place_of_input(operator)
+        if place is None:
+            return 0
+        states = args[place]
+        if operator not in PRODUCTS:
+            return states.nbytes  # the queries', as large as the output
+        width = args[place + 1].shape[1]
+        return states.shape[0] * width * states.element_size() if _is_wide(states.shape[1], width, self.hidden) else 0
+
+
+PRODUCTS = {torch.ops.aten.mm.default: 0, torch.ops.aten.addmm.default: 1}
+
+
+@functools.cache
+def _place_of_input(operator) -> int | None:
+    """Return the place of the states among the arguments of a product or an attention; None for other operators."""
+    if operator in PRODUCTS:
+        return PRODUCTS[operator]
+    return 0 if str(getattr(operator, "_name", "")).startswith(ATTENTION_OPERATORS) else None

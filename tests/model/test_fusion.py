@@ -76,7 +76,7 @@ def test_no_batch_compiles_anew_after_the_start(family, said, load, compile_with
     plain = load(family)
     model = copy.deepcopy(plain)
     assert fusion.compile_elementwise(model) == said
-    assert fusion.prove_compiled(model).startswith("fused kernels: compiled in ")
+    assert fusion.prove_fused(model).startswith("fused kernels: compiled functions in ")
     graphs = counters["stats"]["unique_graphs"]
     assert graphs > 0
     with torch._dynamo.config.patch(error_on_recompile=True):
@@ -94,7 +94,7 @@ def test_padded_batches_compile_in_the_first_update_alone(load, compile_with):
     plain = load("qwen2")
     model = copy.deepcopy(plain)
     fusion.compile_elementwise(model)
-    fusion.prove_compiled(model, num_rows=3, packing=False)
+    fusion.prove_fused(model, num_rows=3, packing=False)
     gradients_of(model, padded(3, 21))
     with torch._dynamo.config.patch(error_on_recompile=True):
         for batch in (padded(3, 40), padded(3, 17), padded(4, 33)):
@@ -119,8 +119,8 @@ def test_a_compiler_that_fails_leaves_the_plain_model_and_says_so(load, compile_
     compile_with(failing)
     model = load("qwen2")
     fusion.compile_elementwise(model)
-    said = fusion.prove_compiled(model)
-    assert said.startswith("fused kernels: none (compiling failed: ") and "\n" not in said
+    said = fusion.prove_fused(model)
+    assert said.startswith("fused kernels: none (compiled functions failed: ") and "\n" not in said
     assert not model.model.norm.runs_compiled()
     gradients_of(model, packed(5, 9))
 
@@ -130,10 +130,10 @@ def test_a_compiler_error_without_a_message_is_named_by_its_class(load, compile_
         raise AssertionError
 
     compile_with(failing)
-    assert fusion._first_line(AssertionError()) == "AssertionError"
+    assert fusion._one_line(AssertionError()) == "AssertionError"
     model = load("bloom")
     fusion.compile_elementwise(model)
-    assert fusion.prove_compiled(model).startswith("fused kernels: none (compiling failed: ")
+    assert fusion.prove_fused(model).startswith("fused kernels: none (compiled functions failed: ")
 
 
 def test_compiled_functions_that_give_something_else_are_turned_off(load, compile_with):
@@ -143,7 +143,7 @@ def test_compiled_functions_that_give_something_else_are_turned_off(load, compil
     compile_with(doubled)
     model = load("bloom")
     fusion.compile_elementwise(model)
-    assert "from the plain ones)" in fusion.prove_compiled(model)
+    assert "from the plain ones)" in fusion.prove_fused(model)
     assert not any(module.runs_compiled() for module in model.modules() if isinstance(module, fusion.Compiled))
 
 

@@ -1,0 +1,111 @@
+"""Checkpointed layers that keep outputs give the same gradient and compute less again."""
+
+import functools
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM
+from transformers.models.qwen2 import modeling_qwen2
+
+from sft.model import attention, fusion, loss
+from sft.train import callbacks
+
+ROOM = 2**30
+
+
+@pytest.fixture
+def load(tiny_base, monkeypatch):
+    """Return a function that loads a tiny base whose layers are checkpointed."""
+    monkeypatch.setattr(callbacks, "MIN_FLOPS_TO_KEEP", 0.0)
+
+    def model_of(family: str):
+        model = AutoModelForCausalLM.from_pretrained(tiny_base(family), dtype=torch.float32)
+        attention.isolate_documents(model)
+        loss.use_chunked_loss(model)
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        return model.train()
+
+    return model_of
+
+
+def step(model, *, half: bool = False) -> tuple[torch.Tensor, int]:
+    """Return the gradient of two accumulated packed batches, and the operations of their products."""
+    tokens = torch.randint(3, 200, (2, 40), generator=torch.Generator().manual_seed(0))
+    positions = torch.cat([torch.arange(23), torch.arange(17)]).expand(2, -1)
+    model.zero_grad()
+    with FlopCounterMode(display=False) as counter:
+        for _ in range(2):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
+                total = model(input_ids=tokens, labels=tokens, position_ids=positions).loss
+            total.backward()
+    return torch.cat([weight.grad.flatten() for weight in model.parameters()]), counter.get_total_flops()
+
+
+@pytest.mark.parametrize(("family", "half"), [("qwen2", False), ("bloom", False), ("falcon", False), ("qwen2", True)])
+def test_layers_that_keep_outputs_compute_less_again_and_give_the_same_gradient(family, half, load):
+    model = load(family)
+    if half:
+        fusion.use_master_products(model, accumulation=2, alone=True)
+    expected, all_again = step(model, half=half)
+    note = callbacks.keep_outputs(model, 80, room=ROOM)
+    assert note.startswith("gradient checkpointing: from now on 2 of 2 layers keep wide products")
+    gradient, operations = step(model, half=half)
+    assert torch.equal(gradient, expected)
+    assert operations < 0.96 * all_again
+
+
+def test_no_more_is_kept_than_a_layer_may(load):
+    model = load("qwen2")
+    _gradient, all_again = step(model)
+    for layer in callbacks.find_layers(model):
+        function = layer._gradient_checkpointing_func
+        layer._gradient_checkpointing_func = functools.partial(function, context_fn=callbacks.Kept(64, 100))
+    assert step(model)[1] == all_again
+
+
+def test_a_kernel_that_overwrites_what_is_kept_is_found(load, monkeypatch):
+    """As Liger's rotary kernel does with queries and keys."""
+    plain = modeling_qwen2.apply_rotary_pos_emb
+
+    def overwrite(query, key, *others, **options):
+        rotated = plain(query, key, *others, **options)
+        query.data.copy_(rotated[0])
+        return rotated
+
+    monkeypatch.setattr(modeling_qwen2, "apply_rotary_pos_emb", overwrite)
+    monkeypatch.setattr(callbacks, "_is_wide", lambda inputs, outputs, hidden: inputs == hidden)
+    model = load("qwen2")
+    expected, all_again = step(model)
+    note = callbacks.keep_outputs(model, 80, room=ROOM)
+    assert note.startswith("gradient checkpointing: layers keep their inputs alone (with more, states end ")
+    gradient, operations = step(model)
+    assert torch.equal(gradient, expected)
+    assert operations == all_again
+
+
+def test_layers_keep_what_fits_and_what_is_worth_it():
+    sizes = {"hidden": 4, "tokens": 10**12, "element_size": 2}
+    assert callbacks.choose_sizes([20, 20, 20], room=10**14, **sizes) == [4 * 10**13] * 2
+    assert callbacks.choose_sizes([20], room=10**14, **sizes | {"tokens": 10**9}) == []
+    assert callbacks.choose_sizes([4], room=10**14, **sizes) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "may"),
+    [
+        ({}, True),
+        ({"gradient_checkpointing": False}, False),
+        ({"checkpoint_keep": "none"}, False),
+        ({"activation_offload": True}, False),
+        ({"gradient_checkpointing_kwargs": {"use_reentrant": True}}, False),
+        ({"gradient_checkpointing_kwargs": {"use_reentrant": False}}, True),
+        ({"deepspeed": {"zero_optimization": {"stage": 3}}}, False),
+        ({"deepspeed": {"zero_optimization": {"stage": 2}}}, True),
+    ],
+)
+def test_runs_that_are_short_of_memory_or_shard_their_weights_keep_inputs_alone(changes, may):
+    training = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": None, "deepspeed": None}
+    training |= {"checkpoint_keep": "auto", "activation_offload": False}
+    assert callbacks.may_keep(SimpleNamespace(**training | changes)) is may
