@@ -58,6 +58,10 @@ class Restore(TrainerCallback):
             progress.evaluate = False
             trainer._evaluate(None, None)
 
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        if args.dataloader_num_workers:  # a forked worker would keep the copies of a checkpoint in memory
+            self.trainer.saves.finish()
+
     def take_new_flags(self, args) -> None:
         """Let allowed changes of the optimizer's flags take effect: a checkpoint brings the old ones with it."""
         changed, scheduler = self.trainer.changed, self.trainer.lr_scheduler

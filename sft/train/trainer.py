@@ -18,19 +18,18 @@ from torch.utils.data import DataLoader
 from transformers import ProgressCallback
 
 from sft.checkpoint import zero
-from sft.checkpoint.manifest import FINGERPRINT, PROGRESS, checkpoint_bytes, read_manifest, write_manifest
+from sft.checkpoint.background import BackgroundSaves, free_memory_for_copies
+from sft.checkpoint.manifest import FINGERPRINT, PROGRESS, checkpoint_bytes, read_manifest
 from sft.checkpoint.save import (
     SAVING,
     check_disk_space,
-    delete_old_checkpoints,
     explain_error,
     open_staging,
-    publish_checkpoint,
     publish_model,
     remove_leftovers,
 )
 from sft.checkpoint.weights import find_bad_weight, leave_out_tied, saved_shapes, verify_saved
-from sft.checkpoint.writing import hash_all, hash_while_saving
+from sft.checkpoint.writing import collect_files
 from sft.dataset.sampler import Updates, WithEmpty
 from sft.files import write_json
 from sft.launch.processes import Guard, Stopped, UserError
@@ -63,6 +62,7 @@ class Trainer(transformers.Trainer):
         self.keep, self.args.save_total_limit = self.args.save_total_limit, None
         self._is_evaluating = False
         self._staging: str | None = None
+        self.saves = BackgroundSaves(Path(self.args.output_dir), guard, say)
         self.finite = FiniteCheck(self)
         self.updates = Updates(
             len(self.train_dataset),
@@ -171,6 +171,7 @@ class Trainer(transformers.Trainer):
         stop = None
         if self.state.global_step != self.progress.updates:
             self._advance()
+            self.saves.finish_if_written()
             stop = self.guard.stop_requested()
         if stop and self.control.should_evaluate:
             self.progress.evaluate, self.control.should_evaluate = True, False
@@ -181,6 +182,7 @@ class Trainer(transformers.Trainer):
             stop, self.progress.evaluate = True, True
             self._save_checkpoint(model, trial)
         if stop:
+            self.saves.finish()
             raise Stopped(f"stopped at step {self.state.global_step}")
 
     def _advance(self) -> None:
@@ -197,6 +199,8 @@ class Trainer(transformers.Trainer):
 
     def evaluate(self, *arguments, **options):
         """Evaluate without a trace in the random state, so that training doesn't depend on when it is done."""
+        if self.args.dataloader_num_workers:
+            self.saves.finish()
         devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
         with torch.random.fork_rng(devices):
             return super().evaluate(*arguments, **options)
@@ -266,7 +270,8 @@ class Trainer(transformers.Trainer):
         return self._staging or super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model, trial) -> None:
-        """Save to a temporary folder on all ranks; then fsync and hash, write the manifest, and rename."""
+        """Copy what each rank will write; its thread writes into a temporary folder while training goes on."""
+        self.saves.finish()
         if bad := self.bad_weight():
             raise UserError(f"step {self.state.global_step}: {bad} is not finite; stopped, not saved")
         output, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
@@ -274,14 +279,24 @@ class Trainer(transformers.Trainer):
         self._staging = str(staging)
         began = time.monotonic()
         try:
-            with hash_while_saving(staging / name) as hashes:
+            with collect_files(staging / name, free_memory_for_copies()) as files:
                 super()._save_checkpoint(model, trial)
         except (OSError, RuntimeError, SafetensorError) as error:
             raise explain_error(error, self.args.output_dir) from error
         finally:
             self._staging = None
         self._write_progress(staging / name)
-        self._publish(staging / name, output, hashes, began)
+        of_run = {"run": self.run, "keep": self.keep, "spare": self.state.best_model_checkpoint}
+        self.saves.start(staging / name, files, step=self.state.global_step, began=began, **of_run)
+
+    def train(self, *arguments, **options):
+        """Train, and complete the last checkpoint, also when an error ends the training."""
+        with self.saves:
+            return super().train(*arguments, **options)
+
+    def _load_best_model(self) -> None:
+        self.saves.finish()
+        super()._load_best_model()
 
     def open_staging(self, needed: int, what: str) -> Path:
         """Empty the folder for what is being saved, when the disk has room for `needed` bytes more."""
@@ -325,19 +340,6 @@ class Trainer(transformers.Trainer):
         if self.state.best_model_checkpoint == str(folder):
             self.state.best_model_checkpoint = str(Path(self.args.output_dir) / folder.name)
             self.state.save_to_json(str(folder / "trainer_state.json"))
-
-    def _publish(self, folder: Path, output: Path, hashes: dict[str, list], began: float) -> None:
-        """Each rank fsyncs and hashes its share of the files without a hash; rank 0 writes the manifest and renames."""
-        files, step = hash_all(folder, hashes, self.guard), self.state.global_step
-        if self.args.should_save:
-            write_manifest(folder, files, step=step, run=self.run)
-            aside = publish_checkpoint(folder, output / folder.name, self.run)
-            best = self.state.best_model_checkpoint
-            delete_old_checkpoints(output, keep=self.keep, step=step, run=self.run, spare=best)
-            size = sum(size for size, _sha256 in files.values())
-            remove_leftovers(output)
-            say(aside or f"saved {output / folder.name}: {size:,} bytes in {time.monotonic() - began:.2f} s")
-        self.guard.wait_for_all()
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict and leave_out_tied(state_dict, self.model))

@@ -39,8 +39,8 @@ def data(tmp_path_factory) -> Path:
     return folder
 
 
-def run(base, data, output, **flags) -> Path:
-    """Call train.py's main."""
+def words_of(base, data, output, **flags) -> list[str]:
+    """Return the flags of train.py for a short run."""
     settings = {"max_length": 128, "max_steps": 8, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
     settings |= {"learning_rate": 1e-3, "logging_steps": 3, "save_steps": 4, "eval_strategy": "steps", "eval_steps": 4}
     settings |= {
@@ -50,7 +50,12 @@ def run(base, data, output, **flags) -> Path:
         "cache_dir": f"{output.parent}/cache",
     }
     words = [str(word) for name, value in (settings | flags).items() for word in (f"--{name}", value)]
-    train.main(["--model_name_or_path", str(base), "--data_path", str(data), "--output_dir", str(output), *words])
+    return ["--model_name_or_path", str(base), "--data_path", str(data), "--output_dir", str(output), *words]
+
+
+def run(base, data, output, **flags) -> Path:
+    """Call train.py's main."""
+    train.main(words_of(base, data, output, **flags))
     return output
 
 

@@ -1,40 +1,80 @@
-"""Files of torch.save are hashed while they are written."""
+"""The files of a checkpoint are copied when it is saved, and hashed while they are written."""
 
 import hashlib
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import modeling_utils
 
 from sft.checkpoint import writing
 from sft.checkpoint.manifest import hash_files
-from sft.checkpoint.writing import hash_while_saving
+from sft.checkpoint.writing import collect_files
+
+PLENTY = 1 << 30  # bytes
 
 
-def test_the_hash_is_that_of_the_file_and_the_file_is_read_as_ever(tmp_path):
+def make_state() -> dict:
+    """Return tensors of which two share memory, and other values."""
+    large = torch.arange(1 << 19)
+    return {"large": large, "part": large[5:7], "small": torch.ones(3), "step": 4}
+
+
+@pytest.mark.parametrize("max_bytes", [PLENTY, 0], ids=["copied", "no room"])
+def test_files_are_those_of_the_moment_of_the_save_and_their_hashes_are_right(max_bytes, tmp_path):
     (tmp_path / "global_step1").mkdir()
-    state = {"large": torch.arange(1 << 19), "small": torch.ones(3), "step": 4}
-    save = torch.save
-    with hash_while_saving(tmp_path) as hashes:
-        torch.save(state, str(tmp_path / "global_step1" / "optimizer.pt"))
+    state, expected, save = make_state(), make_state(), torch.save
+    torch.save(expected, tmp_path / "expected.zip")
+    with collect_files(tmp_path, max_bytes) as files:
+        torch.save(state, str(tmp_path / "global_step1" / "optimizer.pt"), _use_new_zipfile_serialization=True)
         torch.save(state, tmp_path / "legacy.pt", _use_new_zipfile_serialization=False)
         torch.save([1], tmp_path / "replaced.pt")
-        torch.save([2], tmp_path / "replaced.pt")
-    assert torch.save is save
-    assert sorted(hashes) == ["global_step1/optimizer.pt", "legacy.pt", "replaced.pt"]
+        torch.save([2], tmp_path / "replaced.pt", _use_new_zipfile_serialization=False)
+        torch.save([3], tmp_path / "training_args.bin")
+        modeling_utils.safe_save_file({"a": state["small"]}, str(tmp_path / "a.safetensors"), metadata={"b": "c"})
+    assert torch.save is save and files.has_no_room == (not max_bytes)
+    for tensor in state.values():  # training goes on
+        if isinstance(tensor, torch.Tensor):
+            tensor += 7
+    hashes = files.write()
+    assert sorted(hashes) == ["a.safetensors", "global_step1/optimizer.pt", "legacy.pt", "replaced.pt"]
     assert hashes == hash_files(tmp_path, hashes)
     for name in ("global_step1/optimizer.pt", "legacy.pt"):
         loaded = torch.load(tmp_path / name, weights_only=True)
-        assert torch.equal(loaded["large"], state["large"]) and loaded["step"] == 4
-    assert torch.equal(torch.load(tmp_path / "global_step1/optimizer.pt", mmap=True)["large"], state["large"])
+        assert all(torch.equal(loaded[key], expected[key]) for key in ("large", "part", "small"))
+        assert loaded["step"] == 4
+        assert loaded["large"].data_ptr() + 5 * 8 == loaded["part"].data_ptr()
+    assert torch.equal(load_file(tmp_path / "a.safetensors")["a"], torch.ones(3))
+    assert torch.load(tmp_path / "replaced.pt") == [2]
+    assert not (tmp_path / "training_args.bin").exists()
+
+
+def test_a_file_is_written_byte_for_byte_as_torch_does_it(tmp_path):
+    with collect_files(tmp_path, PLENTY) as files:
+        torch.save(make_state(), tmp_path / "later.pt")
+    files.write()
+    with open(tmp_path / "at_once.pt", "wb") as stream:
+        torch.save(make_state(), stream)
+    assert (tmp_path / "later.pt").read_bytes() == (tmp_path / "at_once.pt").read_bytes()
+
+
+def test_copies_take_no_more_memory_than_there_is(tmp_path):
+    with collect_files(tmp_path, 5000) as files:
+        for name in ("a.pt", "b.pt", "c.pt"):
+            torch.save(torch.ones(500), tmp_path / name)
+    assert sorted(files.waiting) == ["a.pt", "b.pt"] and sorted(files.hashes) == ["c.pt"]
+    assert files.has_no_room
 
 
 def test_files_elsewhere_and_streams_are_saved_as_before(tmp_path):
     (tmp_path / "checkpoint").mkdir()
-    with hash_while_saving(tmp_path / "checkpoint") as hashes, open(tmp_path / "stream.pt", "wb") as stream:
+    with collect_files(tmp_path / "checkpoint", PLENTY) as files, open(tmp_path / "stream.pt", "wb") as stream:
         torch.save([1], tmp_path / "elsewhere.pt")
         torch.save([2], stream)
-    assert hashes == {}
+        modeling_utils.safe_save_file({"a": torch.ones(1)}, tmp_path / "a.safetensors")
+    assert files.names() == []
     assert torch.load(tmp_path / "elsewhere.pt") == [1] and torch.load(tmp_path / "stream.pt") == [2]
+    assert load_file(tmp_path / "a.safetensors").keys() == {"a"}
 
 
 def test_a_disk_that_fills_up_is_an_error_and_leaves_no_hash(tmp_path, monkeypatch):
@@ -42,24 +82,61 @@ def test_a_disk_that_fills_up_is_an_error_and_leaves_no_hash(tmp_path, monkeypat
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(writing.os, "fsync", fill)
-    with hash_while_saving(tmp_path) as hashes, pytest.raises(OSError, match="No space left"):
+    with collect_files(tmp_path, PLENTY) as files:
         torch.save([1], tmp_path / "a.pt")
-    assert hashes == {}
+    with pytest.raises(OSError, match="No space left"):
+        files.write()
+    assert files.hashes == {}
 
 
-def test_a_piece_that_the_system_writes_in_parts_is_written_whole(tmp_path, monkeypatch):
+class FailingFile:
+    """A file whose third write fails, so that torch finds the end of its zip at another place."""
+
+    def __init__(self, file):
+        self._file = file
+        self._num_writes = 0
+
+    def write(self, data):
+        self._num_writes += 1
+        if self._num_writes == 3:
+            raise OSError(5, "Input/output error")
+        return self._file.write(data)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_error):
+        self._file.close()
+
+    def fileno(self):
+        raise AssertionError("fsync of a file that could not be written")
+
+
+def test_the_error_of_a_write_is_reported_and_not_a_later_one(tmp_path):
+    with pytest.raises(OSError, match="Input/output error"), writing.HashingStream(tmp_path / "a") as stream:
+        stream._stream = FailingFile(stream._stream)
+        torch.save(torch.ones(3), stream)
+
+
+def test_a_piece_that_the_system_writes_in_parts_is_written_whole(tmp_path):
     """A system call may write less than it was given: 2 GiB at most."""
-    stream = writing.HashingStream(tmp_path / "a")
-    file = stream._stream
+    with writing.HashingStream(tmp_path / "a") as stream:
+        file = stream._stream
 
-    class Short:
-        def write(self, data):
-            return file.write(data[:5])
+        class Short:
+            def write(self, data):
+                return file.write(data[:5])
 
-        def __getattr__(self, name):
-            return getattr(file, name)
+            def __enter__(self):
+                return file
 
-    stream._stream = Short()
-    stream.write(b"0123456789abc")
-    assert stream.close() == [13, hashlib.sha256(b"0123456789abc").hexdigest()]
+            def __exit__(self, *_error):
+                file.close()
+
+            def fileno(self):
+                return file.fileno()
+
+        stream._stream = Short()
+        stream.write(b"0123456789abc")
+    assert stream.size_and_hash() == [13, hashlib.sha256(b"0123456789abc").hexdigest()]
     assert (tmp_path / "a").read_bytes() == b"0123456789abc"

@@ -1,0 +1,209 @@
+"""A checkpoint that a thread of each rank writes while training goes on; all ranks complete it together.
+
+The threads call no collective: NCCL and gloo need the same order of calls on all ranks, which only the main threads
+keep. At the end of a step these ask whether all threads are done; rank 0 then writes the manifest and renames.
+"""
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from pathlib import Path
+
+from sft.base import complete
+from sft.checkpoint.manifest import hash_files, write_manifest
+from sft.checkpoint.save import (
+    delete_old_checkpoints,
+    explain_error,
+    is_full_disk,
+    list_files,
+    publish_checkpoint,
+    remove_leftovers,
+)
+from sft.checkpoint.writing import CollectedFiles
+from sft.launch.processes import Guard, Stopped, UserError
+
+MAX_SHARE_OF_FREE_MEMORY = 0.7  # that the copies of all ranks of a machine may take
+MEMORY_INFO = Path("/proc/meminfo")
+CGROUPS_OF_PROCESS = Path("/proc/self/cgroup")
+CGROUPS = Path("/sys/fs/cgroup")
+# By the name of the controller, as version 1 and 2 of cgroups have them: limit, usage, pages that can be dropped.
+CGROUP_FILES = {
+    "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    "": ("memory.max", "memory.current", "inactive_file"),
+}
+
+
+class BackgroundSaves:
+    """The saves of a run, one at a time. On leaving the context the last one is complete.
+
+    `say` prints a line from rank 0.
+    """
+
+    def __init__(self, output: Path, guard: Guard, say: Callable[[str], None]):
+        self._output = output
+        self._guard = guard
+        self._say = say
+        self._current: Save | None = None
+        self._has_told_memory = False
+
+    def __enter__(self) -> "BackgroundSaves":
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        if self._current is None:
+            return
+        if kind is None:
+            self.finish()
+        elif self._guard.world_size == 1 or issubclass(kind, (Stopped, UserError)):  # all ranks raise it
+            try:
+                self.finish()
+            except UserError as failed:
+                self._say(str(failed))
+        else:
+            self._current.give_up()
+
+    def start(self, folder: Path, files: CollectedFiles, **of_run) -> None:
+        """Write `files`, of which `folder` already has the others; `of_run` as for `Save`."""
+        if self._guard.is_set_on_any_rank(files.has_no_room) and not self._has_told_memory:
+            self._has_told_memory = True
+            self._say(f"{folder.name}: too little free memory for a copy; training waits while checkpoints are written")
+        self._current = Save(folder, self._output, files, self._guard, **of_run)
+
+    def finish(self) -> None:
+        """Wait until the current save, if any, is complete on all ranks; UserError on all when it failed."""
+        if save := self._current:
+            self._current = None
+            self._say(save.publish())
+
+    def finish_if_written(self) -> None:
+        """Complete the current save when the threads of all ranks are done; called at the end of a step."""
+        if self._current and self._current.is_written():
+            self.finish()
+
+
+class Save:
+    """A checkpoint in `folder`, complete but for `files`, which a thread writes; `publish` moves it to `output`.
+
+    `began`: `time.monotonic()` when training stopped for it; `step`, `run`, `keep`, `spare` as for
+    `delete_old_checkpoints`.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        output: Path,
+        files: CollectedFiles,
+        guard: Guard,
+        *,
+        began: float,
+        step: int,
+        run: str,
+        keep: int | None,
+        spare: str | None,
+    ):
+        self._folder = folder
+        self._output = output
+        self._files = files
+        self._guard = guard
+        self._began = began
+        self._step = step
+        self._run = run
+        self._keep = keep
+        self._spare = spare
+        names = guard.all_gather(files.names())  # after this no rank's main thread writes into the folder
+        self._collected = {name for of_rank in names for name in of_rank}
+        self._written: Future = Future()
+        threading.Thread(target=complete, args=(self._written, self._write), name="checkpoint", daemon=True).start()
+        self._waited = time.monotonic() - began
+
+    def _write(self) -> dict[str, list]:
+        """Write this rank's files; rank 0 also fsyncs and hashes those that were written at once without a hash."""
+        hashes = self._files.write()
+        if self._guard.rank == 0:
+            others = [name for name in list_files(self._folder) if name not in self._collected]
+            hashes |= hash_files(self._folder, others, sync=True)
+        return hashes
+
+    def is_written(self) -> bool:
+        """Whether the threads of all ranks are done, the same on all ranks."""
+        return not self._guard.is_set_on_any_rank(not self._written.done())
+
+    def give_up(self) -> None:
+        """Leave the checkpoint incomplete, as the other ranks go on; but wait for the thread.
+
+        A thread that is inside torch when Python exits aborts the process.
+        """
+        self._written.exception()
+        rank = self._guard.rank
+        text = f"{self._folder.name} is not complete: this process ended while it was written"
+        print(f"train.py: rank {rank}: {text}", file=sys.stderr, flush=True)
+
+    def publish(self) -> str:
+        """Wait for all ranks, write the manifest and rename; return a line. UserError on all ranks when it failed."""
+        began = time.monotonic()
+        error = self._written.exception()
+        hashes = self._guard.all_gather({} if error else self._written.result())
+        problems = self._guard.all_gather(self._explain(error) if error else None)
+        line = None
+        if self._guard.rank == 0 and not any(problems):
+            try:
+                line = self._rename({name: found for of_rank in hashes for name, found in of_rank.items()}, began)
+            except (OSError, ValueError) as failed:
+                problems = [self._explain(failed)]
+        line, problems = self._guard.broadcast((line, problems))
+        if problem := next(filter(None, problems), None):
+            raise UserError(problem) from error
+        return line
+
+    def _rename(self, hashes: dict[str, list], began: float) -> str:
+        final = self._output / self._folder.name
+        files = {name: hashes[name] for name in list_files(self._folder)}
+        write_manifest(self._folder, files, step=self._step, run=self._run)
+        aside = publish_checkpoint(self._folder, final, self._run)
+        delete_old_checkpoints(self._output, keep=self._keep, step=self._step, run=self._run, spare=self._spare)
+        remove_leftovers(self._output)
+        now = time.monotonic()
+        size = sum(size for size, _sha256 in files.values())
+        waited = self._waited + now - began
+        seconds = f"in {now - self._began:.2f} s, of which training waited {waited:.2f} s"
+        return aside or f"saved {final}: {size:,} bytes {seconds}"
+
+    def _explain(self, error: BaseException) -> str:
+        explained = str(explain_error(error, str(self._output)))
+        return (
+            explained if is_full_disk(error) else f"{self._output}: {self._folder.name} can't be written ({explained})"
+        )
+
+
+def free_memory_for_copies() -> int:
+    """Return the bytes of host memory that this rank's copies may take; 0 where Linux doesn't tell."""
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+    try:
+        lines = dict(line.split(":", 1) for line in MEMORY_INFO.read_text().splitlines())
+        free = min([1024 * int(lines["MemAvailable"].split()[0]), *_free_in_cgroups()])
+    except (OSError, KeyError):
+        return 0
+    return int(MAX_SHARE_OF_FREE_MEMORY * max(0, free)) // ranks
+
+
+def _free_in_cgroups() -> Iterator[int]:
+    """Yield what each cgroup of this process has left below its limit; pages of files that can be dropped count."""
+    for line in CGROUPS_OF_PROCESS.read_text().splitlines():
+        _number, controllers, path = line.split(":", 2)
+        if controllers not in CGROUP_FILES:
+            continue
+        limit, usage, droppable = CGROUP_FILES[controllers]
+        root = CGROUPS / controllers
+        folder = root / path.lstrip("/")
+        for group in [folder, *folder.parents]:
+            if not group.is_relative_to(root):
+                break
+            try:
+                statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+                used = int((group / usage).read_text()) - int(statistics[droppable])
+                yield int((group / limit).read_text()) - used
+            except (OSError, ValueError, KeyError):  # no memory controller there, or no limit ("max")
+                continue
