@@ -86,9 +86,7 @@ def find_skipped(paths: Iterable[str | os.PathLike]) -> list[str]:
     folders = {path for text in map(os.fspath, paths) if os.path.isdir(path := split_suffix(text)[0])}
     skipped = {path for folder in folders for path in _list_folder(folder) if not _is_data(path)}
     ours = [path for path in skipped if os.path.basename(path) in NOT_DATA[:2]]
-    return sorted(
-        skipped - {path for path in ours if os.path.exists(os.path.join(os.path.dirname(path), "train.json"))}
-    )
+    return sorted(skipped - {path for path in ours if os.path.exists(os.path.join(os.path.dirname(path), TRAIN))})
 
 
 def describe_skipped(skipped: Sequence[str]) -> list[str]:
