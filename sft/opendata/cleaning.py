@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterator
 from typing import BinaryIO
 
 from sft.opendata.conversation import Conversation, Message, check_messages
-from sft.opendata.fields import RecordError
+from sft.opendata.fields import RecordError, is_blank
 from sft.opendata.files import hash_to_share
 
 
@@ -23,15 +23,10 @@ def strip_edges(messages: list[Message]) -> list[Message]:
     return [message | {key: message[key].strip() for key in texts if key in message} for message in messages]
 
 
-def _is_blank(message: Message) -> bool:
-    """Whether a text is missing; a result and the text beside a call may be empty."""
-    return not message["content"].strip() and message["role"] != "tool" and "tool_calls" not in message
-
-
 def cut_at_empty_turn(messages: list[Message]) -> list[Message]:
     """Keep what comes before the first exchange with an empty text; an empty system message just goes."""
     messages = [message for message in messages if message["role"] != "system" or message["content"].strip()]
-    end = next((i for i, message in enumerate(messages) if _is_blank(message)), None)
+    end = next((i for i, message in enumerate(messages) if is_blank(message)), None)
     if messages and end is None:
         return messages
     # Back to the user's message: the question is dropped with the answer.

@@ -25,6 +25,7 @@ from sft.opendata.fields import (
     count_unread,
     find_form,
     has_lone_surrogate,
+    is_blank,
     is_empty,
     name_type,
     read_switch,
@@ -193,8 +194,8 @@ def check_messages(messages: list[Message]) -> None:
     check_calls(messages)
     _check_order(messages)
     for number, message in enumerate(messages):
-        text = read_text(message["content"], f"messages[{number}].content")
-        if not text.strip() and message["role"] != "tool" and "tool_calls" not in message:
+        read_text(message["content"], f"messages[{number}].content")
+        if is_blank(message):
             raise RecordError("empty", f"messages[{number}].content is empty; give a text or leave the record out")
     if not any(message["role"] == "assistant" and message.get("train") is not False for message in messages):
         raise RecordError("nothing_learned", "no reply is to be learned; set train for one, or leave the record out")

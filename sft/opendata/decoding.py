@@ -222,11 +222,6 @@ class Range(NamedTuple):
     in_array: bool
     ends_in_array: bool
 
-    @property
-    def where(self) -> str:
-        """Name the file and the lines."""
-        return f"{self.path} line {self.line}" + (f" to {self.end_line - 1}" if self.end_line else " to the last")
-
     def read(self, stream: BinaryIO) -> Iterator[bytes]:
         """Yield the range's bytes, and then what follows, of which a reader takes as much as its last record needs."""
         stream.seek(self.start)

@@ -178,6 +178,11 @@ def is_empty(value: object) -> bool:
     return value is None or (isinstance(value, str | list | dict) and not value)
 
 
+def is_blank(message: Message) -> bool:
+    """Whether a text is missing; a result and the text beside a call may be empty."""
+    return not message["content"].strip() and message["role"] != "tool" and "tool_calls" not in message
+
+
 def check_media(item: dict, where: str) -> None:
     """Raise RecordError if there are pictures, sounds or films beside the text."""
     for key in MEDIA_KEYS:

@@ -11,7 +11,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -129,7 +129,7 @@ def resolve_inputs(inputs: Iterable[str], *, skip: Collection[str] = ()) -> tupl
         except ValueError as error:
             mistakes.append(str(error))
     names = _short_names([source.path for source in found.values() if not source.open_file])
-    sources = [Source(**{**vars(s), "name": s.name or names[s.path]}) for s in found.values()]
+    sources = [replace(source, name=source.name or names[source.path]) for source in found.values()]
     return sorted(sources, key=lambda source: source.name), mistakes
 
 
@@ -164,20 +164,14 @@ def _list_hub(name: str, group: str, sample: int | float | None) -> list[Source]
     except (OSError, ValueError, HTTPError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"{name}: no such path here, and no data set the hub would give us ({reason})") from error
-    paths = sorted(file.rfilename for file in info.siblings or [])
-    paths = [path for path in paths if path.endswith(EXTENSIONS) and os.path.basename(path) not in NOT_DATA]
+    paths = sorted(file.rfilename for file in info.siblings or [] if _is_data(file.rfilename))
     if not paths:
         raise ValueError(f"{name}: the data set on the hub holds no {KNOWN_FILES}")
-    files = HfFileSystem(endpoint=endpoint)
+    open_on_hub = functools.partial(HfFileSystem(endpoint=endpoint).open, mode="rb")
+    addresses = {path: f"datasets/{name}@{info.sha}/{path}" for path in paths}
     return [
-        Source(
-            name=f"{name}/{path}",
-            path=f"datasets/{name}@{info.sha}/{path}",
-            group=group,
-            sample=sample,
-            open_file=functools.partial(files.open, f"datasets/{name}@{info.sha}/{path}", "rb"),
-        )
-        for path in paths
+        Source(f"{name}/{path}", address, group, sample, functools.partial(open_on_hub, address))
+        for path, address in addresses.items()
     ]
 
 
@@ -204,11 +198,6 @@ class Batch(NamedTuple):
     path: str
     records: list[RawRecord]
 
-    @property
-    def where(self) -> str:
-        """Name the file and the lines."""
-        return f"{self.path} line {self.records[0].line} to {self.records[-1].line}"
-
 
 class Work(NamedTuple):
     """A task: a piece of the file that the ledger calls `name`."""
@@ -218,7 +207,14 @@ class Work(NamedTuple):
 
     @property
     def where(self) -> str:
-        return self.piece.where
+        """Name the file and the lines."""
+        if isinstance(self.piece, Range):
+            first = self.piece.line
+            last = self.piece.end_line - 1 if self.piece.end_line else "the last"
+        else:
+            first = self.piece.records[0].line
+            last = self.piece.records[-1].line
+        return f"{self.piece.path} line {first} to {last}"
 
     def split(self) -> Iterator[RawRecord]:
         """Yield the records; some are parsed, some not. WrongCut comes last."""
