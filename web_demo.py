@@ -13,10 +13,10 @@ import sys
 from pathlib import Path
 
 from sft.chat.batching import MAX_ACTIVE, MAX_WAITING
-from sft.chat.reply import MODEL_FILES, add_model_flags, load_chat, model_options, newest_run
+from sft.chat.reply import MODEL_FILES, add_model_flags, find_newest_run, load_chat, model_options
 from sft.model.load import check_model_path
 from sft.web.handlers import Handlers
-from sft.web.layout import build_page, serve
+from sft.web.layout import build_page, serve_page
 from sft.web.models import LocalModel, RemoteModel
 from sft.web.security import REQUESTS_PER_MINUTE, Limits, read_logins
 
@@ -24,7 +24,7 @@ RUNS = Path(__file__).resolve().parent / "runs"
 
 
 def main(arguments: list[str] | None = None) -> None:
-    options = parse(arguments)
+    options = parse_flags(arguments)
     key = os.environ.pop("OPENAI_API_KEY", None) if options.base_url else None
     try:
         logins = read_logins(options.host, options.auth_file)
@@ -35,10 +35,10 @@ def main(arguments: list[str] | None = None) -> None:
         fail(str(error).splitlines()[0])
     handlers = Handlers(models, 2 if options.compare else 1, Limits(options.requests_per_minute))
     handlers.feedback = Path(options.feedback) if options.feedback else None
-    serve(build_page(handlers), handlers, host=options.host, port=options.port, auth=logins)
+    serve_page(build_page(handlers), handlers, host=options.host, port=options.port, auth=logins)
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
+def parse_flags(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="web_demo.py", description="A chat page for a checkpoint.")
     parser.error = fail
     add = parser.add_argument
@@ -70,7 +70,7 @@ def find_problem(options: argparse.Namespace) -> str | None:
     if options.model and not options.base_url:
         return "--model goes with --base_url; a model here is named by --model_path"
     if not (options.base_url or options.model_path):
-        if not (newest := newest_run(RUNS)):
+        if not (newest := find_newest_run(RUNS)):
             return f"no finished run in {RUNS}; make one with `sh base_run.sh`, or name a model with --model_path"
         options.model_path = [newest]
     if options.compare and len(options.model_path) < 2:

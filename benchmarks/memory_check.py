@@ -99,7 +99,9 @@ def print_table() -> None:
     print("| model | parameters | one GPU | ZeRO-2, 8 GPUs | ZeRO-3, 8 GPUs | with offload | LoRA, one GPU | QLoRA |")
     print("|---|" + "--:|" * 7)
     for name, (_kind, _shape, parameters) in PUBLISHED.items():
-        peaks = [memory.estimate(shape_of(name), shape.Step(accumulation=8), plan)[0][-1].bytes for plan in plans]
+        peaks = [
+            memory.estimate_memory(shape_of(name), shape.Step(accumulation=8), plan)[0][-1].bytes for plan in plans
+        ]
         print(f"| {name} | {parameters:,} | {' | '.join(f'{peak / memory.GIB:,.0f}' for peak in peaks)} |", flush=True)
 
 
@@ -128,7 +130,7 @@ def measure(name: str, rows: int, length: int, how: str, accumulation: int) -> N
     step = memory.replace(step, half=half, device="cpu")
     plan = shape.Plan(shape.LORA if lora else shape.FULL)
     model = shape.read_shape(config)
-    parts, _host = memory.estimate(model, step, plan)
+    parts, _host = memory.estimate_memory(model, step, plan)
     for part in parts:
         print(part.name, memory.gib(part.bytes), part.formula)
     torch.ones(2000, 2000) @ torch.ones(2000, 2000)

@@ -81,7 +81,7 @@ class _Worker:
         ours, theirs = socket.socketpair()
         root = str(Path(__file__).resolve().parent.parent)
         path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-        command = [sys.executable, "-P", "-c", f"from sft.workers import serve; serve({theirs.fileno()})"]
+        command = [sys.executable, "-P", "-c", f"from sft.workers import serve_tasks; serve_tasks({theirs.fileno()})"]
         # A process that is started while signals are blocked never gets them.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED_BY_PARENT)
         try:
@@ -203,7 +203,7 @@ class Workers:
 # --- in a worker --------------------------------------------------------------------------------------------------
 
 
-def serve(descriptor: int) -> None:
+def serve_tasks(descriptor: int) -> None:
     """Receive a function, apply it to each task that comes, and send (number, result, error) back."""
     from multiprocessing.connection import Connection
 
@@ -216,7 +216,7 @@ def serve(descriptor: int) -> None:
     try:
         function = pickle.loads(setup)()
     except Exception as error:
-        function = functools.partial(_raise, error)
+        function = functools.partial(_raise_error, error)
     while True:
         number, task = tasks.get()
         try:
@@ -238,5 +238,5 @@ def _receive_tasks(parent, tasks: queue.SimpleQueue) -> None:
             os._exit(0)
 
 
-def _raise(error: Exception, _task: Task) -> None:
+def _raise_error(error: Exception, _task: Task) -> None:
     raise error

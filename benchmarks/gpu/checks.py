@@ -177,7 +177,7 @@ def count_memory(text: str) -> dict:
     step = memory.replace(step, accumulation=settings["accumulation"], half=settings["bf16"])
     plan = shape.Plan(shape.LORA) if settings["lora"] else shape.Plan()
     config = AutoConfig.for_model(**settings["config"])
-    return {"counted_mib": memory.estimate(shape.read_shape(config), step, plan)[0][-1].bytes / 2**20}
+    return {"counted_mib": memory.estimate_memory(shape.read_shape(config), step, plan)[0][-1].bytes / 2**20}
 
 
 def compare_replies(base: str) -> dict:

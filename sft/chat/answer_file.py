@@ -111,7 +111,7 @@ class Partial:
             raise
 
     def _read(self, belongs_to: dict) -> None:
-        header = _line({"answers_of": belongs_to})
+        header = _to_line({"answers_of": belongs_to})
         first = self._log.read_first()
         if not header.startswith(first):
             raise ValueError(_refusal(self.path, first, belongs_to))
@@ -127,7 +127,7 @@ class Partial:
 
     def keep(self, position: int, answer: dict) -> None:
         """Append an answer; it stays when this process is killed."""
-        self.offsets[position] = self._log.append(_line({"position": position, **answer}), sync=False)
+        self.offsets[position] = self._log.append(_to_line({"position": position, **answer}), sync=False)
 
     def finish(self, output: str | Path, *, overwrite: bool) -> None:
         """Write the answers to `output` in the order of the questions, and remove this file."""
@@ -136,7 +136,7 @@ class Partial:
                 lines.seek(self.offsets[position])
                 answer = json.loads(lines.readline())
                 del answer["position"]
-                stream.write(_line(answer))
+                stream.write(_to_line(answer))
             check_output(output, overwrite=overwrite)
         self.path.unlink()
 
@@ -152,7 +152,7 @@ def check_output(output: str | Path, *, overwrite: bool) -> None:
         raise ValueError(f"--output {output}: exists; add --overwrite to replace it")
 
 
-def _line(value: dict) -> bytes:
+def _to_line(value: dict) -> bytes:
     return json.dumps(value, ensure_ascii=False).encode() + b"\n"
 
 

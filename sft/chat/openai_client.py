@@ -75,7 +75,7 @@ class _LimitedStream(httpx2.SyncByteStream, httpx2.AsyncByteStream):
         await self.stream.aclose()
 
 
-def _limit(response: httpx2.Response, limits: ResponseLimits) -> None:
+def _limit_body(response: httpx2.Response, limits: ResponseLimits) -> None:
     """Limit a response before its body is read; a compressed one, which may unpack to any size, is refused."""
     if response.headers.get("content-encoding", "identity") != "identity":
         raise LimitError("a compressed response")
@@ -139,7 +139,7 @@ def new_client(
             before(request)
 
     def on_response(response: httpx2.Response) -> None:
-        _limit(response, limits)
+        _limit_body(response, limits)
         if check:
             response.read()
             check(response)
@@ -162,7 +162,7 @@ def new_async_client(
         _clean_headers(request, key)
 
     async def on_response(response: httpx2.Response) -> None:
-        _limit(response, limits)
+        _limit_body(response, limits)
 
     http_client = httpx2.AsyncClient(timeout=timeout, event_hooks={"request": [on_request], "response": [on_response]})
     return openai.AsyncOpenAI(base_url=base_url, api_key=key or "none", max_retries=retries, http_client=http_client)

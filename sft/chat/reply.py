@@ -21,7 +21,7 @@ from sft.base import ADAPTER, RUN_RECORD, base_of_adapter, check_base
 from sft.chat.batching import Decoder
 from sft.chat.rows import Request
 from sft.chat.sampling import BLOSSOM, Sampling
-from sft.chat.token_probabilities import Piece, score
+from sft.chat.token_probabilities import Piece, score_tokens
 from sft.format.render import Renderer
 from sft.format.table import FORMAT_NAMES
 from sft.model.load import (
@@ -116,7 +116,7 @@ class Chat:
     def reply_with_pieces(self, messages: Sequence[dict], sampling: Sampling = BLOSSOM) -> tuple[Reply, list[Piece]]:
         """Reply, and return the probability of each token; see `sft.chat.token_probabilities`."""
         [request] = self._decode([messages], sampling)
-        pieces = score(self.model, self.renderer.tokenizer, request.prompt, request.ids)
+        pieces = score_tokens(self.model, self.renderer.tokenizer, request.prompt, request.ids)
         return self.to_reply(request.ids, request.prompt), pieces
 
     def stream_reply(
@@ -353,7 +353,7 @@ def model_options(options: argparse.Namespace) -> dict:
     return {name: value for name, value in vars(options).items() if name in MODEL_FLAGS}
 
 
-def newest_run(root: str | Path) -> str | None:
+def find_newest_run(root: str | Path) -> str | None:
     """Return the model folder of the newest finished run under `root` (`*/model` with a run.json), or None."""
     finished = sorted(Path(root).glob("*/model/run.json"), key=lambda path: path.stat().st_mtime)
     return str(finished[-1].parent) if finished else None
@@ -361,7 +361,7 @@ def newest_run(root: str | Path) -> str | None:
 
 def find_model(root: str | Path = "runs") -> str:
     """Return $MODEL_PATH, else the newest finished run; raises FileNotFoundError that says how to make one."""
-    found = os.environ.get("MODEL_PATH") or newest_run(root)
+    found = os.environ.get("MODEL_PATH") or find_newest_run(root)
     if not found:
         raise FileNotFoundError(f"no finished run in {root}/: make one with `sh base_run.sh`, or set MODEL_PATH")
     return found

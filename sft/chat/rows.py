@@ -11,7 +11,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sft.chat.sampling import Sampling, draw
+from sft.chat.sampling import Sampling, draw_tokens
 
 PREFILL_TOKENS = 512  # of prompts, read between two tokens of the running batch
 FORWARD = {"input_ids", "attention_mask", "position_ids", "logits_to_keep", "use_cache", "past_key_values"}
@@ -97,7 +97,7 @@ class RowModel:
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         accepted = set(inspect.signature(base.forward).parameters)
         self.accepted = accepted if "input_ids" in accepted else FORWARD
-        self.joins_rows = _joins_rows(base) and "past_key_values" in self.accepted
+        self.joins_rows = _can_join_rows(base) and "past_key_values" in self.accepted
         # With a sliding window, padding between two tokens would count as distance.
         self.has_window = bool(getattr(base.config.get_text_config(decoder=True), "sliding_window", None))
 
@@ -167,7 +167,7 @@ class RowModel:
             for row, request in zip(rows.seen, rows.requests, strict=True):
                 row[torch.tensor(request.prompt, device=row.device)] = True
         settings = [request.sampling.settings for request in rows.requests]
-        chosen = draw(logits, rows.seen, settings, [request.random.random() for request in rows.requests])
+        chosen = draw_tokens(logits, rows.seen, settings, [request.random.random() for request in rows.requests])
         rows.seen.scatter_(1, chosen[:, None], True)
         rows.mask = torch.cat([rows.mask, torch.ones_like(rows.mask[:, :1])], 1)
         rows.ids = chosen[:, None]
@@ -177,7 +177,7 @@ class RowModel:
         return chosen.tolist()
 
 
-def _joins_rows(base) -> bool:
+def _can_join_rows(base) -> bool:
     """Say whether the cache is keys and values by row: transformers' own classes with attention alone."""
     config = base.config.get_text_config(decoder=True)
     kinds = set(getattr(config, "layer_types", None) or ()) <= {"full_attention", "sliding_attention"}

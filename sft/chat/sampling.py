@@ -29,7 +29,7 @@ BLOSSOM = Sampling()
 GREEDY = Sampling(temperature=0.0, repetition_penalty=1.0)
 
 
-def candidates(scores, seen, settings: Sequence[tuple]):
+def rank_candidates(scores, seen, settings: Sequence[tuple]):
     """Return (probabilities, tokens), each (rows, candidates), the likeliest first.
 
     `scores` (rows, vocabulary) are fp32, `seen` marks the tokens of prompt and reply so far, `settings` holds the
@@ -54,11 +54,11 @@ def candidates(scores, seen, settings: Sequence[tuple]):
     return probabilities / probabilities.sum(1, keepdim=True), tokens
 
 
-def draw(scores, seen, settings: Sequence[tuple], randoms: Sequence[float]):
+def draw_tokens(scores, seen, settings: Sequence[tuple], randoms: Sequence[float]):
     """Sample a token for each row, a tensor (rows,); `randoms` holds a number from [0, 1) for each."""
     import torch
 
-    probabilities, tokens = candidates(scores, seen, settings)
+    probabilities, tokens = rank_candidates(scores, seen, settings)
     thresholds = torch.tensor(randoms, device=scores.device)[:, None]
     ranks = (probabilities.cumsum(1) <= thresholds).sum(1, keepdim=True)
     # The sum of the probabilities may stay below 1 by rounding.

@@ -32,7 +32,7 @@ from sft.chat.reply import (
     tool_result,
 )
 from sft.chat.sampling import BLOSSOM, Sampling
-from sft.chat.token_probabilities import printable, to_terminal
+from sft.chat.token_probabilities import to_printable, to_terminal
 
 
 class Dialogue:
@@ -142,14 +142,14 @@ def _print_stream(chat: Chat, messages: list[dict], sampling: Sampling) -> Itera
             call = CALL_START.search(message["content"]) if chat.tools else None
             text = message["content"][: call.start() if call else None]
             if text.startswith(printed):
-                print(printable(text[len(printed) :]), end="", flush=True)
+                print(to_printable(text[len(printed) :]), end="", flush=True)
                 printed = text
             yield reply
     if message.get("content", "").startswith(printed):
-        print(printable(message["content"][len(printed) :]), end="")
+        print(to_printable(message["content"][len(printed) :]), end="")
     for call in message.get("tool_calls") or ():
         arguments = json.dumps(call["function"]["arguments"], ensure_ascii=False)
-        print(printable(f"\n[call] {call['function']['name']} {arguments}"), end="")
+        print(to_printable(f"\n[call] {call['function']['name']} {arguments}"), end="")
 
 
 def converse(
@@ -184,7 +184,7 @@ def talk(dialogue: Dialogue) -> None:
         elif typed == "/clear":
             dialogue.clear()
         elif typed == "/thought":
-            print(printable(dialogue.last_thought()))
+            print(to_printable(dialogue.last_thought()))
         elif command == "/system":
             dialogue.system = text
         else:
@@ -202,7 +202,7 @@ def _read_questions(dialogue: Dialogue) -> Iterator[str]:
         lines = []
         try:
             call = dialogue.next_call()
-            lines.append(input(f"result of {printable(call)}? " if call else "? "))
+            lines.append(input(f"result of {to_printable(call)}? " if call else "? "))
             while sys.stdin.isatty() and select.select([sys.stdin], [], [], 0.05)[0]:
                 lines.append(input())
         except KeyboardInterrupt:
@@ -262,7 +262,7 @@ def _problems(options: argparse.Namespace) -> Iterator[str]:
         yield f"--repetition_penalty {options.repetition_penalty}: must be above 0"
 
 
-def _check(options: argparse.Namespace) -> None:
+def _check_options(options: argparse.Namespace) -> None:
     """Raise ValueError for every mistake that is visible before the model is loaded."""
     if problems := list(_problems(options)):
         raise ValueError("; ".join(problems))
@@ -283,9 +283,9 @@ def load_tools(path: str) -> list[dict]:
     return tools
 
 
-def _run(options: argparse.Namespace) -> None:
+def _run_command(options: argparse.Namespace) -> None:
     options.system = encodable(options.system or "").strip()
-    _check(options)
+    _check_options(options)
     sampling = Sampling(**{name: getattr(options, name) for name in asdict(Sampling())})
     model_path = options.model_path or find_model()
     tools = load_tools(options.tools) if options.tools else None
@@ -330,7 +330,7 @@ def _resume_note(options: argparse.Namespace) -> str:
 def main(arguments: list[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
     try:
-        _run(options)
+        _run_command(options)
     except (ValueError, OSError) as error:
         sys.exit(f"sft.chat: {error}")
     except KeyboardInterrupt:

@@ -20,7 +20,9 @@ class Piece(NamedTuple):
     alternatives: list[tuple[str, float]]
 
 
-def score(model, tokenizer, prompt: Sequence[int], ids: Sequence[int], *, num_alternatives: int = 4) -> list[Piece]:
+def score_tokens(
+    model, tokenizer, prompt: Sequence[int], ids: Sequence[int], *, num_alternatives: int = 4
+) -> list[Piece]:
     """Read prompt and reply once more and return the reply's pieces, its stop token included."""
     if not ids:
         return []
@@ -78,7 +80,7 @@ def least_certain(pieces: Sequence[Piece], count: int = 3) -> list[Piece]:
     return sorted(pieces, key=lambda piece: piece.probability)[:count]
 
 
-def printable(text: str) -> str:
+def to_printable(text: str) -> str:
     """Return text without the control characters that could move a terminal's cursor or change its settings."""
     return "".join(
         char if char in "\n\t" or not (char < " " or "\x7f" <= char <= "\x9f") else "\ufffd" for char in text
@@ -89,13 +91,14 @@ def to_terminal(pieces: Sequence[Piece], *, colour: bool) -> str:
     """Return the reply with its unsure tokens in colour, or in ⟦ ⟧ with their probability, and the alternatives."""
     shown = []
     for piece in pieces:
-        code = next(code for least, code in BANDS if piece.probability >= least)
+        text = to_printable(piece.text)
         if colour:
-            shown.append(f"\033[{code}m{printable(piece.text)}\033[0m")
-        else:
-            unsure = piece.probability < BANDS[1][0]
-            shown.append(f"⟦{printable(piece.text)} {piece.probability:.2f}⟧" if unsure else printable(piece.text))
-    return "\n".join(["".join(shown), *(f"  {printable(line)}" for line in _alternatives(pieces))])
+            code = next(code for least, code in BANDS if piece.probability >= least)
+            text = f"\033[{code}m{text}\033[0m"
+        elif piece.probability < BANDS[1][0]:
+            text = f"⟦{text} {piece.probability:.2f}⟧"
+        shown.append(text)
+    return "\n".join(["".join(shown), *(f"  {to_printable(line)}" for line in _alternatives(pieces))])
 
 
 def to_html(pieces: Sequence[Piece]) -> str:

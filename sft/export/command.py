@@ -49,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def export(options: argparse.Namespace) -> str:
+def export_target(options: argparse.Namespace) -> str:
     """Write the target that the options name; return how it was checked."""
     path = options.model_path
     output = options.output_dir
@@ -96,7 +96,7 @@ def main(arguments: list[str] | None = None) -> None:
     if unused := find_unused_flags(parser, options):
         print(f"note: --to {options.to} does not use {', '.join(unused)}", flush=True)
     try:
-        checked = export(options)
+        checked = export_target(options)
     except (ValueError, OSError) as error:
         sys.exit(f"sft.export: {error}")
     print(f"wrote {options.output_dir}: {checked}")

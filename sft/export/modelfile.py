@@ -47,12 +47,12 @@ def write_modelfile(renderer: Renderer, source: str) -> str:
             "to Go; train with a format of the table (--chat_format chatml, ...), or serve with llama-server"
         )
     row = bind_format(CHAT_FORMATS[renderer.name], renderer.tokenizer)
-    lines = [f"FROM {source}", f"TEMPLATE {quote(go_template(row))}"]
-    lines += [f"SYSTEM {quote(row.default_system)}"] if row.default_system else []
+    lines = [f"FROM {source}", f"TEMPLATE {quote_text(go_template(row))}"]
+    lines += [f"SYSTEM {quote_text(row.default_system)}"] if row.default_system else []
     lines += [f"PARAMETER {name} {getattr(BLOSSOM, name)}" for name in ("temperature", "top_p", "top_k")]
     lines += [f"PARAMETER repeat_penalty {BLOSSOM.repetition_penalty}", "PARAMETER repeat_last_n -1"]
     stops = renderer.tokenizer.convert_ids_to_tokens(renderer.stop_ids)
-    return "\n".join([*lines, *(f"PARAMETER stop {quote(stop)}" for stop in stops)]) + "\n"
+    return "\n".join([*lines, *(f"PARAMETER stop {quote_text(stop)}" for stop in stops)]) + "\n"
 
 
 def go_template(row: ChatFormat) -> str:
@@ -106,7 +106,7 @@ def _define_strip() -> list[str]:
     return actions
 
 
-def quote(text: str) -> str:
+def quote_text(text: str) -> str:
     """Quote for a Modelfile, which has no escapes and drops characters that aren't printable, except newlines."""
     if '"""' in text or not text.replace("\n", "").isprintable():
         raise ValueError(f"a Modelfile can't hold {text[:40]!r}")

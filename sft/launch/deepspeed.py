@@ -34,7 +34,7 @@ def _deepspeed_problems(config: dict, arguments: dict) -> list[str]:
         for block in ("optimizer", "scheduler")
         if block in config
     ]
-    zero = _block(config, "zero_optimization")
+    zero = _get_block(config, "zero_optimization")
     if zero.get("stage") == 3 and zero.get("stage3_gather_16bit_weights_on_model_save") is not True:
         problems.append("stage3_gather_16bit_weights_on_model_save must be true to save weights")
     stage = zero.get("stage", 0)
@@ -43,10 +43,10 @@ def _deepspeed_problems(config: dict, arguments: dict) -> list[str]:
     if config.get("train_batch_size", "auto") != "auto":
         problems.append('remove train_batch_size, or write "auto": it follows from the flags and the processes')
     for name, other in (("bf16", "fp16"), ("fp16", "bf16")):
-        enabled = _block(config, name).get("enabled")
+        enabled = _get_block(config, name).get("enabled")
         if (enabled is False and arguments[name]) or (enabled is True and arguments[other]):
             problems.append(f'{name} is enabled: {enabled}, against the flags: write "auto"')
-    if all(_block(config, name).get("enabled") is True for name in ("bf16", "fp16")):
+    if all(_get_block(config, name).get("enabled") is True for name in ("bf16", "fp16")):
         problems.append('bf16 and fp16 are both enabled: write "auto", which takes the flags')
     if arguments["offload"] and zero.get("stage") not in (2, 3):
         problems.append("--offload needs zero_optimization with stage 2 or 3")
@@ -58,12 +58,12 @@ def _deepspeed_problems(config: dict, arguments: dict) -> list[str]:
     problems += [
         f'add "{name}": {{"enabled": "auto"}}, else --{name} changes nothing'
         for name in ("bf16", "fp16")
-        if "enabled" not in _block(config, name)
+        if "enabled" not in _get_block(config, name)
     ]
     return problems
 
 
-def _block(config: dict, name: str) -> dict:
+def _get_block(config: dict, name: str) -> dict:
     return config[name] if isinstance(config.get(name), dict) else {}
 
 

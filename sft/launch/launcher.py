@@ -18,8 +18,8 @@ from dataclasses import replace
 
 from sft.launch.nodes import Nodes
 from sft.launch.plan import Job, count_gpus, plan_job
-from sft.launch.supervise import supervise
-from sft.launch.workers import collect_signals, listen, remove_dead_build_locks, start_process, start_workers
+from sft.launch.supervise import supervise_children
+from sft.launch.workers import bind_port, collect_signals, remove_dead_build_locks, start_process, start_workers
 
 # The first word of variables that the other machines of a hostfile take over.
 FORWARDED = ("CUDA", "NCCL", "GLOO", "TORCH", "PYTORCH", "OMP", "HF", "DS", "WANDB", "TOKENIZERS", "PYTHON", "TRITON")
@@ -55,12 +55,12 @@ def run_node(job: Job, command: Sequence[str], *, by_pipe: bool = False) -> int:
     remove_dead_build_locks(shared=len(job.slots) > 1)
     listener = None
     if job.node == 0:
-        listener = listen(job.port, "127.0.0.1" if len(job.slots) == 1 else "")
+        listener = bind_port(job.port, "127.0.0.1" if len(job.slots) == 1 else "")
     job = replace(job, port=listener.getsockname()[1] if listener else job.port)
     workers = start_workers(job, command, dict(os.environ))
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # a closed connection is no error of a launcher
     nodes = Nodes(job, listener, by_pipe=by_pipe)  # imports torch, while the workers do the same
-    code = supervise(workers, signals, nodes)
+    code = supervise_children(workers, signals, nodes)
     nodes.leave()
     return code
 
@@ -84,11 +84,11 @@ def run_hosts(job: Job, command: Sequence[str]) -> int:
         child.process.stdin.write(b"\n")
         child.process.stdin.flush()
         children.append(child)
-    return supervise(children, signals)
+    return supervise_children(children, signals)
 
 
 def _find_free_port() -> int:
-    with listen(0) as listener:
+    with bind_port(0) as listener:
         return listener.getsockname()[1]
 
 

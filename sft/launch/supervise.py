@@ -15,7 +15,7 @@ POLL_SECONDS = 0.05
 ARGUMENT_ERROR = 2  # exit code of train.py after a mistake in the arguments, which it has printed itself
 
 
-def supervise(children: list[Child], signals: deque, nodes: Nodes | None = None) -> int:
+def supervise_children(children: list[Child], signals: deque, nodes: Nodes | None = None) -> int:
     """Wait for all children and return the exit code of the job.
 
     A signal gives GRACE seconds to save a checkpoint; a failure gives the others EXIT_SECONDS.
@@ -43,7 +43,7 @@ def supervise(children: list[Child], signals: deque, nodes: Nodes | None = None)
             elif nodes:
                 nodes.failure = f"{problem.code} machine {nodes.job.node}: {problem.text}"
         if deadline and time.monotonic() > deadline:
-            _kill(children)
+            _kill_children(children)
     if {child.code for child in children} != {ARGUMENT_ERROR}:
         for child in failed:
             say(child.ending())
@@ -70,7 +70,7 @@ def _pass_on(running: list[Child], number: int) -> None:
             child.send(number)
 
 
-def _kill(children: list[Child]) -> None:
+def _kill_children(children: list[Child]) -> None:
     for child in [child for child in children if child.code is None]:
         say(f"{child.name} did not end; killed")
         child.kill()

@@ -99,7 +99,7 @@ def collect_signals() -> deque:
     return signals
 
 
-def listen(port: int, address: str = "") -> socket.socket:
+def bind_port(port: int, address: str = "") -> socket.socket:
     """Bind the port before anything else starts, so that no other process can take it."""
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -52,13 +52,15 @@ class Activations:
     host: int = 0
 
 
-def activations(shape: Shape, step: Step, plan: Plan) -> Activations | None:
+def count_activations(shape: Shape, step: Step, plan: Plan) -> Activations | None:
     """Count what all layers keep, from the first two of each kind; None where that can't be done."""
-    return _activations(shape, replace(step, trained=0, accumulation=1), plan.method != FULL, plan.launcher != ONE)
+    return _count_activations(
+        shape, replace(step, trained=0, accumulation=1), plan.method != FULL, plan.launcher != ONE
+    )
 
 
 @lru_cache(256)
-def _activations(shape: Shape, step: Step, lora: bool, spread: bool) -> Activations | None:
+def _count_activations(shape: Shape, step: Step, lora: bool, spread: bool) -> Activations | None:
     settings = shape.config.get_text_config().to_dict()
     kinds = kinds_of_layers(settings)
     chosen = choose_layers(settings, 2)
@@ -66,7 +68,7 @@ def _activations(shape: Shape, step: Step, lora: bool, spread: bool) -> Activati
         chosen = choose_layers(settings, 1)
     if chosen[-1] + 1 < len(kinds):  # the last layer of a model frees less than the others
         chosen.append(chosen[-1] + 1)
-    trace = _trace(shape, chosen, step, lora, spread)
+    trace = _trace_layers(shape, chosen, step, lora, spread)
     if trace is None:
         return None
     # The first layer of the model makes masks for the others; the second of a kind stands for all further ones.
@@ -108,7 +110,7 @@ class Trace(NamedTuple):
         return Activations(forward, max(forward, most), last, sum(self.kept[place] for place in layers))
 
 
-def _trace(shape: Shape, layers: Sequence[int], step: Step, lora: bool, spread: bool) -> Trace | None:
+def _trace_layers(shape: Shape, layers: Sequence[int], step: Step, lora: bool, spread: bool) -> Trace | None:
     """Trace a step of a model of these layers; None where the layers' work depends on the data.
 
     Linear attention and Mamba loop over the tokens where their kernels are missing: two short rows stand for a long

@@ -76,14 +76,14 @@ def describe_data(report: Report, name: str, examples: Examples, ledger: dict, f
         chosen = examples.origins["source"] == numbers.get(source, -1)
         if chosen.all():
             chosen = slice(None)  # a view, and no copy
-        section.table.append([source, *_row(counted, examples.lengths[chosen], facts[chosen], ledger["max_length"])])
+        section.table.append([source, *_to_row(counted, examples.lengths[chosen], facts[chosen], ledger["max_length"])])
     if len(section.table) > 2:
-        section.table.append(["all", *_row(ledger["total"], examples.lengths, facts, ledger["max_length"])])
+        section.table.append(["all", *_to_row(ledger["total"], examples.lengths, facts, ledger["max_length"])])
     section.lines = ledger_lines(ledger)
     report.sections.append(section)
 
 
-def _row(counted: dict, lengths: np.ndarray, facts: np.ndarray, max_length: int) -> list[str]:
+def _to_row(counted: dict, lengths: np.ndarray, facts: np.ndarray, max_length: int) -> list[str]:
     lost = sum(counted.get(reason, 0) for reason in LOST_OUTCOMES)
     shortened = counted.get("cut", 0) + counted.get("turns_dropped", 0)
     row = [f"{counted['in']:,}", f"{len(lengths):,}", f"{shortened:,}", f"{lost:,}"]
@@ -93,10 +93,10 @@ def _row(counted: dict, lengths: np.ndarray, facts: np.ndarray, max_length: int)
     edges = np.percentile(lengths, [5, 50, 95])
     row += [f"{facts['replies'].sum():,}", f"{tokens:,}", f"{facts['trained'].sum() / tokens:.0%}"]
     row += [f"{edge:,.0f}" for edge in edges]
-    return [*row, f"{lengths.max():,}", histogram(lengths, max_length), f"{facts['stops'].mean():.1%}"]
+    return [*row, f"{lengths.max():,}", draw_histogram(lengths, max_length), f"{facts['stops'].mean():.1%}"]
 
 
-def histogram(lengths: np.ndarray, max_length: int, bins: int = 12) -> str:
+def draw_histogram(lengths: np.ndarray, max_length: int, bins: int = 12) -> str:
     """Return bars for the lengths from 0 to `max_length` tokens: a blank is none, the lowest bar at least one."""
     counts, _edges = np.histogram(lengths, bins, (0, max_length + 1))
     heights = np.ceil(counts / counts.max() * (len(BARS) - 1)).astype(int)

@@ -23,18 +23,18 @@ from sft.launch.processes import Guard
 from sft.model import load as models
 from sft.model.adapters import untrained_ids
 from sft.opendata.files import EVAL, describe_skipped, split_suffix
-from sft.preview.activations import activations
+from sft.preview.activations import count_activations
 from sft.preview.data import describe_all_data, describe_tokenizer, heaviest_rows
 from sft.preview.memory import (
     MIN_ROW_TOKENS,
     RESERVE,
     disk_of_checkpoint,
     disk_of_model,
-    estimate,
-    fits,
+    estimate_memory,
     fits_best,
     full_logits,
     gib,
+    has_room,
     longest_rows,
     plan_table,
 )
@@ -318,7 +318,7 @@ def describe_memory(report: Report, shape: Shape, step: Step, plan: Plan, gpus: 
 
     Returns the bytes of the chosen way at its peak.
     """
-    parts, host = estimate(shape, step, plan)
+    parts, host = estimate_memory(shape, step, plan)
     size = gpus.bytes_each
     table = [["part", "on each GPU" if step.device == "cuda" else "on each process", "formula"]]
     table += [[part.name, gib(part.bytes), part.formula] for part in parts]
@@ -340,7 +340,7 @@ def describe_memory(report: Report, shape: Shape, step: Step, plan: Plan, gpus: 
         f"all weights fit with: {best or 'none of these on one machine'} (with --gradient_checkpointing)"
     )
     report.sections.append(other)
-    if not fits(parts, size):
+    if not has_room(parts, size):
         remedy = "use more GPUs, SEQUENCE_PARALLEL, --lora or a shorter --max_length"
         if best:
             remedy = f"use {best} with --gradient_checkpointing"
@@ -353,7 +353,7 @@ def describe_memory(report: Report, shape: Shape, step: Step, plan: Plan, gpus: 
 
 def _describe_longest_rows(shape: Shape, step: Step, plan: Plan, gpu_bytes: int) -> list[str]:
     """Say under DeepSpeed how long a row may be, and from which length on GPUs must share it."""
-    if plan.launcher == ONE or step.device != "cuda" or activations(shape, step, plan) is None:
+    if plan.launcher == ONE or step.device != "cuda" or count_activations(shape, step, plan) is None:
         return []
     found = longest_rows(shape, step, plan, gpu_bytes)
     if not found:

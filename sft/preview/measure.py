@@ -104,7 +104,7 @@ class Stopwatch(TrainerCallback):
         self.ends: list[tuple[float, int]] = []
         self.peak = 0
         self.on_gpu = torch.cuda.is_available()
-        self.before = _resident()
+        self.before = _resident_bytes()
         if not self.on_gpu:
             _set_malloc(EXACT)
 
@@ -120,7 +120,7 @@ class Stopwatch(TrainerCallback):
             torch.cuda.synchronize()
             self.peak = torch.cuda.max_memory_allocated()
         elif len(self.ends) < NUM_WARM_UP_STEPS:
-            self.peak = _resident("VmHWM") - self.before
+            self.peak = _resident_bytes("VmHWM") - self.before
         if len(self.ends) == NUM_WARM_UP_STEPS - 1 and not self.on_gpu:
             _set_malloc(FAST)
         self.ends.append((time.monotonic(), state.num_input_tokens_seen))
@@ -131,7 +131,7 @@ class Stopwatch(TrainerCallback):
         return [(now - then, seen - before) for (then, before), (now, seen) in pairwise(ends)]
 
 
-def _resident(name: str = "VmRSS") -> int:
+def _resident_bytes(name: str = "VmRSS") -> int:
     with suppress(OSError, StopIteration):
         lines = Path("/proc/self/status").read_text().splitlines()
         return int(next(line for line in lines if line.startswith(name)).split()[1]) * 1024
@@ -150,13 +150,14 @@ def describe_measured(
     """Add what a probe measured: `peaks` of each process, beside the bytes `counted`; the time of a run of `steps`."""
     seconds = statistics.median(seconds for seconds, _tokens in timed)
     speed = statistics.median(tokens / seconds for seconds, tokens in timed)
+    time_of_run = format_duration(steps * seconds)
     peak = max(peaks)
     kind = "allocated on the GPU" if torch.cuda.is_available() else "resident"
     lines = [
         f"{NUM_WARM_UP_STEPS} steps of the rows that take most memory, not timed; "
         f"then {len(timed)} of those the run begins with",
         f"speed: {speed:,.0f} tokens/s without padding, {seconds:.3g} s a step (median)",
-        f"the run: {steps:,} steps take about {duration(steps * seconds)}, without start, evaluations, replies, saves",
+        f"the run: {steps:,} steps take about {time_of_run}, without start, evaluations, replies, saves",
         f"peak memory ({kind}, process with most): {gib(peak)}, counted {gib(counted)} ({counted / peak:.2f} of it)",
     ]
     if abs(counted - peak) > max(0.15 * peak, 2**27):
@@ -164,7 +165,7 @@ def describe_measured(
     report.sections.append(Section(f"measured on {len(peaks)} processes" if peaks[1:] else "measured", [], lines))
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """Return seconds as people say them: 48 s, 12 min, 5.5 h, 3.1 days."""
     for size, name in ((86_400 * 2, "days"), (3600 * 2, "h"), (120, "min")):
         if seconds >= size:

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from sft.model.kernels import CHUNK_BYTES, CHUNK_ROWS
 from sft.model.load import context_window
-from sft.preview.activations import Activations, activations
+from sft.preview.activations import Activations, count_activations
 from sft.preview.shape import FULL, LORA, ONE, QLORA, ZERO2, ZERO3, Part, Plan, Shape, Step
 from sft.train.callbacks import MAX_SHARE_OF_GPU, choose_sizes
 from sft.train.checks import GIB
@@ -34,13 +34,13 @@ def count_trained(shape: Shape, step: Step, plan: Plan) -> int:
     return shape.adapters.count_parameters(step.lora_rank, step.lora_variant) + rows
 
 
-def estimate(shape: Shape, step: Step, plan: Plan) -> tuple[list[Part], list[Part]]:
+def estimate_memory(shape: Shape, step: Step, plan: Plan) -> tuple[list[Part], list[Part]]:
     """Return the parts on each GPU, their sum with what is not there at the same time taken out, and those in RAM."""
     if plan.launcher == ONE:
         step = replace(step, shared=1)
-    counted = activations(shape, step, plan) or Activations(0, 0, 0)
+    counted = count_activations(shape, step, plan) or Activations(0, 0, 0)
     loss = loss_part(shape, step, plan)
-    weights, gradients, optimizer, buffers, host = _states(shape, step, plan)
+    weights, gradients, optimizer, buffers, host = _count_states(shape, step, plan)
     peak = max(counted.forward + loss.bytes, counted.backward)
     tied = 4 * shape.embedding if plan.method == FULL and shape.tied else 0
     tokens = f"{step.rows} x {step.length:,} tokens" + (f" / {step.shared}" if step.shared > 1 else "")
@@ -68,7 +68,7 @@ def kept_outputs(shape: Shape, step: Step, plan: Plan, others: int) -> Part:
     return Part("kept outputs", sum(sizes), f"wide products and attention of {len(sizes)} of {shape.layers} layers")
 
 
-def _states(shape: Shape, step: Step, plan: Plan) -> tuple[Part, Part, Part, Part, list[Part]]:
+def _count_states(shape: Shape, step: Step, plan: Plan) -> tuple[Part, Part, Part, Part, list[Part]]:
     """Weights, gradients, optimizer state and buffers on a GPU, and what lies in the machine's memory."""
     trained = count_trained(shape, step, plan)
     if plan.launcher == ONE:
@@ -150,7 +150,7 @@ def _short(number: float) -> str:
 # --- the machine --------------------------------------------------------------------------------------------------
 
 
-def fits(parts: Sequence[Part], gpu_bytes: int) -> bool:
+def has_room(parts: Sequence[Part], gpu_bytes: int) -> bool:
     return parts[-1].bytes + RESERVE <= gpu_bytes
 
 
@@ -158,7 +158,7 @@ def least_machines(shape: Shape, step: Step, plan: Plan, gpu_bytes: int, gpus_ea
     """Return how many machines of this kind the plan needs, or None if even MACHINES' last are too few."""
     for machines in MACHINES if plan.launcher != ONE else (1,):
         gpus = machines * gpus_each if plan.launcher != ONE else 1
-        if fits(estimate(shape, step, replace(plan, gpus=gpus))[0], gpu_bytes):
+        if has_room(estimate_memory(shape, step, replace(plan, gpus=gpus))[0], gpu_bytes):
             return machines
     return None
 
@@ -175,10 +175,10 @@ def plan_table(shape: Shape, step: Step, gpu_bytes: int, gpus: int) -> list[list
     kept = replace(step, checkpointing=True)
     full = replace(step, checkpointing=False)
     for plan in all_plans(gpus):
-        parts, host = estimate(shape, kept, plan)
+        parts, host = estimate_memory(shape, kept, plan)
         machines = least_machines(shape, kept, plan, gpu_bytes, gpus)
         each = sum(part.bytes for part in host) * gpus
-        without = gib(estimate(shape, full, plan)[0][-1].bytes)
+        without = gib(estimate_memory(shape, full, plan)[0][-1].bytes)
         needed = "does not fit" if machines is None else str(machines)
         rows.append([str(plan), gib(parts[-1].bytes), without, gib(each) if each else "-", needed])
     return rows
@@ -192,7 +192,7 @@ def fits_best(shape: Shape, step: Step, gpu_bytes: int, gpus: int) -> Plan | Non
     """The first plan, from the simplest to the one that saves most, that fits on one machine without offload first."""
     full = [plan for plan in all_plans(gpus) if plan.method == FULL]
     plans = sorted(full, key=lambda plan: plan.offload)
-    return next((plan for plan in plans if fits(estimate(shape, step, plan)[0], gpu_bytes)), None)
+    return next((plan for plan in plans if has_room(estimate_memory(shape, step, plan)[0], gpu_bytes)), None)
 
 
 def longest_rows(shape: Shape, step: Step, plan: Plan, gpu_bytes: int) -> list[tuple[int, int]]:
@@ -210,8 +210,8 @@ def longest_rows(shape: Shape, step: Step, plan: Plan, gpu_bytes: int) -> list[t
             continue
         row = replace(step, rows=1, documents=(), checkpointing=True, shared=shared)
         while length <= longest:
-            parts, _host = estimate(shape, replace(row, length=length, trained=length), plan)
-            if not fits(parts, gpu_bytes):
+            parts, _host = estimate_memory(shape, replace(row, length=length, trained=length), plan)
+            if not has_room(parts, gpu_bytes):
                 break
             length *= 2
         if length > MIN_ROW_TOKENS:

@@ -169,12 +169,12 @@ def optimizer_name(training) -> str:
 
 def _few_of(data: Data, seed: int) -> Data:
     """Return the ends of the first examples, in rows of two where the run packs."""
-    few = _ends(data.examples)
+    few = _take_ends(data.examples)
     rows = TrainingRows(few, 2 * EXAMPLE_TOKENS if data.rows.max_length else None, seed=seed)
-    return data._replace(examples=few, held_out=_ends(data.held_out), rows=rows)
+    return data._replace(examples=few, held_out=_take_ends(data.held_out), rows=rows)
 
 
-def _ends(examples: Examples) -> Examples:
+def _take_ends(examples: Examples) -> Examples:
     """Return the last tokens of the first examples: a reply ends in them."""
     chosen = range(min(NUM_EXAMPLES, len(examples)))
     rows = [{name: of[-EXAMPLE_TOKENS:] for name, of in examples[number].items()} for number in chosen]

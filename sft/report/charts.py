@@ -34,7 +34,7 @@ def points_of(log_history: list[dict], key: str) -> list[tuple[int, float]]:
     return [(entry["step"], entry[key]) for entry in log_history if key in entry]
 
 
-def chart(
+def lay_out_chart(
     line: Sequence[tuple], dots: Sequence[tuple] = (), *more: Sequence[tuple], low: float = math.inf
 ) -> dict | None:
     """Lay out a line, a line with dots and more lines over common axes, in units of CHART; None without a finite point.
@@ -45,8 +45,8 @@ def chart(
     if not any(series):
         return None
     xs, ys = zip(*(point for points in series for point in points), strict=True)
-    (x0, x1) = _widen(min(xs), max(xs))
-    (y0, y1) = _widen(min(*ys, low), max(ys))
+    (x0, x1) = _widen_range(min(xs), max(xs))
+    (y0, y1) = _widen_range(min(*ys, low), max(ys))
 
     def place(x: float, y: float) -> tuple[float, float]:
         across = CHART["left"] + (x - x0) / (x1 - x0) * (CHART["right"] - CHART["left"])
@@ -57,16 +57,16 @@ def chart(
         **CHART,
         "lines": [" ".join("{},{}".format(*place(*point)) for point in points) for points in lines],
         "dots": [(*place(x, y), f"{y:.4g}", x) for x, y in series[1]],
-        "across": [(place(x, y0)[0], f"{x:,.6g}") for x in ticks(x0, x1) if x == int(x)],
-        "up": [(place(x0, y)[1], f"{y:,.6g}") for y in ticks(y0, y1)],
+        "across": [(place(x, y0)[0], f"{x:,.6g}") for x in choose_ticks(x0, x1) if x == int(x)],
+        "up": [(place(x0, y)[1], f"{y:,.6g}") for y in choose_ticks(y0, y1)],
     }
 
 
-def _widen(low: float, high: float) -> tuple[float, float]:
+def _widen_range(low: float, high: float) -> tuple[float, float]:
     return (low, high) if high > low else (low - (abs(low) or 1) / 2, high + (abs(high) or 1) / 2)
 
 
-def ticks(low: float, high: float) -> list[float]:
+def choose_ticks(low: float, high: float) -> list[float]:
     """Return about five round numbers between two: multiples of 1, 2 or 5 times a power of ten."""
     power = 10.0 ** math.floor(math.log10((high - low) / 5))
     step = next(size * power for size in (1, 2, 5, 10) if size * power >= (high - low) / 5)

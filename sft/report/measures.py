@@ -81,7 +81,7 @@ def peak_memory() -> float:
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3)
 
 
-def summarise(log_history: list[dict]) -> dict:
+def summarise_log(log_history: list[dict]) -> dict:
     """Return the numbers of a run that its log holds, None where it has none: typical speed, most memory, last rest."""
 
     def values(key: str) -> list[float]:

@@ -10,8 +10,8 @@ from transformers import TrainerCallback
 from sft.chat.reply import Reply
 from sft.checkpoint.save import PAGE
 from sft.files import write_text
-from sft.report.charts import chart, points_of
-from sft.report.measures import peak_memory, replies_entry, summarise
+from sft.report.charts import lay_out_chart, points_of
+from sft.report.measures import peak_memory, replies_entry, summarise_log
 from sft.report.templates import load_template
 
 PAGE_SECONDS = 30  # between two pages that are written at log lines
@@ -97,12 +97,12 @@ def render_page(run: dict, folder: Path, *, step: int, steps: int, finished: boo
         run=run,
         name=name_of(folder),
         progress={"step": step, "steps": steps, "finished": finished, "written": time.strftime("%F %T %z")},
-        metrics={**summarise(history), **run.get("metrics", {})},
+        metrics={**summarise_log(history), **run.get("metrics", {})},
         charts={
-            "loss": chart(training, held_out),
-            "learning_rate": chart(points_of(history, "learning_rate"), low=0.0),
-            "speed": chart(points_of(history, "tokens_per_second"), low=0.0),
-            "replies": chart(points_of(history, "stop_rate"), points_of(history, "repetition_rate"), low=0.0),
+            "loss": lay_out_chart(training, held_out),
+            "learning_rate": lay_out_chart(points_of(history, "learning_rate"), low=0.0),
+            "speed": lay_out_chart(points_of(history, "tokens_per_second"), low=0.0),
+            "replies": lay_out_chart(points_of(history, "stop_rate"), points_of(history, "repetition_rate"), low=0.0),
         },
         by_source=by_source(history),
         said=list({entry["step"]: entry for entry in history if "replies" in entry}.values()),
@@ -120,7 +120,7 @@ def by_source(history: list[dict]) -> list[dict]:
         lines = {name: points_of(history, f"{key}/{name}") for name in names}
         rows = [(n, name, points[0][1], points[-1][1]) for n, (name, points) in enumerate(lines.items()) if points]
         if rows:
-            found.append({"key": key, "chart": chart((), (), *lines.values()), "rows": rows})
+            found.append({"key": key, "chart": lay_out_chart((), (), *lines.values()), "rows": rows})
     return found
 
 

@@ -22,7 +22,7 @@ from sft.opendata.conversation import read_conversations
 from sft.opendata.files import describe_skipped
 from sft.report.card import write_card
 from sft.report.charts import plot_losses
-from sft.report.measures import mfu_of_a_token, rates, replies_entry, summarise
+from sft.report.measures import mfu_of_a_token, rates, replies_entry, summarise_log
 from sft.report.provenance import provenance
 from sft.report.run_page import RunPage, render_page
 from sft.report.text import paint, say
@@ -227,7 +227,7 @@ def write_results(trainer: Trainer, run: Run, record: dict, metrics: dict, repli
     plot_losses(history, folder / "training_loss.png")
     summary = {
         "steps": steps,
-        **summarise(history),
+        **summarise_log(history),
         "seconds": round(seconds, 1),
         "tokens_seen": trainer.state.num_input_tokens_seen,
         **{name: metrics[name] for name in EVALUATION_METRICS if name in metrics},

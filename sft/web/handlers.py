@@ -23,9 +23,9 @@ from sft.web.turns import (
     MAX_CONVERSATION,
     SLIDERS,
     Turn,
-    answered,
-    check,
-    clean,
+    check_conversation,
+    clean_text,
+    drop_unanswered,
     has_text,
     num_characters,
     num_questions,
@@ -62,8 +62,8 @@ class Handlers:
             raise refusal(request, "empty")
         if all(model.is_full for model in self.models.values()):
             raise refusal(request, "busy")
-        turns = [*answered(turns), Turn(clean(message))]
-        check(turns, system, request)
+        turns = [*drop_unanswered(turns), Turn(clean_text(message))]
+        check_conversation(turns, system, request)
         to_tools(tools, request)
         self.cancel_session(request)
         box = gr.Textbox("", interactive=False, submit_btn=False, stop_btn=True)
@@ -93,7 +93,7 @@ class Handlers:
 
     def end_reply(self, request: gr.Request, turns: list[Turn]) -> tuple:
         """Prepare the next message; a question that was stopped before its answer goes back into the box."""
-        kept = answered(turns)
+        kept = drop_unanswered(turns)
         left = [turn.question for turn in turns[len(kept) :]]
         return (_ready_box(*left[:1]), kept, *self._pages(request, kept))
 
@@ -118,7 +118,7 @@ class Handlers:
         def like(request: gr.Request, turns: list[Turn], system: str, event: gr.EventData, tools: str = "") -> None:
             self._admit(request)
             index = _index(request, event, len(turns))
-            messages = to_messages(turns[: index + 1], pane, check(turns[: index + 1], system, request))
+            messages = to_messages(turns[: index + 1], pane, check_conversation(turns[: index + 1], system, request))
             liked = event._data.get("liked")
             if messages[-1]["role"] == "assistant" and liked in (True, False):
                 self.write_feedback(messages, bool(liked), to_tools(tools, request))
@@ -144,7 +144,7 @@ class Handlers:
         """Yield (turns, each pane, each pane's status) as the replies grow; closing it cancels them."""
         if not turns or turns[-1].replies:
             return
-        system = check(turns, system, request)
+        system = check_conversation(turns, system, request)
         session = request.session_hash
         self._admit(request)
         self.hang_up(session)

@@ -42,7 +42,7 @@ def build_page(handlers: Handlers) -> gr.Blocks:
             with gr.Row():
                 export = gr.Button(I18N("export"), size="sm", scale=0, min_width=200)
                 links = gr.Markdown(sanitize_html=False)
-        _connect(handlers, turns, panes, box, [system, tools], [*sliders, thinking, tools], clear)
+        _connect_events(handlers, turns, panes, box, [system, tools], [*sliders, thinking, tools], clear)
         export.click(export_links, [turns, system, tools], links, api_visibility="private", show_progress="hidden")
         page.load(handlers.show, turns, _shown(panes), api_visibility="private", show_progress="hidden")
     handlers.page = page
@@ -74,7 +74,7 @@ def _shown(panes: list[tuple]) -> list[gr.HTML]:
     return [shown for _picker, shown, _status in panes]
 
 
-def _connect(handlers: Handlers, turns, panes: list[tuple], box, given: list, settings: list, clear) -> None:
+def _connect_events(handlers: Handlers, turns, panes: list[tuple], box, given: list, settings: list, clear) -> None:
     """Connect the events: each way to ask shows the question first, then waits for its reply.
 
     `given` are the boxes of system prompt and tools.
@@ -120,7 +120,9 @@ def _connect(handlers: Handlers, turns, panes: list[tuple], box, given: list, se
 # --- the server ---------------------------------------------------------------------------------------------------
 
 
-def serve(page: gr.Blocks, handlers: Handlers, *, host: str, port: int, auth: dict | None = None, block=True) -> None:
+def serve_page(
+    page: gr.Blocks, handlers: Handlers, *, host: str, port: int, auth: dict | None = None, block=True
+) -> None:
     """Open the page on host:port; with `block` False it returns at once, and `page.close()` ends it.
 
     Without a login another site could reach the page under its own name that resolves to this host (DNS rebinding), so

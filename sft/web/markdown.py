@@ -56,7 +56,7 @@ FORMULAS = {"$$": "$$", r"\[": r"\]", r"\(": r"\)"}
 
 def to_html(text: str) -> str:
     """Return safe HTML of a Markdown text; one with too many marks to be read quickly is shown as it is."""
-    return "".join(_block_to_html(block) for block in _split(text))
+    return "".join(_block_to_html(block) for block in _split_blocks(text))
 
 
 @functools.lru_cache(maxsize=2048)
@@ -67,7 +67,7 @@ def _block_to_html(text: str) -> str:
     return _markdown().render(text)
 
 
-def _split(text: str) -> Iterator[str]:
+def _split_blocks(text: str) -> Iterator[str]:
     """Cut a text before each unindented line that follows a blank one, which ends all blocks but fenced code.
 
     After a fence that is indented by one to three spaces, which may belong to a list, nothing is cut.

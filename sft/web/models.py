@@ -313,7 +313,7 @@ class RemoteModel:
         body = {"model": self.model, "messages": sent, "stream": True}
         body |= {"max_tokens": sampling.max_new_tokens, "temperature": sampling.temperature, "top_p": sampling.top_p}
         if tools:
-            body["tools"] = json.loads(neutral(json.dumps(tools, ensure_ascii=False)))
+            body["tools"] = json.loads(break_control_tokens(json.dumps(tools, ensure_ascii=False)))
         if extras:
             penalty = sampling.repetition_penalty
             body |= {"top_k": sampling.top_k, "repetition_penalty": penalty, "repeat_penalty": penalty}
@@ -323,9 +323,9 @@ class RemoteModel:
 
 def _to_server(message: dict, *, thought: bool) -> dict:
     """Return a message in OpenAI's form, in which the arguments of calls are JSON text; `thought`: with its thought."""
-    sent = {"role": message["role"], "content": neutral(message["content"])}
+    sent = {"role": message["role"], "content": break_control_tokens(message["content"])}
     if thought and message.get("reasoning_content"):
-        sent["reasoning_content"] = neutral(message["reasoning_content"])
+        sent["reasoning_content"] = break_control_tokens(message["reasoning_content"])
     if message.get("tool_call_id"):
         sent["tool_call_id"] = message["tool_call_id"]
     if message.get("tool_calls"):
@@ -337,7 +337,7 @@ def _call_to_server(call: dict) -> dict:
     function = call["function"]
     arguments = function["arguments"]
     text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
-    return {**call, "function": {**function, "arguments": neutral(text)}}
+    return {**call, "function": {**function, "arguments": break_control_tokens(text)}}
 
 
 def _read_call(call: dict) -> dict:
@@ -368,6 +368,6 @@ def _describe(error: Exception) -> str:
     return "is unclear" if isinstance(error, ValueError | TypeError | AttributeError) else "can't be reached"
 
 
-def neutral(text: str) -> str:
+def break_control_tokens(text: str) -> str:
     """Break a text that looks like a control token, so that the server's tokenizer reads it as text."""
     return CONTROL.sub(lambda found: found[0] + JOINER, text)

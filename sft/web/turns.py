@@ -39,7 +39,7 @@ class Turn:
         return self.replies[pane] if pane < len(self.replies) else {}
 
 
-def answered(turns: Sequence[Turn]) -> list[Turn]:
+def drop_unanswered(turns: Sequence[Turn]) -> list[Turn]:
     """Leave out a trailing question without an answer."""
     return list(turns[:-1] if turns and not any(map(has_text, turns[-1].replies)) else turns)
 
@@ -75,9 +75,9 @@ def open_calls(turns: Sequence[Turn], pane: int) -> Sequence[dict]:
     return (turns[-1].reply(pane).get("tool_calls") if turns else None) or ()
 
 
-def check(turns: Sequence[Turn], system: str, request: gr.Request | None = None) -> str:
+def check_conversation(turns: Sequence[Turn], system: str, request: gr.Request | None = None) -> str:
     """Return the system prompt; raise gr.Error when something is too long. The text is not tokenised here."""
-    system = clean(system or "")
+    system = clean_text(system or "")
     if max(len(turns[-1].question), len(system)) > MAX_MESSAGE:
         raise refusal(request, "too_long", limit=MAX_MESSAGE)
     if len(turns) > MAX_TURNS:
@@ -92,7 +92,7 @@ def check(turns: Sequence[Turn], system: str, request: gr.Request | None = None)
 
 def to_tools(text: str, request: gr.Request | None = None) -> list[dict] | None:
     """Return the tool definitions that the page's box holds; raise gr.Error for what is none."""
-    text = clean(str(text or ""))
+    text = clean_text(str(text or ""))
     if not text:
         return None
     if len(text) > MAX_TOOLS:
@@ -114,7 +114,7 @@ def to_sampling(values: Sequence, request: gr.Request | None = None) -> Sampling
     return Sampling(**settings)
 
 
-def clean(text: str) -> str:
+def clean_text(text: str) -> str:
     return encodable(text).strip()
 
 
@@ -142,12 +142,12 @@ def num_characters(messages: Sequence[dict]) -> int:
 
 def export_links(turns: Sequence[Turn], system: str = "", tools: str = "") -> str:
     """Return links that hold the conversation as data: JSON (canonical, a record for each pane) and Markdown."""
-    turns = answered(turns)
+    turns = drop_unanswered(turns)
     if not turns:
         return ""
     panes = range(max(len(turn.replies) for turn in turns))
     definitions = to_tools(tools)
-    records = [to_record(to_messages(turns, pane, clean(system or "")), definitions) for pane in panes]
+    records = [to_record(to_messages(turns, pane, clean_text(system or "")), definitions) for pane in panes]
     lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     text = "\n---\n\n".join("".join(map(_to_markdown, record["messages"])) for record in records)
     return " · ".join([_data_link("json", "application/json", lines), _data_link("md", "text/markdown", text)])

@@ -12,7 +12,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from sft.chat.sampling import GREEDY, Sampling, candidates, draw
+from sft.chat.sampling import GREEDY, Sampling, draw_tokens, rank_candidates
 
 
 def test_greedy_search_is_a_top_k_of_one():
@@ -40,7 +40,7 @@ def test_settings_mean_what_they_mean_in_transformers(sampling):
     seen[0, ids[0]] = True
     row = (sampling.temperature, sampling.top_p, sampling.top_k, sampling.repetition_penalty)
     # Beside a row with other settings, as in a batch.
-    probabilities, tokens = candidates(scores.expand(2, -1), seen.expand(2, -1), [row, (1.0, 1.0, 1, 1.0)])
+    probabilities, tokens = rank_candidates(scores.expand(2, -1), seen.expand(2, -1), [row, (1.0, 1.0, 1, 1.0)])
     found = torch.zeros(500).scatter(0, tokens[0], probabilities[0])
     torch.testing.assert_close(found, expected)
     assert (tokens[1, 0], probabilities[1, 0]) == (scores.argmax(), 1)
@@ -49,6 +49,6 @@ def test_settings_mean_what_they_mean_in_transformers(sampling):
 def test_drawn_tokens_follow_the_probabilities():
     scores = torch.tensor([[0.5, 0.3, 0.2]]).log().expand(3000, -1)
     randoms = [random.Random(seed).random() for seed in range(3000)]
-    drawn = draw(scores, scores > 0, [(1.0, 1.0, 0, 1.0)] * 3000, randoms).bincount(minlength=3) / 3000
+    drawn = draw_tokens(scores, scores > 0, [(1.0, 1.0, 0, 1.0)] * 3000, randoms).bincount(minlength=3) / 3000
     torch.testing.assert_close(drawn, torch.tensor([0.5, 0.3, 0.2]), atol=0.03, rtol=0)
-    assert draw(scores[:3], scores[:3] > 0, [(1.0, 1.0, 0, 1.0)] * 3, [0.49, 0.51, 0.81]).tolist() == [0, 1, 2]
+    assert draw_tokens(scores[:3], scores[:3] > 0, [(1.0, 1.0, 0, 1.0)] * 3, [0.49, 0.51, 0.81]).tolist() == [0, 1, 2]

@@ -5,7 +5,7 @@ import torch
 
 from sft.chat.reply import load_chat
 from sft.chat.sampling import Sampling
-from sft.chat.token_probabilities import Piece, least_certain, printable, score, to_html, to_terminal
+from sft.chat.token_probabilities import Piece, least_certain, score_tokens, to_html, to_printable, to_terminal
 
 SURE, UNSURE = Piece("好", 0.95, [("坏", 0.04)]), Piece(" a<b>", 0.1, [("\n", 0.5), ("\x1b", 0.2)])
 
@@ -24,21 +24,21 @@ def test_a_probability_is_that_of_the_token_after_all_before_it(tiny_base):
     chat = load_chat(str(tiny_base("qwen2")))
     prompt = chat.prompt_ids([{"role": "user", "content": "你好"}])
     ids = chat.renderer.tokenizer("Hello one two", add_special_tokens=False)["input_ids"] * 30
-    pieces = score(chat.model, chat.renderer.tokenizer, prompt, ids)
+    pieces = score_tokens(chat.model, chat.renderer.tokenizer, prompt, ids)
     with torch.inference_mode():
         last = chat.model(torch.tensor([prompt + ids[:-1]])).logits[0, -1].softmax(-1)
     assert len(ids) > 64 and len(pieces) == len(ids)
     assert pieces[-1].probability == pytest.approx(float(last[ids[-1]]), rel=1e-4)
     others = [token for token in last.topk(5).indices.tolist() if token != ids[-1]][:4]
     assert [share for _text, share in pieces[-1].alternatives] == pytest.approx(last[others].tolist(), rel=1e-4)
-    assert score(chat.model, chat.renderer.tokenizer, prompt, []) == []
+    assert score_tokens(chat.model, chat.renderer.tokenizer, prompt, []) == []
 
 
 def test_tokens_that_make_up_one_character_are_one_piece(tiny_base):
     chat = load_chat(str(tiny_base("qwen2")))
     tokenizer = chat.renderer.tokenizer
     ids = tokenizer("a🦜b", add_special_tokens=False)["input_ids"]
-    pieces = score(chat.model, tokenizer, chat.prompt_ids([{"role": "user", "content": "你好"}]), ids)
+    pieces = score_tokens(chat.model, tokenizer, chat.prompt_ids([{"role": "user", "content": "你好"}]), ids)
     assert len(ids) > 3 and [piece.text for piece in pieces] == ["a", "🦜", "b"]
 
 
@@ -46,7 +46,7 @@ def test_a_reply_is_text_in_html_and_in_a_terminal():
     shown = to_html([SURE, Piece('<img src=x onerror="a">', 0.2, [('"><script>', 0.1)])])
     assert "<img" not in shown and "<script" not in shown and 'onerror="' not in shown
     assert 'hsl(114 70% 82%);color:#000" title="&#x27;好&#x27; 0.95; else &#x27;坏&#x27; 0.04">好</span>' in shown
-    assert printable("a\x1b[2J\x9b\nb\tc\r") == "a\ufffd[2J\ufffd\nb\tc\ufffd"
+    assert to_printable("a\x1b[2J\x9b\nb\tc\r") == "a\ufffd[2J\ufffd\nb\tc\ufffd"
 
 
 def test_a_terminal_shows_colours_and_a_pipe_shows_what_is_unsure():

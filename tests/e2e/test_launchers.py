@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from sft.base import identify_base
-from sft.launch.workers import listen
+from sft.launch.workers import bind_port
 from tests.conftest import ROOT
 
 SHARED = ("per_device_train_batch_size", "gradient_accumulation_steps")
@@ -157,7 +157,7 @@ def test_two_machines_train_what_one_does_to_the_bit(tmp_path, tiny_base):
     done = sh("ds_all.sh", *flags, **knobs, OUTPUT=str(tmp_path / "one"))
     assert done.returncode == 0, done.stderr[-3000:]
     assert "steps: 2 of 4 rows (2 x 1 x 2 processes)" in done.stdout
-    with listen(0) as free:
+    with bind_port(0) as free:
         port = str(free.getsockname()[1])
     knobs |= {"NUM_GPUS": "1", "NNODES": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
     knobs |= {"OUTPUT": str(tmp_path / "two")}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sft.launch.workers import listen
+from sft.launch.workers import bind_port
 from tests.conftest import ROOT
 
 pytestmark = pytest.mark.slow
@@ -24,7 +24,7 @@ LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR
 def start(command, tiny_base, output: Path, *flags: str, script: str = "train.py", **environment: str):
     settings = {name: value for name, value in os.environ.items() if name not in LAUNCHED}
     if command == DEEPSPEED:  # its default port may be taken
-        with listen(0) as free:
+        with bind_port(0) as free:
             command = (*command, "--master_port", str(free.getsockname()[1]))
     settings |= {"OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), **environment}
     train = [

@@ -11,7 +11,7 @@ import pytest
 from sft.chat.reply import load_chat
 from sft.chat.sampling import Sampling
 from sft.web.handlers import Handlers
-from sft.web.layout import build_page, serve
+from sft.web.layout import build_page, serve_page
 from sft.web.models import LocalModel
 from sft.web.security import Limits
 
@@ -76,7 +76,7 @@ def free_port() -> int:
 def open_server(models: dict, **options):
     handlers = Handlers(models, limits=Limits(1000), **options)
     page = build_page(handlers)
-    serve(page, handlers, host="127.0.0.1", port=free_port(), block=False)
+    serve_page(page, handlers, host="127.0.0.1", port=free_port(), block=False)
     return page
 
 

@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-from sft.export.modelfile import quote, write_modelfile
+from sft.export.modelfile import quote_text, write_modelfile
 from sft.format.render import Renderer
 from sft.format.table import CHAT_FORMATS, is_bos_added
 
@@ -88,4 +88,4 @@ def test_text_that_a_modelfile_can_not_hold_is_refused(tokenizer_of):
         write_modelfile(Renderer(tokenizer, "base"), "m.gguf")
     for text in ('a """ b', "bell \x07"):
         with pytest.raises(ValueError, match="a Modelfile can't hold"):
-            quote(text)
+            quote_text(text)

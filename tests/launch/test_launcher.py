@@ -11,7 +11,7 @@ import pytest
 
 from sft.launch.launcher import main
 from sft.launch.processes import LOST, STOPPED
-from sft.launch.workers import listen
+from sft.launch.workers import bind_port
 from tests.conftest import ROOT
 
 
@@ -176,7 +176,7 @@ def test_no_machine_keeps_running_when_the_one_that_started_it_is_killed(tmp_pat
 @pytest.mark.slow
 def test_machines_that_start_by_themselves_end_together(tmp_path):
     """The first is killed; the other notices that no launcher holds the store, or has connected to it."""
-    with listen(0) as free:
+    with bind_port(0) as free:
         port = free.getsockname()[1]
     knobs = {"NNODES": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "MODEL": "m", "OUTPUT": "o"}
     first, second = (Run(tmp_path, "stop", 1, **knobs, NODE_RANK=rank, NODE_TIMEOUT="5") for rank in "01")

@@ -12,7 +12,7 @@ import pytest
 import train
 from sft.dataset.dataset import Examples
 from sft.format.tokens import IGNORE_INDEX
-from sft.preview.data import histogram
+from sft.preview.data import draw_histogram
 from sft.preview.dry_run import count_saves, describe_steps, find_uncounted_optimizer
 from sft.preview.report import Report
 from sft.train.arguments import Settings
@@ -254,7 +254,7 @@ def test_the_facts_of_many_examples_are_those_of_each_alone(monkeypatch):
 
 
 def test_a_histogram_shows_what_there_is():
-    assert histogram(np.array([0, 0, 0, 0, 0, 0, 0, 0, 99]), 99, bins=4) == "█  ▁"
+    assert draw_histogram(np.array([0, 0, 0, 0, 0, 0, 0, 0, 99]), 99, bins=4) == "█  ▁"
 
 
 def test_an_update_and_the_schedule_follow_from_the_numbers(monkeypatch):

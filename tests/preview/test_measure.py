@@ -60,7 +60,7 @@ def test_the_first_steps_are_not_timed_and_the_median_of_the_others_is_printed()
     ("seconds", "text"), [(48.2, "48.2 s"), (720, "12 min"), (19_800, "5.5 h"), (864_000, "10 days")]
 )
 def test_a_duration_is_said_as_people_say_it(seconds, text):
-    assert probe.duration(seconds) == text
+    assert probe.format_duration(seconds) == text
 
 
 @pytest.mark.slow

@@ -123,7 +123,7 @@ def test_weights_gradients_and_optimizer_are_shared_out_as_zero_does_it():
     shape, step = shape_of("Mistral-7B-v0.1"), Step(accumulation=8)
 
     def found(plan):
-        parts, host = memory.estimate(shape, step, plan)
+        parts, host = memory.estimate_memory(shape, step, plan)
         names = ("weights", "gradients", "optimizer")
         return {part.name: part.bytes for part in parts if part.name in names}, {p.name: p.bytes for p in host}
 
@@ -179,8 +179,8 @@ def test_two_layers_of_each_kind_predict_all_others(kind):
     assert len(choose_layers(shape.config.to_dict(), 2)) < shape.layers
     for checkpointing, lora in ((True, False), (False, True)):
         step = Step(rows=1, length=96, documents=(64, 32), trained=0, checkpointing=checkpointing)
-        walked = activations._trace(shape, range(shape.layers), step, lora, False).add_up(range(shape.layers))
-        found = activations._activations(shape, step, lora, False)
+        walked = activations._trace_layers(shape, range(shape.layers), step, lora, False).add_up(range(shape.layers))
+        found = activations._count_activations(shape, step, lora, False)
         for name in ("forward", "backward", "last"):
             assert abs(getattr(found, name) / getattr(walked, name) - 1) < 0.02, (name, found, walked)
 
@@ -204,7 +204,7 @@ def test_the_counted_bytes_are_those_of_a_real_step(kind):
     known = [*model.parameters(), *model.buffers(), embedded, positions]
     with activations.Meter(known) as meter:
         hidden = model(inputs_embeds=embedded, position_ids=positions, logits_to_keep=1).logits
-    counted = activations.activations(shape, step, Plan()).forward
+    counted = activations.count_activations(shape, step, Plan()).forward
     assert hidden.requires_grad
     assert abs(counted / meter.live - 1) < 0.08
 
@@ -213,7 +213,7 @@ def test_checkpointing_takes_less_and_packed_rows_on_a_gpu_keep_no_scores(tiny_b
     shape = read_shape(AutoConfig.from_pretrained(tiny_base("bloom")))
 
     def kept(**options):
-        return activations.activations(shape, Step(length=512, **options), Plan()).forward
+        return activations.count_activations(shape, Step(length=512, **options), Plan()).forward
 
     assert kept(checkpointing=True) < kept(checkpointing=False) / 2
     assert kept(checkpointing=False, packing=True) < kept(checkpointing=False, packing=False) / 2
@@ -272,7 +272,7 @@ def bytes_of(parts) -> dict[str, int]:
 def test_of_a_row_that_two_gpus_share_each_keeps_half_of_the_activations():
     shape, plan = shape_of("Qwen2.5-7B"), Plan(FULL, ZERO3, False, 8)
     step = Step(length=131_072, trained=131_072, accumulation=8)
-    whole, shared = (bytes_of(memory.estimate(shape, replace(step, shared=gpus), plan)[0]) for gpus in (1, 2))
+    whole, shared = (bytes_of(memory.estimate_memory(shape, replace(step, shared=gpus), plan)[0]) for gpus in (1, 2))
     assert shared["activations"] == pytest.approx(whole["activations"] / 2, rel=0.01)
     assert shared["weights"] == whole["weights"]
     assert memory.longest_rows(shape, step, plan, 80 * GIB) == [(1, 65_536), (2, 131_072)], "it has no more positions"
@@ -281,7 +281,9 @@ def test_of_a_row_that_two_gpus_share_each_keeps_half_of_the_activations():
 def test_offloaded_activations_are_counted_in_ram():
     shape, plan = shape_of("Qwen2.5-7B"), Plan(FULL, ZERO3, False, 8)
     step = Step(length=65_536, trained=65_536, accumulation=8)
-    kept, moved = (memory.estimate(shape, replace(step, activation_offload=moves), plan) for moves in (False, True))
+    kept, moved = (
+        memory.estimate_memory(shape, replace(step, activation_offload=moves), plan) for moves in (False, True)
+    )
     inputs = 65_536 * 3584 * 2  # tokens, hidden size, bytes: of each of 28 layers
     assert (bytes_of(kept[1]), bytes_of(moved[1])) == ({}, {"activations": 28 * inputs})
     assert bytes_of(kept[0])["activations"] - bytes_of(moved[0])["activations"] == 28 * inputs

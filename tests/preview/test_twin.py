@@ -12,11 +12,11 @@ from tests.preview.test_dry_run import copied, dry_run, set_up  # noqa: F401 (fi
 def test_the_twin_takes_the_ends_of_the_first_examples():
     ids = np.arange(100, dtype=np.int32)
     examples = Examples(ids, ids % 2 == 1, np.array([0, 3, 100]))
-    found = twin._ends(examples)
+    found = twin._take_ends(examples)
     assert found.lengths.tolist() == [3, twin.EXAMPLE_TOKENS]
     assert found[0]["labels"].tolist() == [-100, 1, -100]
     assert found[1]["input_ids"].tolist() == list(range(100 - twin.EXAMPLE_TOKENS, 100))
-    assert len(twin._ends(Examples(ids[:0], ids[:0] > 0, np.array([0])))) == 0
+    assert len(twin._take_ends(Examples(ids[:0], ids[:0] > 0, np.array([0])))) == 0
 
 
 def test_a_part_that_did_not_end_failed():

@@ -15,7 +15,7 @@ WRITERS = {
     "preview/activations.py": (),
     "preview/data.py": (),
     "preview/dry_run.py": (),
-    "preview/measure.py": ("describe_measured", "duration"),
+    "preview/measure.py": ("describe_measured", "format_duration"),
     "preview/memory.py": (),
     "preview/shape.py": (),
     "preview/twin.py": (),

@@ -14,7 +14,7 @@ from sft.chat.sampling import GREEDY, Sampling
 from sft.web import handlers as handlers_module
 from sft.web import models, security
 from sft.web.handlers import Handlers
-from sft.web.layout import build_page, serve
+from sft.web.layout import build_page, serve_page
 from sft.web.models import LocalModel
 from sft.web.security import Limits
 from sft.web.turns import SLIDERS
@@ -44,7 +44,7 @@ def made(chat):
 @pytest.fixture(scope="module")
 def url(made):
     page = build_page(made)
-    serve(page, made, host="127.0.0.1", port=free_port(), block=False)
+    serve_page(page, made, host="127.0.0.1", port=free_port(), block=False)
     yield page.local_url
     page.close(verbose=False)
 
@@ -361,7 +361,7 @@ def test_a_login_comes_before_the_page_and_guessing_locks_out(chat):
     made = Handlers({"tiny": LocalModel(chat)})
     page = build_page(made)
     logins = {"anna": "secret", "ben": "other"}
-    serve(page, made, host="127.0.0.1", port=free_port(), auth=logins, block=False)
+    serve_page(page, made, host="127.0.0.1", port=free_port(), auth=logins, block=False)
 
     def log_in(name: str, password: str) -> httpx.Response:
         return httpx.post(f"{page.local_url}login", data={"username": name, "password": password})

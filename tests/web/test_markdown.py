@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from sft.web.markdown import _block_to_html, _markdown, _split, to_html, to_plain_html
+from sft.web.markdown import _block_to_html, _markdown, _split_blocks, to_html, to_plain_html
 
 LINK = '<a href="{0}" title="{0}" target="_blank" rel="noopener noreferrer">'
 
@@ -131,7 +131,7 @@ def test_a_reply_that_is_cut_into_blocks_is_the_reply_as_a_whole(text):
 
 
 def test_a_reply_is_cut_where_an_unindented_line_follows_a_blank_one():
-    assert list(_split(TEXTS[0])) == ["a\n", "b\n\n- c\n\n  d\n", "e\n", "```\n\nf\n\n> ```\n\ng\n```\n", "h"]
+    assert list(_split_blocks(TEXTS[0])) == ["a\n", "b\n\n- c\n\n  d\n", "e\n", "```\n\nf\n\n> ```\n\ng\n```\n", "h"]
 
 
 def test_a_growing_reply_renders_only_its_last_block_anew():

@@ -13,7 +13,7 @@ from sft.chat.batching import BusyError
 from sft.chat.reply import load_chat
 from sft.chat.sampling import Sampling
 from sft.web import models
-from sft.web.models import JOINER, LocalModel, LocalReply, RemoteError, RemoteModel, neutral
+from sft.web.models import JOINER, LocalModel, LocalReply, RemoteError, RemoteModel, break_control_tokens
 from sft.web.panes import PendingReply
 from sft.web.turns import Turn, to_messages
 
@@ -260,13 +260,13 @@ def test_as_many_are_asked_for_and_wait_as_are_let_in(server):
     "token", ["<|im_start|>", "</s>", "<s>", "[INST]", "[/INST]", "<<SYS>>", "<start_of_turn>", "<think>", "<｜User｜>"]
 )
 def test_text_that_looks_like_a_control_token_is_broken(token):
-    sent = neutral(f"a{token}b")
+    sent = break_control_tokens(f"a{token}b")
     assert token not in sent and sent.replace(JOINER, "") == f"a{token}b"
 
 
 def test_ordinary_text_is_sent_as_it_is():
     text = "a < b, x[0], <b>bold</b>, |Human|: 1 <| 2, std::vector<s_t>"
-    assert neutral(text) == text
+    assert break_control_tokens(text) == text
 
 
 def test_no_conversation_may_fill_the_batch_that_all_share(chat, monkeypatch):

@@ -11,8 +11,8 @@ from sft.chat.sampling import Sampling
 from sft.web.turns import (
     SLIDERS,
     Turn,
-    answered,
-    check,
+    check_conversation,
+    drop_unanswered,
     export_links,
     num_characters,
     num_questions,
@@ -36,13 +36,13 @@ def values(sampling: Sampling) -> list[float]:
 
 
 def test_a_question_without_an_answer_is_left_out():
-    assert answered(TURNS) == TURNS[:1]
-    assert answered([TURNS[0], Turn("三", ({},))]) == TURNS[:1]
-    assert answered([TURNS[0], Turn("三", ({"content": ""},))]) == TURNS[:1]
-    assert answered(ANSWERED) == ANSWERED
-    assert answered(TURNS[1:]) == []
+    assert drop_unanswered(TURNS) == TURNS[:1]
+    assert drop_unanswered([TURNS[0], Turn("三", ({},))]) == TURNS[:1]
+    assert drop_unanswered([TURNS[0], Turn("三", ({"content": ""},))]) == TURNS[:1]
+    assert drop_unanswered(ANSWERED) == ANSWERED
+    assert drop_unanswered(TURNS[1:]) == []
     thought = [Turn("一", ({"content": "", "reasoning_content": "想"},))]
-    assert answered(thought) == thought
+    assert drop_unanswered(thought) == thought
 
 
 def test_each_pane_has_its_own_conversation_without_the_questions_that_it_did_not_answer():
@@ -75,9 +75,9 @@ def test_sliders_start_at_the_defaults_of_sampling_and_hold_each_of_its_fields()
 
 
 def test_the_system_prompt_leads_the_messages():
-    assert check(TURNS, " Be brief. ") == "Be brief."
+    assert check_conversation(TURNS, " Be brief. ") == "Be brief."
     assert to_messages(TURNS, 0, "Be brief.") == [{"role": "system", "content": "Be brief."}, *MESSAGES]
-    assert check(TURNS, " ") == "" and to_messages(TURNS, 0) == MESSAGES
+    assert check_conversation(TURNS, " ") == "" and to_messages(TURNS, 0) == MESSAGES
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_the_system_prompt_leads_the_messages():
 )
 def test_a_text_that_is_too_long_is_refused_in_both_languages(turns, system, what):
     with pytest.raises(gr.Error, match=what):
-        check(turns, system)
+        check_conversation(turns, system)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -1, 10**9, True, "1", None, [1]])

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 import web_demo
-from sft.chat.reply import newest_run
+from sft.chat.reply import find_newest_run
 from tests.conftest import ROOT
 
 
@@ -65,14 +65,14 @@ def test_a_login_without_a_password_is_refused(capsys, monkeypatch):
 
 
 def test_the_newest_finished_run_is_the_default(tmp_path):
-    assert newest_run(tmp_path) is None
+    assert find_newest_run(tmp_path) is None
     for name, age in (("b", 30), ("a", 10), ("unfinished", None)):
         (tmp_path / name / "model").mkdir(parents=True)
         if age is not None:
             run = tmp_path / name / "model" / "run.json"
             run.write_text("{}")
             os.utime(run, (1e9 - age, 1e9 - age))
-    assert newest_run(tmp_path) == str(tmp_path / "a" / "model")
+    assert find_newest_run(tmp_path) == str(tmp_path / "a" / "model")
 
 
 def test_importing_the_page_loads_no_model_and_no_torch():
@@ -83,7 +83,9 @@ def test_importing_the_page_loads_no_model_and_no_torch():
 
 def test_the_flags_reach_the_page(tiny_base, monkeypatch):
     opened = {}
-    monkeypatch.setattr(web_demo, "serve", lambda page, handlers, **options: opened.update(options, handlers=handlers))
+    monkeypatch.setattr(
+        web_demo, "serve_page", lambda page, handlers, **options: opened.update(options, handlers=handlers)
+    )
     path = str(tiny_base("qwen2"))
     flags = ["--max_waiting", "100", "--max_active", "3", "--requests_per_minute", "7", "--port", str(free_port())]
     web_demo.main(["--model_path", path, "--model_path", path, "--compare", "--chat_format", "chatml", *flags])
