@@ -6,13 +6,11 @@ keep. At the end of a step these ask whether all threads are done; rank 0 then w
 
 import os
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from pathlib import Path
 
-from sft.base import complete
+from sft.base import start_thread
 from sft.checkpoint.manifest import hash_files, write_manifest
 from sft.checkpoint.save import (
     delete_old_checkpoints,
@@ -115,8 +113,7 @@ class Save:
         self._spare = spare
         names = guard.all_gather(files.names())  # after this no rank's main thread writes into the folder
         self._collected = {name for of_rank in names for name in of_rank}
-        self._written: Future = Future()
-        threading.Thread(target=complete, args=(self._written, self._write), name="checkpoint", daemon=True).start()
+        self._written = start_thread(self._write)
         self._waited = time.monotonic() - began
 
     def _write(self) -> dict[str, list]:

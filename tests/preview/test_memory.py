@@ -222,12 +222,12 @@ def test_checkpointing_takes_less_and_packed_rows_on_a_gpu_keep_no_scores(tiny_b
 def test_checkpointed_layers_keep_outputs_where_the_gpu_has_room():
     """Of Qwen2.5-7B: 3,584 numbers of attention, 2 x 18,944 of the MLP, in 2 bytes, for 16,384 tokens."""
     shape, step = shape_of("Qwen2.5-7B"), Step(rows=4, length=4096, trained=12_000)
-    inputs_alone = memory.estimate(shape, step, Plan(LORA))[0]
-    roomy = memory.estimate(shape, replace(step, keeps_in=141 * GIB), Plan(LORA))[0]
+    inputs_alone = memory.estimate_memory(shape, step, Plan(LORA))[0]
+    roomy = memory.estimate_memory(shape, replace(step, keeps_in=141 * GIB), Plan(LORA))[0]
     kept = next(part for part in roomy if part.name == "kept outputs")
     assert kept.bytes == 28 * (3584 + 2 * 18_944) * 2 * 16_384
     assert roomy[-1].bytes == inputs_alone[-1].bytes + kept.bytes
-    tight = memory.estimate(shape, replace(step, keeps_in=40 * GIB), Plan(LORA))[0]
+    tight = memory.estimate_memory(shape, replace(step, keeps_in=40 * GIB), Plan(LORA))[0]
     assert 0.85 * 38 * GIB < tight[-1].bytes + memory.RESERVE <= 38 * GIB
 
 
