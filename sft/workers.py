@@ -8,6 +8,7 @@ its end of their socket, which the kernel does however this process ends.
 import contextlib
 import ctypes
 import functools
+import gc
 import os
 import pickle
 import queue
@@ -26,7 +27,15 @@ TASKS_PER_WORKER = 2  # sent to a worker at a time: one is done while the next w
 AHEAD_PER_WORKER = 3  # tasks of which the results were not taken yet, for each worker
 EXIT_SECONDS = 5.0  # to wait for the exit code of a worker that closed its socket
 HANDLED_BY_PARENT = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-ONE_THREAD = {"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+# A worker computes in one thread. fastokens' second one has a cache of its own, and so does each of glibc's arenas.
+ONE_THREAD = {
+    "RAYON_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "FASTOKENS_BPE_THREADS": "1",
+    "OMP_NUM_THREADS": "1",
+    "MALLOC_ARENA_MAX": "1",
+}
+OBJECTS_BETWEEN_COLLECTIONS = 20_000  # a task makes thousands of objects, and all of them live until its end
 PR_SET_PDEATHSIG = 1  # of Linux's prctl: the signal that a process gets when its parent ends
 CGROUP_QUOTA = "/sys/fs/cgroup/cpu.max"
 
@@ -212,6 +221,7 @@ def serve_tasks(descriptor: int) -> None:
     parent = Connection(descriptor)
     tasks = queue.SimpleQueue()
     setup = parent.recv_bytes()
+    gc.set_threshold(OBJECTS_BETWEEN_COLLECTIONS)
     threading.Thread(target=_receive_tasks, args=(parent, tasks), daemon=True).start()
     try:
         function = pickle.loads(setup)()

@@ -327,6 +327,9 @@ def _write(
     numbers = {}
     counts = {file: FieldCounts() for file in files}
     load_renderer = pack_renderer(renderer) if num_workers > 1 else lambda: renderer
+    if num_workers > 1:
+        renderer.free_encoder()
+        release_freed_memory()
     make_function = partial(make_tokeniser, load_renderer, max_length=max_length, reading=reading)
     with (
         Workers(num_workers, make_function) as workers,

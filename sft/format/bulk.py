@@ -45,13 +45,13 @@ class Segments(NamedTuple):
     row_sizes: list[int]
 
 
-def cut_into_segments(parts: Sequence[Part], seam: str) -> Segments:
-    """Cut a layout, whose control tokens are already renamed, where the loss begins and ends."""
+def cut_into_segments(parts: Sequence[Part], literal: Callable[[str], str], seam: str) -> Segments:
+    """Cut a layout where the loss begins and ends; `literal` renames the control tokens of its texts."""
     pieces = []
     reply_of = []
     for part in parts:
         reply = part.message if part.in_loss else -1
-        piece = f"{{{part.message}}}" if part.text is None else escape_braces(part.text)
+        piece = f"{{{part.message}}}" if part.text is None else escape_braces(literal(part.text))
         if reply_of and reply_of[-1] == reply:
             pieces.append(piece)
         elif piece:

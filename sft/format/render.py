@@ -90,7 +90,9 @@ class Renderer:
             self.chat_template = jinja_template(row, bos, with_tools=row.has_tools)
             self._hashed_template = jinja_template(row, bos)  # plain conversations: runs from before tools resume
             self._layout = lru_cache(4096)(lambda roles: table_layout(row, roles, bos))
-            self._table_segments = lru_cache(4096)(self._cut_layout)
+            self._table_segments = lru_cache(4096)(
+                lambda roles: bulk.cut_into_segments(self._layout(roles), self._literal, self._seam)
+            )
             if row.has_tools:
                 self._bind_template()
         self.use_slow_encoder()
@@ -340,12 +342,6 @@ class Renderer:
             return None
         return self._table_segments(tuple([message["role"] for message in messages]))
 
-    def _cut_layout(self, roles: tuple[str, ...]) -> bulk.Segments:
-        parts = self._layout(roles)
-        return bulk.cut_into_segments(
-            [part if part.text is None else part._replace(text=self._literal(part.text)) for part in parts], self._seam
-        )
-
     def use_bulk_encoder(self, sample: Sequence = (), num_bytes: int = bulk.MIN_FAST_BYTES) -> str:
         """Choose the fastest encoder that proves equal to `render` on odd texts and on `sample`; return its name.
 
@@ -374,6 +370,10 @@ class Renderer:
         """Take the encoder of that name, which another renderer of the same tokenizer has proved."""
         self.encoder = name
         self._encode = dict(bulk.bulk_encoders(self._backend, bulk.MIN_FAST_BYTES)).get(name)
+
+    def free_encoder(self) -> None:
+        """Free the encoder's tables; its name is kept, for `use_encoder` in other processes."""
+        self._encode = None
 
     def describe(self) -> dict:
         """Return what run.json says of the format; `Renderer` reads it again beside a checkpoint."""

@@ -127,17 +127,18 @@ def _own_source(source: object) -> str:
 
 def _own_messages(messages: object) -> list[Message] | None:
     """The messages as they are if all have just a known role and a plain text, or None: then each is read with care."""
-    usual = type(messages) is list and all(
-        type(message) is dict
-        and message.keys() == {"role", "content"}
-        and type(message["role"]) is type(message["content"]) is str
-        and message["role"] in _OWN_ROLES
-        and "think>" not in message["content"]
-        and "<tool" not in message["content"]
-        and not has_lone_surrogate(message["content"])
-        for message in messages
-    )
-    return messages if usual and messages and messages[0]["role"] != "assistant" else None
+    if type(messages) is not list or not messages:
+        return None
+    for message in messages:
+        if type(message) is not dict or len(message) != 2:
+            return None
+        role = message.get("role")
+        text = message.get("content")
+        if type(role) is not str or role not in _OWN_ROLES or type(text) is not str:
+            return None
+        if "think>" in text or "<tool" in text or has_lone_surrogate(text):
+            return None
+    return messages if messages[0]["role"] != "assistant" else None
 
 
 def _read_id(value: object) -> str:

@@ -19,7 +19,7 @@ from sft.opendata.fields import RecordError, has_lone_surrogate, unique_keys
 # Bytes read at a time, and bytes looked at to tell the encoding.
 CHUNK_BYTES = 256 << 10
 PROBE_BYTES = 1 << 20
-RANGE_BYTES = 512 << 10  # of a file, for one task of a worker
+RANGE_BYTES = 1 << 20  # of a file, for one task of a worker
 MAX_RANGE_BYTES = 80 << 20  # from a range's start to its end: more than the largest record
 MAX_LAST_BYTES = 4 << 20  # of a file's last range; more are read as a stream
 SEARCH_BYTES = 64 << 10  # read at a time to find the end of a range

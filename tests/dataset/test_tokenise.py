@@ -67,8 +67,11 @@ def test_a_renderer_of_a_worker_gives_the_same_rows_without_transformers(family,
         assert other.encoder == renderer.encoder
         assert other.describe() | {"chat_format_reason": ""} == renderer.describe() | {"chat_format_reason": ""}
         rows, expected = (each.render_rows(messages * 2, max_length=64) for each in (other, renderer))
+        renderer.free_encoder()
+        rows_without = renderer.render_rows(messages * 2, max_length=64)
         for place in range(3):
             assert np.array_equal(rows[place], expected[place])
+            assert np.array_equal(rows_without[place], expected[place])
 
 
 def make_failing(load_renderer, **settings):
