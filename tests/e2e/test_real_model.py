@@ -19,10 +19,11 @@ from tests.e2e.vllm_server import VllmServer, needs_vllm, post
 
 pytestmark = pytest.mark.slow
 
-# As docs/real-model.md shows it.
+# As docs/real-model.md shows it, but for the replies before and after the training.
 TRAIN = """train.py --model_name_or_path {base} --output_dir {run} --chat_format base --lora --learning_rate 1e-3
     --data_path data_proj/identity/identity.jsonl@4x data_proj/identity/general.jsonl --num_train_epochs 3
-    --max_length 512 --per_device_train_batch_size 2 --logging_steps 1 --use_cpu"""
+    --max_length 512 --per_device_train_batch_size 2 --logging_steps 1 --use_cpu
+    --num_reply_prompts 0 --max_new_tokens 2"""
 NAME = [{"role": "user", "content": "Please say your name."}]  # not a question of the data
 CAPITAL = [{"role": "user", "content": "What is the capital of France?"}]
 TURNS = [*NAME, {"role": "assistant", "content": "My name is Robin."}, *CAPITAL]
