@@ -206,7 +206,7 @@ def test_a_holder_is_waited_for_and_named_once(tmp_path):
     with files.hold_lock(path, on_wait=release):
         assert json.loads(path.read_text())["pid"] == os.getpid()
     assert waited_for == [other.pid]
-    assert other.wait(timeout=20) == 0
+    assert other.wait(timeout=60) == 0
     assert os.listdir(tmp_path) == []
 
 

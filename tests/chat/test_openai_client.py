@@ -73,8 +73,8 @@ def test_a_stopped_command_waits_for_no_retry(serve):
     server = serve(lambda body, times: stop.set() or {"status": 500, "body": b""})
     begun = time.monotonic()
     with pytest.raises(openai.APIConnectionError, match="the command was stopped"):
-        post(server, retries=3, backoff=60.0, stop=stop)
-    assert time.monotonic() - begun < 20
+        post(server, retries=3, backoff=600.0, stop=stop)
+    assert time.monotonic() - begun < 300
 
 
 def test_a_retry_comes_no_sooner_than_the_server_asks(serve):

@@ -310,7 +310,7 @@ def start(output: Path, base: Path, data: Path, *flags: str, zero: str, **knobs:
 
 
 def wait_until(sign, process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not sign():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.005)
@@ -328,7 +328,7 @@ def whole_runs(tiny_base, data, tmp_path_factory):
     def whole(zero: str) -> Path:
         if zero not in done:
             process = start(folder / f"zero{zero}", tiny_base("qwen2"), data, zero=zero)
-            assert process.wait(timeout=200) == 0, (folder / f"zero{zero}.log").read_text()[-3000:]
+            assert process.wait(timeout=300) == 0, (folder / f"zero{zero}.log").read_text()[-3000:]
             done[zero] = folder / f"zero{zero}" / "model"
         return done[zero]
 
@@ -344,7 +344,7 @@ def test_two_processes_stopped_by_a_signal_to_one_and_killed_in_a_save_end_in_th
     process = start(output, tiny_base("qwen2"), data, zero=zero)
     wait_until(lambda: "'loss'" in log.read_text(), process)
     os.kill(pid_of(output, 1), signal.SIGTERM)
-    assert process.wait(timeout=60) == 75
+    assert process.wait(timeout=200) == 75
     assert not (output / "model" / "model.safetensors").exists()
     command = re.findall(r"stopped at step \d+; continue with: (.*)", log.read_text())[0]
     assert shlex.split(command)[-2:] == ["--resume_from_checkpoint", "auto"]
@@ -355,7 +355,7 @@ def test_two_processes_stopped_by_a_signal_to_one_and_killed_in_a_save_end_in_th
     with open(log, "a") as stream:
         settings = {**os.environ, "OMP_NUM_THREADS": "1"}
         again = subprocess.run(
-            ["sh", "-c", command], env=settings, stdout=stream, stderr=stream, timeout=120, check=False
+            ["sh", "-c", command], env=settings, stdout=stream, stderr=stream, timeout=300, check=False
         )
     assert again.returncode == 0, log.read_text()[-3000:]
     assert_same(whole, output / "model")
@@ -372,7 +372,7 @@ def test_a_zero_2_run_resumes_under_zero_3_or_in_one_plain_process_with_the_same
         knobs = {} if zero else {"NUM_GPUS": "1", "NUM_PROCESSES": "1"}
         flags = ("--resume_from_checkpoint", "auto", "--allow_changed", allowed)
         process = start(output, tiny_base("qwen2"), data, *flags, zero=zero, **knobs)
-        assert process.wait(timeout=120) == 0, Path(f"{output}.log").read_text()[-3000:]
+        assert process.wait(timeout=300) == 0, Path(f"{output}.log").read_text()[-3000:]
         found = [line["loss"] for line in logs_of(output / "model") if "loss" in line]
         assert found == pytest.approx(expected, abs=1e-4)
 

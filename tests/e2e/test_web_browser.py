@@ -144,7 +144,7 @@ def wait_until_ready(tab) -> None:
 
 
 def wait_until(holds) -> None:
-    end = time.monotonic() + 10
+    end = time.monotonic() + 60
     while not holds():
         assert time.monotonic() < end
         time.sleep(0.05)

@@ -64,7 +64,7 @@ class Run:
 
     def living(self) -> list[int]:
         """Workers that still run; a process that was killed may need a moment."""
-        until = time.monotonic() + 15
+        until = time.monotonic() + 60
         while (alive := [pid for pid in self.workers if _runs(pid)]) and time.monotonic() < until:
             time.sleep(0.05)
         return alive

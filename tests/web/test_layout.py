@@ -189,7 +189,7 @@ def test_a_client_that_never_listens_takes_no_turn(url, chat, monkeypatch):
 
 @pytest.mark.slow
 def test_many_clients_that_never_listen_delay_no_reply(url, chat, monkeypatch):
-    monkeypatch.setattr(handlers_module, "SECONDS_TO_LISTEN", 30)
+    monkeypatch.setattr(handlers_module, "SECONDS_TO_LISTEN", 600)
     with closing(SlowModel(chat, 0)):
         for index in range(60):
             join(url, "say", ["你好", None, "", ""], f"deaf {index}")
@@ -197,7 +197,7 @@ def test_many_clients_that_never_listen_delay_no_reply(url, chat, monkeypatch):
             join(url, "reply", [None, "", *LONG, True, ""], f"deaf {index}")
         begun = time.monotonic()
         assert ask(url, "你好", Sampling(max_new_tokens=1))
-        assert time.monotonic() - begun < 20
+        assert time.monotonic() - begun < 300
 
 
 @pytest.mark.slow
