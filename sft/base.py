@@ -109,7 +109,7 @@ def start_thread(function: Callable, *arguments, **options) -> Future:
         except BaseException as error:
             future.set_exception(error)
 
-    threading.Thread(target=work, daemon=True).start()
+    threading.Thread(target=work, name=function.__name__, daemon=True).start()
     return future
 
 

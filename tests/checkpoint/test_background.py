@@ -96,7 +96,7 @@ def test_an_error_of_one_rank_alone_waits_for_its_thread_and_no_other_rank(tmp_p
         "train.py: rank 0: checkpoint-1 is not complete: this process ended while it was written\n"
     )
     assert find_checkpoint(str(tmp_path)) == (None, [])
-    assert "checkpoint" not in [thread.name for thread in threading.enumerate()]
+    assert "_write" not in [thread.name for thread in threading.enumerate()]
 
 
 @pytest.fixture
