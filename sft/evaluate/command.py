@@ -25,7 +25,7 @@ from sft.evaluate import judge, quick
 from sft.evaluate.endpoint import Calls, Endpoint, api_key, find_url_problem, read_calls
 from sft.evaluate.exam import run_exam
 from sft.evaluate.overlap import find_overlap, overlap_lines
-from sft.evaluate.protocols import Suite, align_bench, belle, mt_bench, read_winner
+from sft.evaluate.protocols import Suite, align_bench, belle, compare_with, mt_bench
 from sft.evaluate.results import ANSWERS, CALLS, open_output, write_results
 from sft.files import CACHE_DIR
 
@@ -171,59 +171,46 @@ def run_judged(options: argparse.Namespace, settings: dict) -> None:
         rows, names = judge.read_judgments(suite, options.judgments, options.model)
         open_output(folder, settings)
     else:
-        others = read_others(options.compare, suite) if options.compare else None
+        if options.compare:
+            suite = compare_with(suite, read_others(options.compare, suite))
         judging = _endpoint(options, options.judge_base_url, options.judge_model, "JUDGE_API_KEY")
         source = _endpoint(options, options.base_url, options.model, "MODEL_API_KEY") if options.base_url else None
-        say_plan(options, suite, judging, source, others)
+        say_plan(options, suite, judging, source)
         if options.dry_run:
             print("dry run: nothing was sent", flush=True)
             return
         source = source or _local_model(options)
         open_output(folder, settings)
-        rows = answer_and_judge(options, suite, judging, source, others)
+        rows = answer_and_judge(options, suite, judging, source)
         name = options.model if options.base_url else options.model_path
         names = {"model": name, "compared_with": options.compare, "judge": options.judge_model}
-    found = judge.judged_results(suite, rows, overlap, pairs=bool(options.compare), seed=options.seed)
+    found = judge.judged_results(suite, rows, overlap, seed=options.seed)
     found = {"suite": options.suite, **names, **found}
     write_results(folder, found, judge.judged_tables(found), rows)
 
 
-def say_plan(
-    options: argparse.Namespace, suite: Suite, judging: Endpoint, source: Endpoint | None, others: dict | None
-) -> None:
+def say_plan(options: argparse.Namespace, suite: Suite, judging: Endpoint, source: Endpoint | None) -> None:
     """Print how many requests go to which endpoint, and their cost."""
     known = read_calls(_calls_file(options))
     if len(suite.questions) != suite.num_published:
         print(f"note: {len(suite.questions)} questions, {suite.num_published} were published", flush=True)
     if source:
         judge.say_answers_cost(suite, source, known, _max_tokens(options), options.prices)
-    judge.say_verdicts_cost(suite, judging, known, options.judge_prices, others)
+    judge.say_verdicts_cost(suite, judging, known, options.judge_prices)
     print(f"questions, references and answers go to {options.judge_base_url}", flush=True)
 
 
 def answer_and_judge(
-    options: argparse.Namespace,
-    suite: Suite,
-    judging: Endpoint,
-    source: judge.LocalModel | Endpoint,
-    others: dict | None,
+    options: argparse.Namespace, suite: Suite, judging: Endpoint, source: judge.LocalModel | Endpoint
 ) -> list[dict]:
     """Return a row for each question: its answers, verdicts and scores. Answers and verdicts are kept as they come."""
     max_missing = options.max_missing
+    tries = options.verdict_retries
     with closing(Calls(_calls_file(options))) as calls:
         answers = judge.answer_all(suite, source, calls, max_tokens=_max_tokens(options), max_missing=max_missing)
-        judge.say_verdicts_cost(suite, judging, calls.found, options.judge_prices, others, answers)
-        asked = judge.verdict_requests(suite, answers, others)
-        verdicts = judge.ask_for_verdicts(
-            judging,
-            calls,
-            [messages for _question, _turn, messages in asked],
-            read_winner if others else suite.read,
-            suite.parameters,
-            tries=options.verdict_retries,
-            max_missing=max_missing,
-        )
-    return judge.judged_rows(suite, answers, asked, verdicts, pairs=bool(others))
+        judge.say_verdicts_cost(suite, judging, calls.found, options.judge_prices, answers)
+        verdicts = judge.ask_for_verdicts(suite, judging, calls, answers, tries=tries, max_missing=max_missing)
+    return judge.judged_rows(suite, answers, verdicts)
 
 
 def _local_model(options: argparse.Namespace) -> judge.LocalModel:

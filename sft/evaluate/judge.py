@@ -4,9 +4,10 @@ The answers come from a model in this process or behind an endpoint. Both classe
 it is hashed and kept, and `ask_all`.
 """
 
+import itertools
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from sft.chat.reply import Chat
@@ -19,7 +20,6 @@ from sft.evaluate.protocols import (
     Suite,
     Verdict,
     ask_pair,
-    pair_columns,
     pair_result,
     read_lines,
     score_columns,
@@ -116,45 +116,41 @@ def _new_request(source, question: Question, said: Sequence[str], max_tokens: in
     return source.asked(messages, attempt, temperature=question.temperature, max_tokens=max_tokens)
 
 
-def verdict_requests(suite: Suite, answers: dict, others: dict | None) -> list[tuple[Question, int, list[dict]]]:
-    """Return (question, turn, the judge's messages); with `others`, two for each, the second with places changed."""
+def verdict_requests(suite: Suite, answers: dict) -> list[tuple[Question, int, list[dict]]]:
+    """Return (question, turn, the judge's messages); of two models also with places changed."""
     asked = []
     for question in suite.questions:
         mine = answers[question.id]
         for turn in range(1, min(len(question.turns), 2) + 1):
-            if others is None:
-                asked.append((question, turn, suite.ask(question, mine, turn)))
+            if suite.against is None:
+                prompts = [suite.ask(question, mine, turn)]
             else:
-                for pair in ((mine, others[question.id]), (others[question.id], mine)):
-                    asked.append((question, turn, ask_pair(suite.prompts, question, turn, *pair)))
+                pairs = list(itertools.permutations((mine, suite.against[question.id])))
+                prompts = [ask_pair(suite.prompts, question, turn, *pair) for pair in pairs]
+            asked += [(question, turn, prompt) for prompt in prompts]
     return asked
 
 
 def ask_for_verdicts(
-    endpoint: Endpoint,
-    calls: Calls,
-    prompts: Sequence[list[dict]],
-    read: Callable,
-    parameters: dict,
-    *,
-    tries: int,
-    max_missing: int,
-) -> list[tuple[list[str], Verdict]]:
-    """Return the judge's texts and verdict for each prompt; one without a verdict is asked up to `tries` more times."""
-    texts: list[list[str]] = [[] for _ in prompts]
-    verdicts: list[Verdict | None] = [None] * len(prompts)
-    missing = list(range(len(prompts)))
+    suite: Suite, endpoint: Endpoint, calls: Calls, answers: dict, *, tries: int, max_missing: int
+) -> list[tuple[Question, int, list[str], Verdict]]:
+    """Return (question, turn, the judge's texts, its verdict) of each request; without a verdict it is asked again."""
+    asked = verdict_requests(suite, answers)
+    texts: list[list[str]] = [[] for _ in asked]
+    verdicts: list[Verdict | None] = [None] * len(asked)
+    missing = list(range(len(asked)))
     for attempt in range(tries + 1):
-        requests = [endpoint.asked(prompts[index], attempt, **parameters) for index in missing]
+        requests = [endpoint.asked(asked[index][2], attempt, **suite.parameters) for index in missing]
         replies = endpoint.ask_all(requests, calls, f"verdicts, try {attempt + 1}")
         for index, reply in zip(missing, replies, strict=True):
-            verdicts[index] = read(reply["text"]) if reply else None
+            verdicts[index] = suite.read(reply["text"]) if reply else None
             texts[index] += [reply["text"]] if reply else []
         missing = [index for index in missing if verdicts[index] and verdicts[index].score is None]
         if not missing:
             break
     _check_missing("verdicts", verdicts, max_missing)
-    return [(said, verdict or Verdict(None)) for said, verdict in zip(texts, verdicts, strict=True)]
+    found = zip(asked, texts, verdicts, strict=True)
+    return [(question, turn, said, verdict or Verdict(None)) for (question, turn, _), said, verdict in found]
 
 
 # --- the cost --------------------------------------------------------------------------------------------
@@ -179,12 +175,10 @@ def say_answers_cost(suite: Suite, endpoint: Endpoint, known: dict, max_tokens: 
     say_cost("answers", endpoint, requests, known, ANSWER_TOKENS, prices)
 
 
-def say_verdicts_cost(
-    suite: Suite, endpoint: Endpoint, known: dict, prices, others, answers: dict | None = None
-) -> None:
+def say_verdicts_cost(suite: Suite, endpoint: Endpoint, known: dict, prices, answers: dict | None = None) -> None:
     """Like `say_cost`; without `answers` they are guessed."""
     guessed = {q.id: ["x" * 4 * ANSWER_TOKENS] * len(q.turns) for q in suite.questions}
-    asked = verdict_requests(suite, answers or guessed, others)
+    asked = verdict_requests(suite, answers or guessed)
     requests = [endpoint.asked(messages, **suite.parameters) for _question, _turn, messages in asked]
     say_cost("verdicts", endpoint, requests, known, VERDICT_TOKENS, prices)
 
@@ -192,16 +186,14 @@ def say_verdicts_cost(
 # --- results ------------------------------------------------------------------------------------------------------
 
 
-def judged_rows(suite: Suite, answers: dict, asked: Sequence[tuple], verdicts: Sequence, pairs: bool) -> list[dict]:
+def judged_rows(suite: Suite, answers: dict, verdicts: Sequence[tuple]) -> list[dict]:
     """Return of each question its answers, its verdicts, and its scores by turn; a pair's two verdicts make one."""
     rows = {q.id: _new_row(q, answers[q.id]) for q in suite.questions}
-    step = 2 if pairs else 1
-    for place in range(0, len(asked), step):
-        question, turn, _messages = asked[place]
-        said = verdicts[place : place + step]
+    for (name, turn), found in itertools.groupby(verdicts, lambda each: (each[0].id, each[1])):
+        said = [(texts, verdict) for _question, _turn, texts, verdict in found]
         parts = [verdict for _texts, verdict in said]
-        score = pair_result(*parts) if pairs else parts[0].score
-        _add_verdicts(rows[question.id], turn, score, score if pairs else parts[0].first, said)
+        score = pair_result(*parts) if suite.against else parts[0].score
+        _add_verdicts(rows[name], turn, score, score if suite.against else parts[0].first, said)
     return list(rows.values())
 
 
@@ -240,13 +232,12 @@ def _add_verdicts(row: dict, turn: int, score, first, said: list[tuple[list[str]
     row["verdicts"] += [{"turn": turn, "texts": texts, **verdict._asdict()} for texts, verdict in said]
 
 
-def judged_results(suite: Suite, rows: Sequence[dict], overlap: dict | None, *, pairs: bool, seed: int) -> dict:
+def judged_results(suite: Suite, rows: Sequence[dict], overlap: dict | None, *, seed: int) -> dict:
     """Return the columns with their intervals, and the questions with missing or doubtful verdicts."""
-    columns = pair_columns(row["category"] for row in rows) if pairs else suite.columns
     verdicts = [(row["id"], verdict) for row in rows for verdict in row["verdicts"]]
     said = [(row["id"], text) for row in rows for text in row["answers"]]
     found = {
-        "columns": score_columns(columns, rows, seed=seed),
+        "columns": score_columns(suite.columns, rows, seed=seed),
         "questions": len(rows),
         "verdicts": len(verdicts),
         "asked_again": sum(max(0, len(verdict["texts"]) - 1) for _name, verdict in verdicts),
@@ -257,9 +248,9 @@ def judged_results(suite: Suite, rows: Sequence[dict], overlap: dict | None, *, 
     }
     if any(row["scores"] != row["first_ratings"] for row in rows):  # the published code takes the first rating
         first = [{**row, "scores": row["first_ratings"]} for row in rows]
-        found["columns_by_first_rating"] = score_columns(columns, first, seed=seed)
+        found["columns_by_first_rating"] = score_columns(suite.columns, first, seed=seed)
     if overlap:
-        clean = score_columns(columns, rows, seed=seed, without=overlap["found"])
+        clean = score_columns(suite.columns, rows, seed=seed, without=overlap["found"])
         found |= {"overlap": overlap, "columns_without_overlap": clean}
     return found
 

@@ -8,7 +8,7 @@ import ast
 import json
 import re
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -58,6 +58,7 @@ class Suite:
     forged: str  # pattern of a verdict, for answers that contain one
     repeat_empty: int = 0  # times that an empty answer is asked for again
     prompts: dict = field(default_factory=dict)
+    against: dict[str, list[str]] | None = None  # another model's answers by question id, to compare with
 
 
 def read_lines(path: str | Path, fields: Collection[str]) -> list[dict]:
@@ -318,6 +319,12 @@ def belle(questions: str, judge_prompts: str) -> Suite:
     columns |= {"mean of classes": lambda groups: mean_of_means(groups, list(groups)), "总分": mean}
     parameters = {"temperature": 0.0, "max_tokens": 3000}
     return Suite(asked, ask, read_belle, columns, parameters, len(asked), "得分", prompts=load_pair_prompts())
+
+
+def compare_with(suite: Suite, answers: dict[str, list[str]]) -> Suite:
+    """Have the judge say which of two models answers better; `answers` are the other one's, by question id."""
+    columns = pair_columns(question.category for question in suite.questions)
+    return replace(suite, read=read_winner, columns=columns, against=answers)
 
 
 def pair_result(first: Verdict, swapped: Verdict) -> str | None:
