@@ -105,8 +105,12 @@ class Guard:
             signal.signal(number, signal.SIG_IGN if self.lasting else handler or signal.SIG_DFL)
         os.write(self._write, b"\0")
         self._thread.join()
-        os.close(self._read), os.close(self._write)
+        os.close(self._read)
+        os.close(self._write)
         self._remove_own_files(keep_rank=is_of_this_rank)
+        self._group = None
+        if self.lasting:
+            close_process_groups(abort=is_of_this_rank)
 
     def _reset_in_child(self) -> None:
         """In a forked child (a data loader's worker): its signals are not handled by this process."""
@@ -307,6 +311,20 @@ class Guard:
         box = torch.tensor([value])
         torch.distributed.all_reduce(box, op=torch.distributed.ReduceOp.MAX, group=self._group)
         return int(box)
+
+
+def close_process_groups(*, abort: bool) -> None:
+    """End the threads of gloo and NCCL: one that still runs when Python exits may abort the process.
+
+    `abort`: the other ranks don't leave now, and NCCL would wait for them.
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
+        return
+    if abort and distributed.get_backend() == "nccl":
+        distributed.distributed_c10d._abort_process_group()
+    else:
+        distributed.destroy_process_group()
 
 
 def _is_dead(process: dict) -> bool:

@@ -55,6 +55,23 @@ def test_a_signal_in_training_is_kept_for_the_end_of_the_step_and_a_second_chang
         assert guard.stop_requested() == signal.SIGUSR1
 
 
+def test_a_process_that_exits_next_has_closed_its_groups_also_after_an_error(tmp_path):
+    process = script(
+        "from torch import distributed\n"
+        "for ended in ('well', 'by an error of all ranks', 'by its own error'):\n"
+        f"    store = distributed.FileStore({str(tmp_path)!r} + '/' + ended, 1)\n"
+        "    distributed.init_process_group('gloo', store=store, rank=0, world_size=1)\n"
+        "    try:\n"
+        "        with Guard(lasting=True) as guard:\n"
+        "            guard.stage = 'training'\n"
+        "            if ended != 'well': raise UserError if 'all' in ended else OSError\n"
+        "    except (UserError, OSError): pass\n"
+        "    print(distributed.is_initialized())\n"
+    )
+    out, errors = process.communicate(timeout=60)
+    assert (out, process.returncode) == ("False\nFalse\nFalse\n", 0), errors
+
+
 def test_handlers_are_put_back():
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)]
     with Guard():
