@@ -9,7 +9,9 @@ supports the family. `alpaca` is transformers' Trainer on padded batches with fu
 wall seconds, CPU seconds and non-pad tokens of the measured steps.
 """
 
+import importlib
 import json
+import os
 import sys
 import tempfile
 import time
@@ -35,7 +37,11 @@ SETTINGS = {
     "checkpointing": False,
     "deterministic": False,
     "lora": False,
+    "four_bit": False,
 }
+# Imported before the process waits, where WAIT=1: the process before it still has the GPU.
+IMPORTS = {"ours": ("sft.model.adapters", "sft.train.callbacks"), "alpaca": ()}
+IMPORTS |= dict.fromkeys(("trl", "trl_strongest"), ("sft.model.attention", "datasets", "trl"))
 
 
 class Examples(list):
@@ -122,7 +128,11 @@ def ours(settings: dict, model, examples: Examples, folder: str) -> Trainer:
     from sft.model.attention import isolate_documents
     from sft.model.kernels import make_determinism_fast
     from sft.model.loss import use_chunked_loss
+    from sft.train.callbacks import KeepOutputs
+    from sft.train.losses import FastTrainer
 
+    if settings["four_bit"]:
+        model = load_in_4_bit(model, folder)
     if settings["lora"]:
         model = add_adapters(model, settings)
     print(isolate_documents(model), use_chunked_loss(model), sep="; ")
@@ -134,17 +144,35 @@ def ours(settings: dict, model, examples: Examples, folder: str) -> Trainer:
     arguments = arguments_for(settings, TrainingArguments, folder)
     # As train.py does it: on a GPU one length for all packed rows.
     collate = Collator(0, packed_length=settings["max_length"] if on_gpu else None)
-    trainer = Trainer(model=model, args=arguments, train_dataset=rows, data_collator=collate)
+    trainer = FastTrainer(model=model, args=arguments, train_dataset=rows, data_collator=collate)
+    if settings["checkpointing"]:
+        # Flags of train.py that its callback looks at.
+        vars(arguments).update(checkpoint_keep="auto", activation_offload=False, sequence_parallel_size=1)
+        trainer.add_callback(KeepOutputs(model, max_length=settings["max_length"]))
     if settings["deterministic"]:
         make_determinism_fast()  # the trainer has set transformers' own settings
     return trainer
+
+
+def load_in_4_bit(model, folder: str):
+    """Save the model in bf16 and load it as train.py does under --load_in_4bit; its memory is counted from then on."""
+    from sft.model.load import load_model
+
+    model.to(torch.bfloat16).save_pretrained(f"{folder}/base")
+    for parameter in model.parameters():
+        parameter.data = parameter.data.new_empty(0)
+    torch.cuda.empty_cache()
+    loaded = load_model(f"{folder}/base", compute="bfloat16", lora=True, load_in_4bit=True)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    return loaded
 
 
 def add_adapters(model, settings: dict):
     """LoRA on a frozen base in the type of the computing, as sft.model.load loads it."""
     from sft.model import adapters
 
-    for parameter in model.parameters():
+    for parameter in () if settings["four_bit"] else model.parameters():
         parameter.data = parameter.data.to(torch.bfloat16 if settings["bf16"] else torch.float32)
     options = {"rank": 16, "alpha": 32, "dropout": 0.05}
     return adapters.add_lora(model, gradient_checkpointing=settings["checkpointing"], **options)
@@ -197,6 +225,10 @@ SIDES = {"ours": ours, "trl": trl, "trl_strongest": trl_strongest, "alpaca": alp
 
 def main() -> None:
     settings = SETTINGS | json.loads(sys.argv[2])
+    if os.environ.get("WAIT") == "1":
+        for name in IMPORTS[sys.argv[1]]:
+            importlib.import_module(name)
+        sys.stdin.readline()
     model = build_model(settings)
     sizes = [settings[name] for name in ("num_examples", "max_length", "seed")]
     examples = make_examples(sizes[0], model.config.vocab_size, *sizes[1:])

@@ -2,11 +2,12 @@
 
 python benchmarks/gpu/checks.py base qwen2.5-0.5b FOLDER     # a random base with a tokenizer, in bf16
 python benchmarks/gpu/checks.py train BASE '["--lora", "true"]'
-python benchmarks/gpu/checks.py exact qwen2 | replies BASE | selftest qwen2 | count '{"shape": ...}'
+python benchmarks/gpu/checks.py exact qwen2 | replies BASE | probe BASE | selftest qwen2 | count '{"shape": ...}'
 """
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -84,6 +85,18 @@ def run_loop(base: str, flags: str) -> dict:
     kernels = [line for line in text.splitlines() if line.startswith(("fused kernels", "liger-kernel", "weights"))]
     names = ("tokens_per_second", "mfu", "peak_memory_gib")
     return {name: found.get(name) for name in names} | {"kernels": kernels}
+
+
+def probe(base: str) -> dict:
+    """Return the line of memory that train.py --probe_steps prints, and how much of the measured bytes is counted."""
+    flags = ["--max_length", "2048" if TOY else "4096", "--bf16", "true", *([] if ON_GPU else ["--use_cpu", "true"])]
+    flags += ["--per_device_train_batch_size", "2", "--dry_run", "true", "--probe_steps", "4"]
+    with tempfile.TemporaryDirectory() as folder:
+        text, _ = start_train(base, flags, f"{folder}/run", records=60 if TOY else 2000).communicate()
+    found = re.search(r"peak memory .*\(([\d.]+) of it\)", text)
+    if found is None:
+        sys.exit(f"train.py --probe_steps printed no memory:\n{text[-2000:]}")
+    return {"probe": found[0], "ratio": float(found[1])}
 
 
 def check_exact(family: str) -> dict:
@@ -175,7 +188,10 @@ def count_memory(text: str) -> dict:
     rows, length = settings["rows"], settings["max_length"]
     step = shape.Step(rows, length, rows * length * 3 // 4, checkpointing=settings["checkpointing"], device=DEVICE)
     step = memory.replace(step, accumulation=settings["accumulation"], half=settings["bf16"])
-    plan = shape.Plan(shape.LORA) if settings["lora"] else shape.Plan()
+    if ON_GPU and settings["checkpointing"]:
+        step = memory.replace(step, keeps_in=torch.cuda.mem_get_info()[1])
+    method = shape.LORA if settings["lora"] else shape.FULL
+    plan = shape.Plan(shape.QLORA if settings["four_bit"] else method)
     config = AutoConfig.for_model(**settings["config"])
     return {"counted_mib": memory.estimate_memory(shape.read_shape(config), step, plan)[0][-1].bytes / 2**20}
 
@@ -214,6 +230,7 @@ KINDS = {
     "selftest": check_family,
     "count": count_memory,
     "replies": compare_replies,
+    "probe": probe,
 }
 
 if __name__ == "__main__":

@@ -104,30 +104,41 @@ def render_table(record: dict) -> str:
 # --- processes ----------------------------------------------------------------------------------------------------
 
 
-def run(script: str, *arguments: object) -> dict:
-    """Run a script in a fresh process; return what its last line reports. Raises Broken with the end of its output."""
+def start(script: str, *arguments: object) -> subprocess.Popen:
+    """Start a script in a fresh process; step_side.py imports what it needs and waits for `finish`."""
     paths = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "gpu"), os.environ.get("PYTHONPATH", "")]
     threads = "8" if ON_GPU else "1"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": threads}
-    environment["TORCHINDUCTOR_COMPILE_THREADS"] = "4"  # several processes compile at a time
+    environment |= {"TORCHINDUCTOR_COMPILE_THREADS": "4", "WAIT": "1"}  # several processes compile at a time
     command = [sys.executable, str(ROOT / "benchmarks" / script), *map(str, arguments)]
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **pipes)
+
+
+def finish(process: subprocess.Popen) -> dict:
+    """Let a process go on, and return what its last line reports. Raises Broken with the end of its output."""
+    command = " ".join(process.args)
     try:
-        done = subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PROCESS_SECONDS
-        )
+        out, errors = process.communicate("\n", timeout=PROCESS_SECONDS)
     except subprocess.TimeoutExpired:
-        raise Broken(f"{' '.join(command)} took more than {PROCESS_SECONDS} s") from None
-    lines = done.stdout.strip().splitlines()
-    if done.returncode or not lines or not lines[-1].startswith("{"):
-        raise Broken(f"{' '.join(command)} ended with {done.returncode}: {(done.stdout + done.stderr)[-3000:]}")
+        process.kill()
+        raise Broken(f"{command} took more than {PROCESS_SECONDS} s") from None
+    lines = out.strip().splitlines()
+    if process.returncode or not lines or not lines[-1].startswith("{"):
+        raise Broken(f"{command} ended with {process.returncode}: {(out + errors)[-3000:]}")
     return json.loads(lines[-1]) | {"printed": lines[:-1]}
+
+
+def run(script: str, *arguments: object) -> dict:
+    return finish(start(script, *arguments))
 
 
 def settings_of(shape: str, **changes) -> dict:
     """Return what step_side.py measures of a shape."""
     small = shape == "qwen2.5-0.5b"
     settings = {"bf16": True, "max_length": 4096, "rows": 4 if small else 2, "warmup": 3, "steps": 6, "accumulation": 1}
-    settings |= {"num_examples": 3000, "fused": "auto", "checkpointing": False, "lora": False, **changes}
+    settings |= {"num_examples": 3000, "fused": "auto", "checkpointing": False, "lora": False}
+    settings |= {"four_bit": False, **changes}
     if TOY:
         settings |= {"max_length": 128, "rows": 2, "warmup": 1, "steps": 1, "num_examples": 60}
     return settings | {"config": config_of(shape, toy=TOY, layers=changes.get("layers"))}
@@ -136,7 +147,10 @@ def settings_of(shape: str, **changes) -> dict:
 def measure(shape: str, side: str, **changes) -> dict:
     """Return tokens per second, MFU and memory of a side's steps."""
     settings = settings_of(shape, **changes)
-    found = run("step_side.py", side, json.dumps(settings))
+    return numbers_of_steps(shape, side, settings, run("step_side.py", side, json.dumps(settings)))
+
+
+def numbers_of_steps(shape: str, side: str, settings: dict, found: dict) -> dict:
     of_step = mfu(shape, settings["config"], found["tokens"], found["mean_seen"], found["wall_seconds"])
     numbers = {"tokens_per_second": found["tokens"] / found["wall_seconds"], "mfu": of_step}
     numbers["allocated_gib"] = found.get("gpu_peak_mib", found["peak_mib"]) / 1024
@@ -150,34 +164,47 @@ def measure(shape: str, side: str, **changes) -> dict:
 
 
 def measure_steps(results: Results) -> None:
-    """Full fine-tuning: three shapes, ours beside TRL as installed and with our attention and Liger's fused loss."""
-    accumulated = {"accumulation": 8, "warmup": 1, "steps": 3}
+    """Full fine-tuning: three shapes, ours beside TRL as installed and with our attention and Liger's fused loss.
+
+    The rows of most worth come first: those behind the part's time are left out. A row's process imports its packages
+    while the one before it is measured.
+    """
+    accumulated = {"accumulation": 8, "warmup": 1, "steps": 2}
+    checkpointed = {"checkpointing": True, "rows": 4, "steps": 4}
     rows = [
         ("7B ours", "qwen2.5-7b", "ours", {}),
         ("7B ours, 8 accumulated", "qwen2.5-7b", "ours", accumulated),
-        ("7B ours, checkpointing, 4 rows", "qwen2.5-7b", "ours", {"checkpointing": True, "rows": 4}),
-        ("7B TRL strongest", "qwen2.5-7b", "trl_strongest", {}),
+        ("7B TRL strongest", "qwen2.5-7b", "trl_strongest", {"steps": 4}),
+        ("7B ours, checkpointing, 4 rows", "qwen2.5-7b", "ours", checkpointed),
         ("0.5B ours", "qwen2.5-0.5b", "ours", {}),
-        ("bloom-7b1 ours", "bloom-7b1", "ours", {"warmup": 4}),
-        ("falcon-7b ours", "falcon-7b", "ours", {}),
-        ("7B TRL plain", "qwen2.5-7b", "trl", {"steps": 3, "warmup": 2}),
-        ("7B ours, compiled", "qwen2.5-7b", "ours", {"fused": "compile"}),
-        ("7B ours, not fused", "qwen2.5-7b", "ours", {"fused": "none"}),
+        ("bloom-7b1 ours", "bloom-7b1", "ours", {"warmup": 4, "steps": 4}),
+        ("falcon-7b ours", "falcon-7b", "ours", {"steps": 4}),
+        ("7B TRL plain", "qwen2.5-7b", "trl", {"steps": 2, "warmup": 2}),
+        ("7B ours, not fused", "qwen2.5-7b", "ours", {"fused": "none", "steps": 4}),
         ("0.5B ours, deterministic", "qwen2.5-0.5b", "ours", {"deterministic": True}),
+        ("7B ours, compiled", "qwen2.5-7b", "ours", {"fused": "compile", "steps": 4}),
     ]
     if TOY:
-        rows = [rows[1], rows[3]]
+        rows = [rows[1], rows[2]]
     began = time.time()
-    for name, shape, side, changes in rows:
-        if side != "ours" and util.find_spec("trl") is None:
-            continue
-        if results.is_late() or time.time() - began > PART_SECONDS:
-            print(f"steps: {name} and later rows left out, the part's time is over", flush=True)
-            return
-        found = measure(shape, side, **changes)
-        results.add("steps", name, layers=layers_of(shape), **found)
-        if found.get("graphs_after_warmup"):
-            raise Broken(f"{name}: {found['graphs_after_warmup']} graphs were compiled after the warm-up")
+    rows = [row for row in rows if row[2] == "ours" or util.find_spec("trl") is not None]
+    settings = [settings_of(shape, **changes) for _name, shape, _side, changes in rows]
+    waiting = [start("step_side.py", rows[0][2], json.dumps(settings[0]))]
+    try:
+        for place, (name, shape, side, _changes) in enumerate(rows):
+            if results.is_late() or time.time() - began > PART_SECONDS:
+                print(f"steps: {name} and later rows left out, the part's time is over", flush=True)
+                return
+            if place + 1 < len(rows):
+                waiting.append(start("step_side.py", rows[place + 1][2], json.dumps(settings[place + 1])))
+            found = numbers_of_steps(shape, side, settings[place], finish(waiting.pop(0)))
+            results.add("steps", name, layers=layers_of(shape), **found)
+            if found.get("graphs_after_warmup"):
+                raise Broken(f"{name}: {found['graphs_after_warmup']} graphs were compiled after the warm-up")
+    finally:
+        for process in waiting:
+            process.kill()
+            process.wait()
 
 
 def layers_of(shape: str) -> str:
@@ -227,11 +254,11 @@ def check_exactness(results: Results) -> None:
 
 MEMORY = [
     # shape, layers, rows, what differs
-    ("qwen2.5-0.5b", 24, 1, {}),
     ("qwen2.5-0.5b", 24, 4, {}),
     ("qwen2.5-0.5b", 24, 4, {"accumulation": 2}),
     ("qwen2.5-0.5b", 24, 8, {"checkpointing": True}),
     ("qwen2.5-0.5b", 24, 2, {"lora": True}),
+    ("qwen2.5-0.5b", 24, 2, {"lora": True, "four_bit": True}),
     ("qwen2.5-7b", 4, 1, {}),
     ("qwen2.5-7b", 4, 2, {"accumulation": 2}),
     ("qwen2.5-7b", 4, 4, {"checkpointing": True}),
@@ -255,9 +282,14 @@ def check_memory(results: Results) -> None:
         numbers = {"counted_gib": counted, "reserved_gib": taken, "ratio": counted / taken}
         return f"{shape}, {layers} layers, {rows} rows {shown({k: v for k, v in case[3].items()})}", numbers
 
+    cases = MEMORY if ON_GPU and has("bitsandbytes") else [case for case in MEMORY if "four_bit" not in case[3]]
     with ThreadPoolExecutor(2 if TOY else 3) as pool:
-        for name, numbers in pool.map(check, MEMORY[4:5] if TOY else MEMORY):
+        for name, numbers in pool.map(check, cases[3:4] if TOY else cases):
             results.add("memory", name, **numbers)
+    with tempfile.TemporaryDirectory() as folder:
+        run("gpu/checks.py", "base", "qwen2.5-0.5b", f"{folder}/base")
+        found = run("gpu/checks.py", "probe", f"{folder}/base")
+    results.add("memory", "qwen2.5-0.5b, --probe_steps", **{name: found[name] for name in ("probe", "ratio")})
 
 
 def measure_replies(results: Results) -> None:

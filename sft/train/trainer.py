@@ -10,7 +10,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-import transformers
 from accelerate.data_loader import prepare_data_loader
 from huggingface_hub import HfApi
 from safetensors import SafetensorError
@@ -35,14 +34,14 @@ from sft.files import write_json
 from sft.launch.processes import Guard, Stopped, UserError
 from sft.report.text import say
 from sft.train.callbacks import Progress, ProgressWithSpeed, Restore
-from sft.train.losses import FiniteCheck, RouterLosses, SourceLosses, Sources, statistics_of_rows
+from sft.train.losses import FastTrainer, FiniteCheck, RouterLosses, SourceLosses, Sources, statistics_of_rows
 
 
 class EvaluationStopped(Exception):
     """A signal came while the held-out rows were evaluated."""
 
 
-class Trainer(transformers.Trainer):
+class Trainer(FastTrainer):
     """`guard` watches the process; `fingerprint` says what the run depends on.
 
     With `sources`, the loss of each is logged beside the one of all, as `loss/NAME` and `eval_loss/NAME`.

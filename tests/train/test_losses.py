@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sft.dataset.dataset import ORIGIN
-from sft.train.losses import MAX_SOURCES, RouterLosses, group_sources, statistics_of_rows
+from sft.train.losses import MAX_SOURCES, RouterLosses, clip_in_optimizer, group_sources, statistics_of_rows
 from tests.e2e.test_launchers import sh
 
 
@@ -110,3 +110,29 @@ def test_a_rank_without_a_row_since_the_last_log_line_gathers_router_losses_with
     idle.add({})
     assert idle.take_mean(lambda mine: [mine, other.read_sums()]) == {"router_loss": 2.5}
     assert idle.take_mean(lambda mine: [mine, {}]) == {}
+
+
+@pytest.mark.parametrize("size", [0.01, 10.0])
+def test_clipping_in_the_optimizer_makes_the_update_of_torchs_clipping(size):
+    layers = [torch.nn.Linear(4, 3) for _ in range(2)]
+    layers[1].load_state_dict(layers[0].state_dict())
+    optimizers = [torch.optim.AdamW(layer.parameters(), lr=0.1, eps=1e-3, fused=True) for layer in layers]
+    norms = []
+    for step in range(2):
+        gradients = [torch.full_like(weight, size * (step + 1)) for weight in layers[0].parameters()]
+        for layer in layers:
+            for weight, gradient in zip(layer.parameters(), gradients, strict=True):
+                weight.grad = gradient.clone()
+        norms += [torch.nn.utils.clip_grad_norm_(layers[0].parameters(), 1.0), clip_in_optimizer(optimizers[1], 1.0)]
+        for optimizer in optimizers:
+            optimizer.step()
+    assert norms[0] == norms[1] and norms[2] == norms[3]
+    for found, expected in zip(layers[1].parameters(), layers[0].parameters(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
+
+
+def test_an_optimizer_that_is_not_fused_is_clipped_by_torch():
+    weight = torch.nn.Parameter(torch.ones(2))
+    weight.grad = torch.ones(2)
+    assert clip_in_optimizer(torch.optim.AdamW([weight], fused=False), 1.0) is None
+    assert clip_in_optimizer(torch.optim.SGD([weight], fused=True), 1.0) is None
