@@ -178,11 +178,11 @@ def wilson(values: Sequence[float]) -> list[float]:
 
 
 def _row(measure: str, language: str, tuned: list, base: list | None, mean: Callable = fmean) -> dict:
+    def interval(items: list, statistic: Callable) -> list[float]:
+        return bootstrap([items], lambda groups: [statistic(groups[0])])[0]
+
     def alone(items: list) -> list[float]:
-        return [
-            mean(items),
-            *(wilson(items) if measure in SHARES else bootstrap([items], lambda g: [mean(g[0])])[0]),
-        ]
+        return [mean(items), *(wilson(items) if measure in SHARES else interval(items, mean))]
 
     def apart(pairs: Sequence) -> float:
         return mean([pair[0] for pair in pairs]) - mean([pair[1] for pair in pairs])
@@ -192,7 +192,7 @@ def _row(measure: str, language: str, tuned: list, base: list | None, mean: Call
         row["base"] = alone(base)
         if len(base) == len(tuned):
             pairs = list(zip(tuned, base, strict=True))
-            between = newcombe(row) if measure in SHARES else bootstrap([pairs], lambda g: [apart(g[0])])[0]
+            between = newcombe(row) if measure in SHARES else interval(pairs, apart)
             row["difference"] = [apart(pairs), *between]
     row["shown"] = {side: _shown(measure, row[side]) for side in SIDES if side in row}
     return row

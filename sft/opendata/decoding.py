@@ -62,17 +62,12 @@ def read_chunks(stream: BinaryIO, compression: str | None, size: int) -> Iterato
 
 
 def _open_compressed(stream: BinaryIO, compression: str | None) -> Callable[[int], bytes]:
-    if compression == "gzip":
-        return gzip.GzipFile(fileobj=stream).read1
-    if compression == "bzip2":
-        return bz2.BZ2File(stream).read1
-    if compression == "xz":
-        return lzma.LZMAFile(stream).read1
     if compression == "zstd":
         import pyarrow  # Python's own comes with 3.14
 
         return pyarrow.CompressedInputStream(stream, "zstd").read
-    return stream.read
+    openers = {"gzip": lambda packed: gzip.GzipFile(fileobj=packed), "bzip2": bz2.BZ2File, "xz": lzma.LZMAFile}
+    return openers[compression](stream).read1 if compression else stream.read
 
 
 # --- Encodings
