@@ -22,7 +22,7 @@ from sft.chat.sampling import BLOSSOM, Sampling
 from sft.files import LineLog, open_whole
 from sft.opendata.conversation import check_messages, read_record
 from sft.opendata.fields import SYSTEM_KEYS, RecordError, name_type
-from sft.opendata.records import read_file
+from sft.opendata.records import split_file
 
 QUESTION_KEYS = ("prompt", "instruction", "query", "question")
 ANSWER_KEYS = ("input", "output", "completion", "response", "answer")
@@ -34,11 +34,9 @@ def read_questions(source: str, system: str | None = None) -> Iterator[tuple[int
     A record with tools or `chat_template_kwargs` of its own is yielded as an object that has them beside its messages.
     Raises ValueError with file and line for the first record that holds no question.
     """
-    for raw in read_file(source):
+    for raw in split_file(source, parse=True):
         try:
-            if raw.error:
-                raise raw.error
-            asked = to_prompt(raw.record, source=source, line=raw.line)
+            asked = to_prompt(raw.parse(), source=source, line=raw.line)
         except RecordError as error:
             raise ValueError(f"{source} line {raw.line}: {error}") from None
         messages = messages_of(asked)

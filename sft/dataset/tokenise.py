@@ -23,7 +23,6 @@ from sft.dataset.ledger import (
 from sft.format.render import Renderer
 from sft.format.tokens import IGNORE_INDEX, BareTokenizer, Rows, join_rows
 from sft.opendata.conversation import Conversation, check_messages, read_record
-from sft.opendata.decoding import parse_record
 from sft.opendata.fields import FieldCounts, NotChosen, RecordError
 from sft.opendata.files import Work
 from sft.opendata.records import WrongCut
@@ -127,10 +126,7 @@ def _read(
     for raw in task.split():
         ledger["files"][task.name]["in"] += 1
         try:
-            if raw.error:
-                raise raw.error
-            record = parse_record(raw.raw) if raw.record is None else raw.record
-            conversation = read_record(record, line=raw.place, **options)
+            conversation = read_record(raw.parse(), line=raw.place, **options)
             check_messages(conversation["messages"])
         except RecordError as error:
             lost = "not_chosen" if isinstance(error, NotChosen) else "rejected"

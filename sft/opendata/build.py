@@ -24,7 +24,6 @@ from sft.opendata.cleaning import (
     shingles,
 )
 from sft.opendata.conversation import read_record
-from sft.opendata.decoding import parse_record
 from sft.opendata.fields import FieldCounts, NotChosen, RecordError, check_choices
 from sft.opendata.files import (
     EVAL,
@@ -99,10 +98,7 @@ def _process_record(
 ) -> Kept | Reject:
     kind = "malformed"
     try:
-        if raw.error:
-            raise raw.error
-        record = parse_record(raw.raw) if raw.record is None else raw.record
-        conversation = read_record(record, line=raw.place, **options)
+        conversation = read_record(raw.parse(), line=raw.place, **options)
         kind = "cleaning"
         conversation["messages"], changed = clean_messages(conversation["messages"], rules)
     except RecordError as error:

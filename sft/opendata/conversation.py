@@ -43,7 +43,7 @@ from sft.opendata.messages import (
     read_reply,
     read_tools,
 )
-from sft.opendata.records import read_file
+from sft.opendata.records import split_file
 
 NO_INPUT = {"", "<noinput>", "<no input>", "noinput", "no input", "n/a", "none", "null", "nan", "无", "无输入"}
 
@@ -65,11 +65,9 @@ def read_conversations(
     for path in map(os.fspath, paths):
         options = {"source": os.path.basename(path), "reasoning": reasoning, "preference": preference}
         options["counts"] = counts.setdefault(path, FieldCounts())
-        for raw in read_file(path, encoding=encoding):
+        for raw in split_file(path, encoding=encoding, parse=True):
             try:
-                if raw.error:
-                    raise raw.error
-                conversation = read_record(raw.record, line=raw.place, **options)
+                conversation = read_record(raw.parse(), line=raw.place, **options)
                 check_messages(conversation["messages"])
                 yield conversation, None, path, raw.line
             except RecordError as error:

@@ -44,21 +44,11 @@ class RawRecord(NamedTuple):
     record: object = None
     error: RecordError | None = None
 
-
-def read_file(path: str | os.PathLike, *, encoding: str = "utf-8") -> Iterator[RawRecord]:
-    """Stream the records of a JSON, JSON Lines, CSV, TSV (each maybe compressed) or Parquet file in bounded memory.
-
-    `encoding` is that of files which are not UTF-8. A fault of one record is in its `error`; ValueError is
-    for the file as a whole: missing, unreadable, or plainly in another encoding.
-    """
-    for raw in split_file(path, encoding=encoding, parse=True):
-        if raw.error or raw.record is not None:
-            yield raw
-            continue
-        try:
-            yield raw._replace(record=parse_record(raw.raw))
-        except RecordError as error:
-            yield raw._replace(error=error)
+    def parse(self) -> object:
+        """Return the record. Raises RecordError."""
+        if self.error:
+            raise self.error
+        return parse_record(self.raw) if self.record is None else self.record
 
 
 def split_file(
@@ -68,10 +58,12 @@ def split_file(
     open_file: Callable[[], BinaryIO] | None = None,
     parse: bool = False,
 ) -> Iterator[RawRecord]:
-    """Like `read_file`, but leave each record unparsed: its `raw` is for `parse_record`, maybe in another process.
+    """Stream the records of a JSON, JSON Lines, CSV, TSV (each maybe compressed) or Parquet file in bounded memory.
 
-    `open_file` opens a file that is not on this machine; `path` then only names it. With `parse`, a record that gives
-    no cause for a second look comes with its `record`.
+    `encoding` is that of files which are not UTF-8. `open_file` opens a file that is not on this machine; `path` then
+    only names it. With `parse`, a record that gives no cause for a second look comes with its `record`; the others are
+    parsed later, maybe in another process. A fault of one record is its own; ValueError is for the file as a whole:
+    missing, unreadable, or plainly in another encoding.
     """
     check_encoding(encoding)
     try:

@@ -11,7 +11,7 @@ import pytest
 from sft.opendata.build import build_opendata
 from sft.opendata.conversation import read_record
 from sft.opendata.fields import RecordError
-from sft.opendata.records import read_file
+from sft.opendata.records import split_file
 from tests.conftest import ROOT
 
 
@@ -24,6 +24,15 @@ def write(path, records):
     lines = [line if isinstance(line, str) else json.dumps(line, ensure_ascii=False) for line in records]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return str(path)
+
+
+def read_file(path, **options):
+    """The records of a file, each with its value or its error."""
+    for raw in split_file(path, parse=True, **options):
+        try:
+            yield raw._replace(record=raw.parse())
+        except RecordError as error:
+            yield raw._replace(error=error)
 
 
 def build(inputs, output, **options):

@@ -16,11 +16,12 @@ import pytest
 from sft.opendata import decoding, files
 from sft.opendata import records as module
 from sft.opendata.conversation import read_conversations
+from sft.opendata.decoding import parse_record
 from sft.opendata.fields import RecordError
 from sft.opendata.files import Batch, Work, cut_pieces, map_pieces
-from sft.opendata.records import WrongCut, parse_record, read_file, split_file
+from sft.opendata.records import WrongCut, split_file
 from sft.workers import Workers
-from tests.opendata.make import ONE_TURN, messages_of, pair, read, reason_of, write_file
+from tests.opendata.make import ONE_TURN, messages_of, pair, read, read_file, reason_of, write_file
 
 ALL = [("1", "q1"), ("2", "q2")]
 
