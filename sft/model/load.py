@@ -141,11 +141,19 @@ def load_model(
     options = {"dtype": getattr(torch, dtype), "trust_remote_code": trust_remote_code}
     if attn_implementation:
         options["attn_implementation"] = attn_implementation
-    if load_in_4bit:
-        options |= four_bit(compute)
+    options |= four_bit(compute) if load_in_4bit else _full_precision(path, trust_remote_code)
     model = from_pretrained(AutoModelForCausalLM, path, **options)
     model.config.use_cache = False
     return model
+
+
+def _full_precision(path: str, trust_remote_code: bool) -> dict:
+    """Return what `from_pretrained` takes to unpack MXFP4 weights: the package `kernels` keeps them packed."""
+    from transformers import Mxfp4Config
+
+    stored = getattr(load_config(path, trust_remote_code=trust_remote_code), "quantization_config", None)
+    is_packed = isinstance(stored, dict) and stored.get("quant_method") == "mxfp4"
+    return {"quantization_config": Mxfp4Config(dequantize=True)} if is_packed else {}
 
 
 def four_bit(compute: str) -> dict:

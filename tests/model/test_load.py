@@ -206,6 +206,20 @@ def test_liger_kernels_that_are_not_installed_are_named(tiny_base, monkeypatch):
         use_liger_kernels(load_model(tiny_base("qwen2")))
 
 
+def test_packed_weights_of_gpt_oss_are_loaded_unpacked(monkeypatch):
+    given = []
+    monkeypatch.setattr(
+        "sft.model.load.from_pretrained", lambda _class, path, **options: given.append(options) or model
+    )
+    monkeypatch.setattr("sft.model.load.load_config", lambda path, **options: configs[path])
+    model = types.SimpleNamespace(config=types.SimpleNamespace())
+    configs = {"packed": types.SimpleNamespace(quantization_config={"quant_method": "mxfp4"}), "plain": object()}
+    for path in configs:
+        load_model(path)
+    assert given[0].pop("quantization_config").dequantize is True
+    assert given[0] == given[1] == {"dtype": torch.float32, "trust_remote_code": False}
+
+
 def test_offloaded_activations_give_the_same_gradients(tiny_base, monkeypatch):
     """Of each layer its input is moved, and the input of the last norm; none of it is a weight or an embedding."""
     tokens, hooks, moved = torch.arange(3, 43)[None], torch.autograd.graph.saved_tensors_hooks, []
