@@ -24,14 +24,21 @@ FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FULL_DISK_WORDS = r"No space left|inline_container|PytorchStreamWriter failed|File too large|os error 28"
 
 
-def check_output_dir(output_dir: str, *, resume: bool) -> str | None:
-    """Return why `output_dir` can't be written to, or None. A folder that is not empty is only for resuming."""
-    folder = Path(output_dir).expanduser()
-    existing = folder
+def check_folder(flag: str, path: str) -> str | None:
+    """Return why nothing can be written into a folder, which need not exist yet, or None."""
+    existing = Path(path).expanduser()
     while not existing.exists():
         existing = existing.parent
     if not existing.is_dir() or not os.access(existing, os.W_OK):
-        return f"--output_dir {output_dir}: {existing} can't be written to"
+        return f"--{flag} {path}: {existing} can't be written to"
+    return None
+
+
+def check_output_dir(output_dir: str, *, resume: bool) -> str | None:
+    """Return why `output_dir` can't be written to, or None. A folder that is not empty is only for resuming."""
+    if problem := check_folder("output_dir", output_dir):
+        return problem
+    folder = Path(output_dir).expanduser()
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     foreign = {name for name in names - {LOCK, RANKS, SAVING, PAGE} if not name.endswith(PARTIAL)}
     if not resume and foreign:

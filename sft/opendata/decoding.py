@@ -24,6 +24,8 @@ MAX_RANGE_BYTES = 80 << 20  # from a range's start to its end: more than the lar
 MAX_LAST_BYTES = 4 << 20  # of a file's last range; more are read as a stream
 SEARCH_BYTES = 64 << 10  # read at a time to find the end of a range
 OVERHANG_BYTES = 4 << 10  # read at a time behind a range, for a record that reaches over its end
+# Python's own text encodings that no file is written in, as its codecs module lists them.
+NOT_OF_FILES = ("idna", "mbcs", "oem", "palmos", "punycode", "raw-unicode-escape", "undefined", "unicode-escape")
 COMPRESSIONS = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
@@ -74,11 +76,14 @@ def _open_compressed(stream: BinaryIO, compression: str | None) -> Callable[[int
 
 
 def check_encoding(encoding: str) -> None:
-    """Raise ValueError unless Python has a text encoding of this name."""
+    """Raise ValueError unless Python has an encoding of this name in which files are written."""
     try:
         "".encode(encoding)
-    except LookupError as error:
-        raise ValueError(f"--encoding {encoding}: unknown; use utf-8, gb18030, big5, utf-16 or the like") from error
+        is_of_files = codecs.lookup(encoding).name not in NOT_OF_FILES
+    except (LookupError, ValueError):  # ValueError: a NUL in the name, or the encoding "undefined"
+        is_of_files = False
+    if not is_of_files:
+        raise ValueError(f"--encoding {encoding}: no encoding of files; use utf-8, gb18030, big5, utf-16 or the like")
 
 
 def choose_codec(head: bytes, encoding: str) -> str:

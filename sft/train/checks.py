@@ -16,13 +16,15 @@ from transformers import Trainer, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
 
 from sft.checkpoint.manifest import find_incomplete
-from sft.checkpoint.save import check_output_dir
+from sft.checkpoint.save import check_folder, check_output_dir
 from sft.dataset.dataset import find_files
+from sft.files import find_path_fault
 from sft.format.table import FORMAT_NAMES, TURNS_TO_TRAIN
 from sft.launch.deepspeed import check_deepspeed_config
 from sft.launch.environment import find_launcher_problems
 from sft.model.adapters import VARIANTS
 from sft.model.load import check_dtype, check_model_path, check_window, load_config
+from sft.opendata.decoding import check_encoding
 from sft.opendata.fields import check_choices
 
 # Flags of transformers that would change nothing here, or break: the values that are refused (None: any), and why.
@@ -74,16 +76,25 @@ NEEDS = {
 TOKEN_COUNTS = ("all", "non_padding", "no", "true", "false")
 METRICS = ("loss", "perplexity", "token_accuracy")  # of the held-out rows; and loss/SOURCE for each source
 NEEDS_THE_MODEL = ("lomo", "adalomo")  # optimizers that can't be built without it
+# Flags that name files or folders, the first three several.
+PATHS = (
+    *("data_path", "eval_data_path", "replay_path"),
+    *("model_name_or_path", "cache_dir", "output_dir", "resume_from_checkpoint"),
+)
+MAX_PATH_CHARACTERS = 80  # of a path in a message
 GIB = 2**30
 
 
 def check_arguments(arguments: dict[str, Any], *, typed: set[str]) -> list[str]:
     """Return every mistake in the parsed arguments beside the limits of their fields, one line each."""
+    if problems := _check_paths(arguments):
+        return problems
     resume = bool(arguments["resume_from_checkpoint"])
     checks = [
         check_model_path(arguments["model_name_or_path"]),
         check_dtype(arguments["dtype"], lora=arguments["lora"]),
         check_output_dir(arguments["output_dir"], resume=resume),
+        check_folder("cache_dir", arguments["cache_dir"]),
         *_check_data(arguments),
         *check_choices(arguments["reasoning"], arguments["preference"]),
         *check_deepspeed_config(arguments),
@@ -93,6 +104,16 @@ def check_arguments(arguments: dict[str, Any], *, typed: set[str]) -> list[str]:
         *_check_effect(arguments, typed),
     ]
     return [problem for problem in checks if problem]
+
+
+def _check_paths(arguments: dict[str, Any]) -> list[str]:
+    """Return a line for each path that can't exist: each further check of it would end in an OSError."""
+    problems = []
+    for name in PATHS:
+        values = arguments[name] if isinstance(arguments[name], list) else [arguments[name]]
+        faults = ((value, find_path_fault(value)) for value in values if value)
+        problems += [f"--{name} {value[:MAX_PATH_CHARACTERS]}: {fault}" for value, fault in faults if fault]
+    return problems
 
 
 def _check_data(arguments: dict[str, Any]) -> list[str]:
@@ -114,9 +135,9 @@ def _check_data(arguments: dict[str, Any]) -> list[str]:
     if bool(arguments["replay_path"]) != (arguments["replay_share"] > 0):
         problems.append("--replay_path and --replay_share go together: 0.1 makes a tenth of the tokens replay")
     try:
-        "".encode(arguments["encoding"])
-    except LookupError:
-        problems.append(f"--encoding {arguments['encoding']}: no such encoding; try utf-8, gb18030, big5 or utf-16")
+        check_encoding(arguments["encoding"])
+    except ValueError as error:
+        problems.append(str(error))
     return problems
 
 

@@ -70,7 +70,10 @@ def test_no_input_and_a_bad_encoding_are_mistakes(tmp_path, capsys):
     assert capsys.readouterr().err == "no input: name a file, a folder, a glob, a data set or --mix\n"
     path = write(tmp_path / "a.json", [record(1)])
     assert main([path, "--encoding", "nope", "--output", str(tmp_path / "out")]) == 2
-    assert capsys.readouterr().err == "--encoding nope: unknown; use utf-8, gb18030, big5, utf-16 or the like\n"
+    assert (
+        capsys.readouterr().err
+        == "--encoding nope: no encoding of files; use utf-8, gb18030, big5, utf-16 or the like\n"
+    )
     assert not (tmp_path / "out").exists()
 
 

@@ -210,8 +210,8 @@ def test_a_stray_byte_in_another_encoding_rejects_only_its_record(tmp_path):
 
 
 def test_an_unknown_encoding_is_an_error_with_advice(tmp_path):
-    for name in ("nope", "hex"):
-        with pytest.raises(ValueError, match=f"--encoding {name}: unknown; use utf-8, gb18030"):
+    for name in ("nope", "hex", "idna", "unicode_escape", "undefined"):
+        with pytest.raises(ValueError, match=f"--encoding {name}: no encoding of files; use utf-8, gb18030"):
             list(read_file(write_file(tmp_path, pair(1)), encoding=name))
 
 

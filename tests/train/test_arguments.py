@@ -54,6 +54,32 @@ def test_all_mistakes_are_said_at_once_each_in_a_line(capsys, tmp_path):
     assert len(lines) == len(expected) + 1
 
 
+def test_a_path_that_can_not_exist_is_named_with_its_flag(capsys, tmp_path):
+    name, path = "x" * 300, "/".join(["d" * 200] * 25)
+    lines = problems_of(
+        capsys,
+        *("--model_name_or_path", name, "--data_path", "a.json", name, "--eval_data_path", path, "--replay_path", path),
+        *("--output_dir", path, "--cache_dir", name, "--resume_from_checkpoint", path),
+    )
+    given = {"data_path": name, "eval_data_path": path, "replay_path": path, "model_name_or_path": name}
+    given |= {"cache_dir": name, "output_dir": path, "resume_from_checkpoint": path}
+    assert lines == [f"train.py: --{flag} {value[:80]}: File name too long" for flag, value in given.items()]
+
+
+def test_a_cache_folder_that_is_a_file_and_an_encoding_of_no_files_are_refused(
+    capsys,
+    tiny_base,
+    data,  # noqa: F811
+    tmp_path,
+):
+    (tmp_path / "file").write_text("")
+    base = flags_of(tiny_base("qwen2"), data, tmp_path / "r")
+    assert problems_of(capsys, *base, "--cache_dir", str(tmp_path / "file" / "cache"), "--encoding", "idna") == [
+        f"train.py: --cache_dir {tmp_path}/file/cache: {tmp_path}/file can't be written to",
+        "train.py: --encoding idna: no encoding of files; use utf-8, gb18030, big5, utf-16 or the like",
+    ]
+
+
 def test_values_of_a_wrong_type_are_said_together(capsys, tiny_base, data, tmp_path):  # noqa: F811
     base = flags_of(tiny_base("qwen2"), data, tmp_path / "r")
     lines = problems_of(capsys, *base, "--learning_rate", "abc", "--max_length", "xyz", "--lr", "3")
