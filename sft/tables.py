@@ -1,5 +1,7 @@
-"""Tables for a terminal, with aligned columns."""
+"""Text for a terminal: tables with aligned columns, and whether there is colour."""
 
+import os
+import sys
 import unicodedata
 from collections.abc import Sequence
 
@@ -20,3 +22,8 @@ def align_columns(table: Sequence[Sequence[str]]) -> list[str]:
 def display_width(text: str) -> int:
     """Return the columns of a terminal that a text takes: two for a Chinese character."""
     return sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text)
+
+
+def has_colour() -> bool:
+    """Whether the output is a terminal that shows colours (https://no-color.org)."""
+    return sys.stdout.isatty() and "NO_COLOR" not in os.environ

@@ -17,13 +17,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-from sft.base import ADAPTER, RUN_RECORD, base_of_adapter, check_base
+from sft.base import ADAPTER, CONFIG, RUN_RECORD, base_of_adapter, check_base
 from sft.chat.batching import Decoder
 from sft.chat.rows import Request
 from sft.chat.sampling import BLOSSOM, Sampling
 from sft.chat.token_probabilities import Piece, score_tokens
 from sft.format.render import Renderer
 from sft.format.table import FORMAT_NAMES
+from sft.format.tokens import HALF_CHARACTER
 from sft.model.load import (
     DTYPES,
     PASSIVE_OPENMP_WAIT,
@@ -38,7 +39,7 @@ from sft.opendata.messages import read_tools
 
 PROMPT_END_TOKENS = 16  # that may hold the start of a thought
 LONE_END = re.compile(r"</think>[ \t]*(\n|\Z)")
-MODEL_FILES = ("config.json", ADAPTER)  # one of them makes a folder a model
+MODEL_FILES = (CONFIG, ADAPTER)  # one of them makes a folder a model
 
 # Messages, or an object with `messages` and the `tools` and `chat_template_kwargs` of this prompt.
 Asked = Sequence[dict] | Mapping
@@ -188,9 +189,9 @@ class Chat:
         text = self.renderer.decode(ids)
         message = self._to_message(ids, text, prompt, tools or self.tools)
         if growing:  # a character of several tokens decodes to U+FFFD until its last token is there
-            text = text.rstrip("\ufffd")
+            text = text.rstrip(HALF_CHARACTER)
             message = {
-                key: value.rstrip("\ufffd") if isinstance(value, str) else value for key, value in message.items()
+                key: value.rstrip(HALF_CHARACTER) if isinstance(value, str) else value for key, value in message.items()
             }
         return Reply(text, bool(stops), len(ids), message)
 

@@ -9,7 +9,6 @@ python -m sft.chat --model_path out/run --input questions.jsonl --output answers
 
 import argparse
 import json
-import os
 import re
 import select
 import sys
@@ -33,6 +32,7 @@ from sft.chat.reply import (
 )
 from sft.chat.sampling import BLOSSOM, Sampling
 from sft.chat.token_probabilities import to_printable, to_terminal
+from sft.tables import has_colour
 
 
 class Dialogue:
@@ -110,8 +110,7 @@ class Dialogue:
         try:
             if self.show_probabilities:
                 reply, pieces = chat.reply_with_pieces(messages, self.sampling)
-                colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-                print(to_terminal(pieces, colour=colour), end="")
+                print(to_terminal(pieces, colour=has_colour()), end="")
             else:
                 for reply in _print_stream(chat, messages, self.sampling):  # noqa: B007  the last one is kept
                     pass

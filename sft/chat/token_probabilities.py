@@ -8,6 +8,8 @@ import inspect
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from sft.format.tokens import HALF_CHARACTER
+
 PIECE = 64  # tokens whose probabilities over the whole vocabulary are held at a time
 BANDS = ((0.9, "32"), (0.5, "36"), (0.2, "33"), (0.0, "31"))  # from this probability on: green, cyan, yellow, red
 
@@ -34,7 +36,7 @@ def score_tokens(
         group = list(ids[start:end])
         text = _text(tokenizer, before, group)
         # A character of several tokens decodes to U+FFFD until its last token is there.
-        if text.endswith("\ufffd") and end < len(ids):
+        if text.endswith(HALF_CHARACTER) and end < len(ids):
             continue
         probability = 1.0
         for chosen, _likeliest in scored[start:end]:

@@ -8,6 +8,7 @@ import json
 import re
 from pathlib import Path
 
+from sft.base import CONFIG
 from sft.chat.reply import Chat
 from sft.files import write_json
 from sft.format.table import is_bos_added
@@ -32,8 +33,8 @@ def write_converter_input(chat: Chat, folder: Path, source: Path) -> Path:
         settings["add_prefix_space"] = has_prefix_space(tokenizer)
         write_sentencepiece(tokenizer, source / "tokenizer.model")
     write_json(source / "tokenizer_config.json", settings)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    write_json(source / "config.json", converter_config(config))
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    write_json(source / CONFIG, converter_config(config))
     return source
 
 

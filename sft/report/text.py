@@ -1,11 +1,11 @@
 """Text for a terminal: lines printed once, rows with their trained tokens."""
 
 import os
-import sys
 
 import numpy as np
 
 from sft.format.tokens import IGNORE_INDEX
+from sft.tables import has_colour
 
 GREEN = "\033[32m"
 DIM = "\033[2m"
@@ -20,8 +20,7 @@ def say(text: str) -> None:
 
 def paint(tokenizer, input_ids: np.ndarray, labels: np.ndarray, *, colour: bool | None = None) -> str:
     """Return a row as text, its trained tokens in green, or in ⟦ ⟧ where there is no colour (a pipe, NO_COLOR)."""
-    if colour is None:
-        colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    colour = has_colour() if colour is None else colour
     trained, plain = ((GREEN, RESET), (DIM, RESET)) if colour else (("⟦", "⟧"), ("", ""))
     parts = [(text, trained if in_loss else plain) for text, in_loss in split_by_loss(tokenizer, input_ids, labels)]
     return "".join(before + text + after for text, (before, after) in parts)
