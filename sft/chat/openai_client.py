@@ -16,6 +16,8 @@ from threading import Event
 import httpx2  # the HTTP library of openai 3
 import openai
 
+# A server's refusal of a request, which may hold fields that it doesn't know.
+REFUSALS = (openai.BadRequestError, openai.UnprocessableEntityError)
 MAX_BACKOFF_SECONDS = 60.0
 MAX_RETRY_AFTER_SECONDS = 120.0  # openai 3.54 doesn't retry a response that asks for more
 
@@ -154,9 +156,9 @@ def new_client(
 
 
 def new_async_client(
-    base_url: str, *, key: str | None, timeout: httpx2.Timeout, limits: ResponseLimits, retries: int
+    base_url: str, *, key: str | None, timeout: tuple[float, float], limits: ResponseLimits, retries: int
 ) -> openai.AsyncOpenAI:
-    """Return a client for streams in an event loop."""
+    """Return a client for streams in an event loop; `timeout` is that of a connection, and that without a byte."""
 
     async def on_request(request: httpx2.Request) -> None:
         _clean_headers(request, key)
@@ -164,8 +166,40 @@ def new_async_client(
     async def on_response(response: httpx2.Response) -> None:
         _limit_body(response, limits)
 
-    http_client = httpx2.AsyncClient(timeout=timeout, event_hooks={"request": [on_request], "response": [on_response]})
+    connect, read = timeout
+    http_client = httpx2.AsyncClient(
+        timeout=httpx2.Timeout(read, connect=connect),
+        event_hooks={"request": [on_request], "response": [on_response]},
+    )
     return openai.AsyncOpenAI(base_url=base_url, api_key=key or "none", max_retries=retries, http_client=http_client)
+
+
+async def open_stream(client: openai.AsyncOpenAI, body: dict) -> openai.AsyncStream:
+    """Post a request to chat/completions; return the stream of its events, each an object as the server sent it."""
+    return await client.post(
+        "/chat/completions", body=body, cast_to=object, stream=True, stream_cls=openai.AsyncStream[object]
+    )
+
+
+def read_first_model(client: PatientClient) -> str:
+    """Return the first model that a server lists; ValueError for a server without such a list."""
+    try:
+        return client.get("/models", cast_to=httpx2.Response).json()["data"][0]["id"]
+    except (openai.OpenAIError, ValueError, KeyError, IndexError, TypeError) as error:
+        raise ValueError(f"{type(error).__name__}: no list of models") from None
+
+
+def describe_error(error: Exception) -> str:
+    """Return what a server did, in a few words without its own text."""
+    if isinstance(error, openai.APITimeoutError | TimeoutError):
+        return "took too long"
+    if isinstance(error, openai.APIStatusError):
+        return f"answers with status {error.status_code}"
+    if isinstance(error, openai.APIConnectionError):
+        return "is unclear" if isinstance(error.__cause__, LimitError) else "can't be reached"
+    if isinstance(error, openai.APIError):
+        return "stopped with an error"
+    return "is unclear" if isinstance(error, ValueError | TypeError | AttributeError) else "can't be reached"
 
 
 def find_url_problem(flag: str, base_url: str) -> str | None:

@@ -210,9 +210,9 @@ class RemoteModel:
         max_active: int = MAX_ACTIVE,
         max_waiting: int = MAX_WAITING,
     ):
-        from sft.chat.openai_client import find_url_problem
+        from sft.chat import openai_client
 
-        if problem := find_url_problem("--base_url", base_url):
+        if problem := openai_client.find_url_problem("--base_url", base_url):
             raise ValueError(problem)
         self.base_url = base_url.rstrip("/")
         self.key = key
@@ -232,20 +232,14 @@ class RemoteModel:
         return messages
 
     def _first_model(self) -> str:
-        import httpx2
-        import openai
+        from sft.chat import openai_client
 
-        from sft.chat.openai_client import ResponseLimits, new_client
-
-        limits = ResponseLimits(CONNECT_TIMEOUT_SECONDS, MAX_LINE_BYTES)
-        client = new_client(self.base_url, key=self.key, timeout=CONNECT_TIMEOUT_SECONDS, limits=limits)
+        limits = openai_client.ResponseLimits(CONNECT_TIMEOUT_SECONDS, MAX_LINE_BYTES)
+        client = openai_client.new_client(self.base_url, key=self.key, timeout=CONNECT_TIMEOUT_SECONDS, limits=limits)
         try:
-            return client.get("/models", cast_to=httpx2.Response).json()["data"][0]["id"]
-        except (openai.OpenAIError, ValueError, KeyError, IndexError, TypeError) as error:
-            problem = f"{type(error).__name__}: no list of models"
-            raise ValueError(
-                f"--base_url {self.base_url}: {problem}; is the server up? (or name one: --model)"
-            ) from None
+            return openai_client.read_first_model(client)
+        except ValueError as error:
+            raise ValueError(f"--base_url {self.base_url}: {error}; is the server up? (or name one: --model)") from None
 
     def start(
         self, messages: Sequence[dict], sampling: Sampling, *, tools: list[dict] | None = None, **_of_local_models
@@ -266,7 +260,9 @@ class RemoteModel:
             self.active.add(reply)
             await asyncio.wait_for(self._stream(reply, body), MAX_REPLY_SECONDS)
         except Exception as error:
-            reply.error = RemoteError(f"the model's server {_describe(error)}")
+            from sft.chat.openai_client import describe_error
+
+            reply.error = RemoteError(f"the model's server {describe_error(error)}")
             logging.warning("%s: %s", self.base_url, type(error).__name__)
         finally:
             self.active.discard(reply)
@@ -275,33 +271,23 @@ class RemoteModel:
             reply.done = True
 
     async def _stream(self, reply: RemoteReply, body: Callable[..., dict]) -> None:
-        import httpx2
-        import openai
+        from sft.chat import openai_client
 
-        from sft.chat.openai_client import ResponseLimits, new_async_client
-
-        limits = ResponseLimits(MAX_REPLY_SECONDS, MAX_STREAM_BYTES, MAX_LINE_BYTES)
-        timeout = httpx2.Timeout(READ_TIMEOUT_SECONDS, connect=CONNECT_TIMEOUT_SECONDS)
-        async with new_async_client(
-            self.base_url, key=self.key, timeout=timeout, limits=limits, retries=NUM_RETRIES
-        ) as client:
+        limits = openai_client.ResponseLimits(MAX_REPLY_SECONDS, MAX_STREAM_BYTES, MAX_LINE_BYTES)
+        timeout = (CONNECT_TIMEOUT_SECONDS, READ_TIMEOUT_SECONDS)
+        options = {"key": self.key, "timeout": timeout, "limits": limits, "retries": NUM_RETRIES}
+        async with openai_client.new_async_client(self.base_url, **options) as client:
             try:
-                stream = await self._post(client, body(extras=self._takes_extras))
-            except (openai.BadRequestError, openai.UnprocessableEntityError):
+                stream = await openai_client.open_stream(client, body(extras=self._takes_extras))
+            except openai_client.REFUSALS:
                 if not self._takes_extras:
                     raise
-                stream = await self._post(client, body(extras=False))
+                stream = await openai_client.open_stream(client, body(extras=False))
                 self._takes_extras = False  # it takes only OpenAI's own fields
             async with stream:
                 async for event in stream:
                     if reply.add(event):
                         return
-
-    async def _post(self, client, body: dict):
-        import openai
-
-        stream_type = openai.AsyncStream[object]
-        return await client.post("/chat/completions", body=body, cast_to=object, stream=True, stream_cls=stream_type)
 
     def _body(self, messages: Sequence[dict], sampling: Sampling, tools: list[dict] | None, *, extras: bool) -> dict:
         """Return a request; `extras` are fields of vLLM and llama.cpp that OpenAI has not.
@@ -350,22 +336,6 @@ def _read_call(call: dict) -> dict:
         pass
     read = {"type": "function", "function": {"name": call["name"], "arguments": arguments}}
     return {"id": call["id"], **read} if call["id"] else read
-
-
-def _describe(error: Exception) -> str:
-    import openai
-
-    from sft.chat.openai_client import LimitError
-
-    if isinstance(error, openai.APITimeoutError | TimeoutError):
-        return "took too long"
-    if isinstance(error, openai.APIStatusError):
-        return f"answers with status {error.status_code}"
-    if isinstance(error, openai.APIConnectionError):
-        return "is unclear" if isinstance(error.__cause__, LimitError) else "can't be reached"
-    if isinstance(error, openai.APIError):
-        return "stopped with an error"
-    return "is unclear" if isinstance(error, ValueError | TypeError | AttributeError) else "can't be reached"
 
 
 def break_control_tokens(text: str) -> str:
