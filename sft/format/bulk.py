@@ -108,7 +108,7 @@ def escape_braces(text: str) -> str:
 
 def render_segments(
     batch: Sequence[Sequence[dict]],
-    segments_of: Callable[[Sequence[dict]], Segments | None],
+    layouts: Sequence[Segments | None],
     seam: str,
     encode: Encode,
     *,
@@ -118,16 +118,15 @@ def render_segments(
 ) -> Rows:
     """Render conversations without Python per token, and without any per row that simply fits.
 
-    `render_others` renders the conversations of some indices: those without segments, or whose cut can't be found by
-    decoding.
+    `layouts` has the segments of each. `render_others` renders the conversations of some indices: those without
+    segments, or whose cut can't be found by decoding.
     """
     texts = []
     is_reply = []
     in_loss = []
     row_sizes = []
     num_rows = []
-    for messages in batch:
-        segments = segments_of(messages)
+    for messages, segments in zip(batch, layouts, strict=True):
         num_rows.append(len(segments.row_sizes) if segments else 0)
         if segments is None:
             continue

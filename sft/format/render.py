@@ -321,11 +321,9 @@ class Renderer:
             groups = (batch[start : start + bulk.NUM_AT_ONCE] for start in range(0, len(batch), bulk.NUM_AT_ONCE))
             return join_rows([rows for group in groups for rows in self._render_each(group, max_length)])
         unpacked = [self._unpack(item) for item in batch]
-        has_tools = [bool(tools) for _messages, tools in unpacked]
-        segments = iter(has_tools)
         return bulk.render_segments(
             [messages for messages, _tools in unpacked],
-            lambda messages: None if next(segments) else self._segments(messages),
+            [None if tools else self._segments(messages) for messages, tools in unpacked],
             self._seam,
             self._encode,
             max_length=max_length,
