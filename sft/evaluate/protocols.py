@@ -144,14 +144,14 @@ def read_winner(text: str) -> Verdict:
     return Verdict(first if len(found) == 1 else None, len(found) > 1, first)
 
 
-def mt_fields(question: Question, turn: int, answers: dict[str, Sequence[str]]) -> dict:
-    """Return what fills a prompt of FastChat's; the names of `answers` are "answer", or "answer_a" and "answer_b"."""
-    references = {f"ref_answer_{number}": text for number, text in enumerate(question.references, 1)}
-    if turn == 1:
-        return {"question": question.turns[0], **{name: said[0] for name, said in answers.items()}, **references}
-    asked = {f"question_{number}": text for number, text in enumerate(question.turns, 1)}
-    said = {f"{name}_{number}": text for name, texts in answers.items() for number, text in enumerate(texts, 1)}
-    return asked | said | references
+def mt_fields(question: Question, answers: dict[str, Sequence[str]]) -> dict:
+    """Return what fills a prompt of FastChat's; the names of `answers` are "answer", or "answer_a" and "answer_b".
+
+    Prompts of the first turn ask for "question" and "answer", those of the second for "question_1" and so on.
+    """
+    first = {"question": question.turns[0], **{name: said[0] for name, said in answers.items()}}
+    numbered = {"question": question.turns, "ref_answer": question.references, **answers}
+    return first | {f"{name}_{number}": text for name in numbered for number, text in enumerate(numbered[name], 1)}
 
 
 def _mt_prompt(prompts: dict, kind: str, question: Question, turn: int) -> dict:
@@ -179,7 +179,7 @@ def mt_bench(questions: str | None = None, judge_prompts: str | None = None, ref
         asked.append(Question(str(number), category, tuple(row["turns"]), temperature, needed))
     return Suite(
         asked,
-        lambda q, said, turn: _messages(_mt_prompt(prompts, "single", q, turn), mt_fields(q, turn, {"answer": said})),
+        lambda q, said, turn: _messages(_mt_prompt(prompts, "single", q, turn), mt_fields(q, {"answer": said})),
         read_rating,
         {"第一轮": partial(mean, turn=1), "第二轮": partial(mean, turn=2), "总分": mean}
         | category_columns(question.category for question in asked),
@@ -199,7 +199,7 @@ def load_pair_prompts(path: str | None = None) -> dict[str, dict]:
 def ask_pair(prompts: dict, question: Question, turn: int, first: Sequence[str], second: Sequence[str]) -> list[dict]:
     """Return the messages that ask which of two models answers better."""
     prompt = _mt_prompt(prompts, "pair", question, turn)
-    return _messages(prompt, mt_fields(question, turn, {"answer_a": first, "answer_b": second}))
+    return _messages(prompt, mt_fields(question, {"answer_a": first, "answer_b": second}))
 
 
 # --- AlignBench -----------------------------------------------------------------------------------------------------
