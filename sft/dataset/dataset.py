@@ -70,6 +70,9 @@ class Examples:
         """Tokens per example, (examples,)."""
         return np.diff(self._starts).astype(np.int32)
 
+    def count_tokens(self, numbers: np.ndarray) -> int:
+        return int((self._starts[numbers + 1] - self._starts[numbers]).sum())
+
     @property
     def num_trained_tokens(self) -> int:
         return sum(int(np.count_nonzero(self._in_loss[span])) for span in self._spans())
@@ -148,6 +151,10 @@ class TrainingRows:
             part["labels"][0] = IGNORE_INDEX  # else the example before it would be trained to predict it
         row = {name: np.concatenate([part[name] for part in parts]) for name in ("input_ids", "labels")}
         return row | {"position_ids": np.concatenate([np.arange(len(part["input_ids"])) for part in parts])}
+
+    def count_tokens(self, rows: Iterable[int]) -> int:
+        """Return how many tokens these rows hold, without padding."""
+        return sum(self.examples.count_tokens(self.rows[int(row)]) for row in rows)
 
     @property
     def fill(self) -> float | None:

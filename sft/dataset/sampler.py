@@ -96,9 +96,13 @@ class Updates:
 
     def batches_at(self, epoch: int, taken: int) -> list[list[list[int]]]:
         """Return the batches of the update after `taken` rows of `epoch`, for each rank."""
-        rows = self.order(epoch)[taken : taken + self.rows_per_update]
-        batches = [part.tolist() or [EMPTY] for part in np.array_split(rows, self.accumulation * self.world_size)]
+        num_batches = self.accumulation * self.world_size
+        batches = [part.tolist() or [EMPTY] for part in np.array_split(self.rows_at(epoch, taken), num_batches)]
         return [batches[rank :: self.world_size] for rank in range(self.world_size)]
+
+    def rows_at(self, epoch: int, taken: int) -> np.ndarray:
+        """Return the row numbers of the update after `taken` rows of `epoch`, of all ranks."""
+        return self.order(epoch)[taken : taken + self.rows_per_update]
 
     def order(self, epoch: int) -> np.ndarray:
         """Return the row numbers of an epoch as they are taken, (rows,)."""

@@ -196,6 +196,14 @@ class Trainer(FastTrainer):
         if self.updates.is_over(progress.taken):
             progress.epoch, progress.taken = progress.epoch + 1, 0
 
+    def _track_num_input_tokens(self, inputs) -> None:
+        """Count an update's tokens from its rows; transformers tells padding by its id, which may be eos, too."""
+        if self.args.include_num_input_tokens_seen != "non_padding":
+            super()._track_num_input_tokens(inputs)
+        elif len(self._token_losses) == 1:  # after the first batch of the update
+            rows = self.updates.rows_at(self.progress.epoch, self.progress.taken)
+            self.state.num_input_tokens_seen += self.train_dataset.count_tokens(rows)
+
     def evaluate(self, *arguments, **options):
         """Evaluate without a trace in the random state, so that training doesn't depend on when it is done."""
         if self.args.dataloader_num_workers:

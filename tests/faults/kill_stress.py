@@ -39,7 +39,7 @@ def prepare(work: Path) -> dict[str, str]:
 
 def start(output: Path, knobs: dict[str, str], log: Path, *flags: str) -> subprocess.Popen:
     command = ["sh", "ds_all.sh", "--max_steps", "60", "--save_steps", "5", "--logging_steps", "3", "--max_new_tokens"]
-    command += ["4", "--cache_dir", str(output.parent / "cache"), "--lora_dropout", "0.1", *flags]
+    command += ["4", "--cache_dir", str(output.parent / "cache"), *flags]
     settings = {**os.environ, "OMP_NUM_THREADS": "1", **knobs, "OUTPUT": str(output)}
     with open(log, "a") as stream:
         return subprocess.Popen(command, cwd=ROOT, env=settings, stdout=stream, stderr=stream)

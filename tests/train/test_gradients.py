@@ -60,6 +60,13 @@ def measured(output) -> tuple[list[float], list[float], dict[str, torch.Tensor]]
     return [entry["loss"] for entry in steps], [entry["grad_norm"] for entry in steps], weights
 
 
+def count_tokens_seen(output) -> int:
+    """Return how many tokens the first update took."""
+    history = json.loads((output / "run.json").read_text())["log_history"]
+    (seen,) = {entry["num_input_tokens_seen"] for entry in history if entry["step"] == 1 and "loss" in entry}
+    return seen
+
+
 def assert_same(found, expected) -> None:
     assert found[0] == pytest.approx(expected[0], rel=1e-5)
     assert found[1] == pytest.approx(expected[1], rel=1e-4)
@@ -75,7 +82,9 @@ def test_parts_give_the_gradient_of_the_whole(size, steps, in_one_process, whole
 @pytest.mark.parametrize(("size", "steps"), [(64, 1), (1, 64)])
 def test_packed_rows_give_the_gradient_of_their_examples(size, steps, in_one_process, whole):
     """64 rows are all there are."""
-    assert_same(measured(in_one_process(size, steps, packing=True)), whole)
+    output = in_one_process(size, steps, packing=True)
+    assert_same(measured(output), whole)
+    assert count_tokens_seen(output) == 1134
 
 
 @pytest.mark.slow
@@ -111,9 +120,7 @@ def test_processes_that_share_each_packed_row_give_the_gradient_of_one(zero, tin
     assert "of 6 rows (3 x 2 x 1 groups of 2 processes)" in done.stdout
     assert "self-test: logits of a shared row are within" in done.stdout
     assert_same(measured(tmp_path / "model"), whole)
-    history = json.loads((tmp_path / "model" / "run.json").read_text())["log_history"]
-    (seen,) = {entry["num_input_tokens_seen"] for entry in history if entry["step"] == 1 and "loss" in entry}
-    assert seen == 1134, "as many as one process sees"
+    assert count_tokens_seen(tmp_path / "model") == 1134, "as many as one process sees"
     if zero == "3":
         shutil.copytree(tmp_path / "model" / "checkpoint-1", tmp_path / "again" / "model" / "checkpoint-1")
         knobs["OUTPUT"] = str(tmp_path / "again")
