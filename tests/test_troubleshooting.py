@@ -2,7 +2,7 @@
 
 import ast
 import re
-from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -29,10 +29,14 @@ def text_of(node: ast.expr) -> str:
     return "…"
 
 
-def calls(path: Path) -> Iterator[tuple[str, list[ast.expr]]]:
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Call):
-            yield ast.unparse(node.func), node.args
+@cache
+def nodes_of(path: Path) -> list[ast.AST]:
+    return list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+
+
+@cache
+def calls(path: Path) -> list[tuple[str, list[ast.expr]]]:
+    return [(ast.unparse(node.func), node.args) for node in nodes_of(path) if isinstance(node, ast.Call)]
 
 
 def refusals() -> list[tuple[str, str]]:
@@ -57,10 +61,10 @@ def reasons() -> set[str]:
     } - {"…s"}  # images, videos, audios
 
 
-def strings() -> list[str]:
-    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in SOURCES]
-    nodes = [node for tree in trees for node in ast.walk(tree)]
-    return [text_of(node) for node in nodes if isinstance(node, ast.JoinedStr | ast.Constant | ast.BinOp)]
+@cache
+def strings() -> set[str]:
+    nodes = [node for path in SOURCES for node in nodes_of(path)]
+    return {text_of(node) for node in nodes if isinstance(node, ast.JoinedStr | ast.Constant | ast.BinOp)}
 
 
 def rows(page: str) -> list[str]:
@@ -69,8 +73,13 @@ def rows(page: str) -> list[str]:
     return [fragment for line in lines for fragment in re.findall(r"`([^`]+)`", line)]
 
 
+@cache
+def pattern(fragment: str) -> re.Pattern:
+    return re.compile(re.escape(fragment).replace("…", ".*"), re.DOTALL)
+
+
 def fits(fragment: str, message: str) -> bool:
-    return re.search(re.escape(fragment).replace("…", ".*"), message, re.DOTALL) is not None
+    return pattern(fragment).search(message) is not None
 
 
 @pytest.mark.parametrize("page", PAGES)
