@@ -2,6 +2,7 @@
 
 import re
 import time
+from contextlib import closing
 from types import SimpleNamespace
 
 import pytest
@@ -83,11 +84,28 @@ def test_markup_in_replies_data_and_names_stays_text(tmp_path):
     assert evil not in page
 
 
-def test_replies_before_at_evaluations_and_at_the_end_are_side_by_side_each_step_once(tmp_path):
+def test_replies_before_at_evaluations_and_at_the_end_have_one_row_for_each_step(tmp_path):
     history = [said(0, "old 1", "old 2"), said(10, "mid 1", "mid 2"), said(20, "x", "y"), said(20, "new 1", "new 2")]
     page = shown(RUN | {"log_history": history}, tmp_path)
     order = re.findall(r"(old|mid|new|x|y) ?\d?</div>", page)
-    assert order == ["old", "mid", "new", "old", "mid", "new"]
+    assert order == ["old", "old", "mid", "mid", "new", "new"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("locale", ["en-US", "zh-CN"])
+def test_the_replies_of_many_evaluations_fit_a_window_of_1100_pixels(browser, tmp_path, locale):
+    texts = ["春天来了，" * 40, "word " * 60, "x" * 300, "short"]
+    questions = ["你好", "Hello", "写一首关于春天的诗", "What is the capital of France?"]
+    replies = [Reply(text, ended=True, num_tokens=1) for text in texts]
+    history = [replies_entry(step, questions, replies) for step in range(0, 3600, 300)]
+    (tmp_path / "page.html").write_text(shown(finished_run(*texts[:2]) | {"log_history": history}, tmp_path))
+    with closing(browser.new_context(locale=locale, viewport={"width": 1100, "height": 800})) as context:
+        tab = context.new_page()
+        tab.goto((tmp_path / "page.html").as_uri())
+        assert tab.locator(".replies").count() == 2
+        for element in [tab.locator("html"), *tab.locator(".wide").all()]:
+            width, inner = element.evaluate("element => [element.scrollWidth, element.clientWidth]")
+            assert width <= inner, element.inner_text()[:80]
 
 
 def test_a_history_without_evaluations_losses_or_numbers_is_a_page_all_the_same(tmp_path):
