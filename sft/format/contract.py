@@ -280,16 +280,16 @@ def judge_own_template(tokenizer) -> tuple[str, list[str], str]:
         rows = "row was" if len(untrained) == 1 else "rows were"
         return f"its own template writes {', '.join(untrained)}, whose embedding {rows} never trained", untrained, ""
     stop = name(renderer.stop_ids[0])
+    has_example = bool(found and found.has_example)
     looked = "its embedding rows were not looked at, as they are not here"
-    if found and found.has_example:
+    if has_example:
         looked = f"the embedding rows of {', '.join(map(name, ids))} are trained"
     elif found:
         looked = f"the embedding rows of {', '.join(map(name, ids))} look trained"
-    if renderer.stop_ids[0] not in trained_stop_ids(tokenizer) and not (found and found.has_example):
+    is_known = renderer.stop_ids[0] in trained_stop_ids(tokenizer)
+    if not is_known and not has_example:
         return f"its own template ends turns with {stop}, on which it may not have been trained ({looked})", [], ""
-    known = (
-        "" if renderer.stop_ids[0] not in trained_stop_ids(tokenizer) else f"the model ends its replies with {stop}; "
-    )
+    known = f"the model ends its replies with {stop}; " if is_known else ""
     return next(iter(check_contract(renderer)), ""), [], known + looked
 
 

@@ -351,13 +351,12 @@ def check_prompt(prompt: str, messages: Sequence[dict], tools) -> None:
 
 def check_reply(reply: str, message: dict) -> None:
     """Raise RecordError where a rendered reply lacks its text, its thought or a call."""
-    parts = {"the text": message.get("content") or "", "the thought": message.get("reasoning_content") or ""}
-    for name, part in parts.items():
-        if not _is_in(part, reply) or (name == "the thought" and part.strip() and not _is_in_text(part, reply)):
-            if name == "the thought":
-                raise RecordError("template", "the chat template has no place for a thought")
-            where = "a reply beside a call" if message.get("tool_calls") else "a reply"
-            raise RecordError("template", f"the chat template drops or changes {name} of {where}")
+    if not _is_in(message.get("content") or "", reply):
+        where = "a reply beside a call" if message.get("tool_calls") else "a reply"
+        raise RecordError("template", f"the chat template drops or changes the text of {where}")
+    thought = (message.get("reasoning_content") or "").strip()
+    if thought and not (_is_in(thought, reply) and _is_in_text(thought, reply)):
+        raise RecordError("template", "the chat template has no place for a thought")
     for call in message.get("tool_calls") or ():
         function = call["function"]
         arguments = function["arguments"]

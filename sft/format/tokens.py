@@ -98,13 +98,9 @@ def rows_of_turns(turns: Sequence[TurnIds], backend: Tokenizer, max_length: int 
     """
     rows: list[tuple[list[int], list[int], list[int]]] = []  # ids, labels, turn ends
     for prompt, reply in turns:
-        if rows and prompt[: len(rows[-1][0])] == rows[-1][0]:
-            ids, labels, ends = rows[-1]
-        else:
-            ids = []
-            labels = []
-            ends = []
-            rows.append((ids, labels, ends))
+        if not rows or prompt[: len(rows[-1][0])] != rows[-1][0]:
+            rows.append(([], [], []))
+        ids, labels, ends = rows[-1]
         labels += [IGNORE_INDEX] * (len(prompt) - len(ids)) + reply
         ids += prompt[len(ids) :] + reply
         ends.append(len(ids))
