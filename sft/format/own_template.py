@@ -71,9 +71,8 @@ class OwnTemplate:
 
     def prompt(self, messages: Sequence[dict], tools, thinking: bool | None, variables: Mapping) -> str:
         """Render up to the start of the reply, as an escaped text; `variables` hold for this prompt alone."""
-        prepared = self.prepare(messages)
-        escaped = self.escaper.escape(tools)
-        return self._render(prepared, escaped, thinking, add_generation_prompt=True, variables=variables)
+        tools = self.escaper.escape(tools)
+        return self._render(self.prepare(messages), tools, thinking, add_generation_prompt=True, variables=variables)
 
     def text(self, messages: Sequence[dict], tools: Sequence[dict] | None, thinking: bool | None) -> str:
         """Render as a server does, nothing escaped; with a generation prompt unless the last turn is a reply."""
