@@ -150,13 +150,13 @@ def test_a_batch_that_was_killed_resumes_and_answers_everything_once(tiny_base, 
     (tmp_path / "in.jsonl").write_text("".join(json.dumps({"prompt": question}) + "\n" for question in questions))
     arguments = ["--model_path", str(tiny_base("qwen2")), "--input", str(tmp_path / "in.jsonl")]
     arguments += ["--temperature", "1", "--max_new_tokens", "24", "--batch_size", "4", "--output"]
+    whole = start(*arguments, str(tmp_path / "whole.jsonl"), stderr=subprocess.DEVNULL)  # beside the others
     partial, kept = tmp_path / "out.jsonl.partial", []
     for wanted in (5, 30):
-        process = start(*arguments, str(tmp_path / "out.jsonl"), stderr=subprocess.DEVNULL)
-        while process.poll() is None and (not partial.exists() or partial.read_bytes().count(b"\n") <= wanted):
-            os.sched_yield()
-        process.kill()
-        process.wait()
+        with start(*arguments, str(tmp_path / "out.jsonl"), stderr=subprocess.PIPE) as process:
+            while process.stderr.read1() and (not partial.exists() or partial.read_bytes().count(b"\n") <= wanted):
+                pass  # until the progress line is written again
+            process.kill()
         lines = partial.read_bytes().splitlines(keepends=True)
         assert not (tmp_path / "out.jsonl").exists() and wanted < len(lines) < len(questions)
         assert lines[: len(kept)] == kept
@@ -169,7 +169,7 @@ def test_a_batch_that_was_killed_resumes_and_answers_everything_once(tiny_base, 
     for line in kept[1:]:
         answer = json.loads(line)
         assert answers[answer.pop("position")] == answer
-    assert start(*arguments, str(tmp_path / "whole.jsonl"), stderr=subprocess.DEVNULL).wait() == 0
+    assert whole.wait() == 0
     assert (tmp_path / "whole.jsonl").read_bytes() == (tmp_path / "out.jsonl").read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl", "whole.jsonl"]
 
