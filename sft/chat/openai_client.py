@@ -16,7 +16,7 @@ from threading import Event
 import httpx2  # the HTTP library of openai 3
 import openai
 
-# A server's refusal of a request, which may hold fields that it doesn't know.
+# Refusals of a request, which may have fields that only other servers read.
 REFUSALS = (openai.BadRequestError, openai.UnprocessableEntityError)
 MAX_BACKOFF_SECONDS = 60.0
 MAX_RETRY_AFTER_SECONDS = 120.0  # openai 3.54 doesn't retry a response that asks for more
