@@ -27,10 +27,14 @@ OPENED_AT_THE_END = re.compile(rf"({'|'.join(map(re.escape, OPENERS))})\s*$")
 HARMONY_HEADER = re.compile(r"(?:<\|start\|>assistant)?<\|channel\|>final<\|message\|>")
 
 
+SPACES = (
+    r"(?<!\s)\s*+"  # all that stand together: from each of them on, a search takes time in the square of their number
+)
+
 # Markers of DeepSeek and Kimi around a list of calls.
 AROUND_CALLS = re.compile(
     r"<｜tool▁calls▁(?:begin|end)｜>|<\|tool_calls_section_(?:begin|end)\|>|<\|(?:tool_)?calls\|>"
-    r"|(?:<\|eom\|>)?(?:<\|start\|>assistant)?\s*to=[\w.-]+<\|message\|>"
+    rf"|(?:<\|eom\|>)?(?:<\|start\|>assistant)?(?:{SPACES})?to=[\w.-]+<\|message\|>"
 )
 
 
@@ -144,7 +148,7 @@ def _read_block(
     for end in itertools.islice(end_of_block.finditer(text, begin), MAX_ENDS):
         try:
             calls = read(text[begin : end.start()])
-        except (ValueError, KeyError, TypeError, AttributeError, SyntaxError, RecursionError):
+        except (ValueError, KeyError, TypeError, AttributeError, SyntaxError, RecursionError, MemoryError):
             continue
         if calls and all(call.name and isinstance(call.arguments, dict) for call in calls):
             return calls, end.end()
@@ -184,33 +188,36 @@ def _read_json(text: str) -> list[Call]:
     return [_from_object(call) for call in (found if isinstance(found, list) else [found])]
 
 
-def _read_tags(text: str, block: str, pair: str) -> list[Call]:
-    """Read blocks of a name and pairs of key and value that must be all of the text."""
-    if not re.fullmatch(rf"\s*(?:{block}\s*)+", text, re.DOTALL):
+def _read_tags(text: str, name: str, pair: str, end: str = "") -> list[Call]:
+    """Read blocks of a name, pairs of key and value, and an end, that must be all of the text.
+
+    The groups are atomic: else a text that doesn't match takes time exponential in its length.
+    """
+    block = rf"{name}((?>\s*{_without_groups(pair)})*+)\s*+{end}"
+    if not re.fullmatch(rf"(?>\s*{_without_groups(block)})++\s*", text, re.DOTALL):
         raise ValueError("no call")
     return [
-        Call(name.strip(), {key: Unquoted(value) for key, value in re.findall(pair, body, re.DOTALL)})
-        for name, body in re.findall(block, text, re.DOTALL)
+        Call(function.strip(), {key: Unquoted(value) for key, value in re.findall(pair, body, re.DOTALL)})
+        for function, body in re.findall(block, text, re.DOTALL)
     ]
 
 
 def _read_function_tags(text: str) -> list[Call]:
     """<function=f> <parameter=key> value </parameter> </function>: Qwen3-Coder, Qwen3.5, Nemotron 3."""
     pair = r"<parameter=([^>\n]+)>\n?(.*?)\n?</parameter>"
-    return _read_tags(text, rf"<function=([^>\n]+)>((?:\s*{_without_groups(pair)})*)\s*</function>", pair)
+    return _read_tags(text, r"<function=([^>\n]+)>", pair, "</function>")
 
 
 def _read_argument_tags(text: str) -> list[Call]:
     """f <arg_key>key</arg_key> <arg_value>value</arg_value>: GLM 4.5."""
     pair = r"<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>"
-    return _read_tags(text, rf"([\w.-]+)((?:\s*{_without_groups(pair)})*)", pair)
+    return _read_tags(text, r"([\w.-]++)", pair)
 
 
 def _read_named_tags(text: str) -> list[Call]:
     """<invoke name="f"><parameter name="key">value</parameter></invoke>: MiniMax, DeepSeek 3.2, MiniCPM 5, Muse."""
     pair = r'<[^<>"]*?param(?:eter)? name="([^"]+)"[^<>]*>(.*?)</[^<>]*?param(?:eter)?>'
-    block = rf'<[^<>"]*?(?:invoke|function) name="([^"]+)"[^<>]*>((?:\s*{_without_groups(pair)})*)\s*</[^<>]*>'
-    calls = _read_tags(text, block, pair)
+    calls = _read_tags(text, r'<[^<>"]*?(?:invoke|function) name="([^"]+)"[^<>]*>', pair, r"</[^<>]*>")
     return [
         call._replace(arguments={key: Unquoted(CDATA.sub(r"\1", value)) for key, value in call.arguments.items()})
         for call in calls
@@ -227,7 +234,7 @@ def _parse_value(text: str):
         return PYTHON_WORDS[text]
     try:
         found = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return str(text)
     return str(text) if isinstance(found, str) else found
 
@@ -267,35 +274,39 @@ GEMMA_QUOTE = '<|"|>'
 PYTHON_WORDS = {"True": True, "False": False, "None": None}
 MAX_ENDS = 100  # of a block that are tried
 NAME_AND_JSON = (
-    r"\s*(?:function<｜tool▁sep｜>)?(?:[\w-]*<\|tool_call:name\|>)?(?:functions\.)?([\w.-]+?)(?::\d+)?"
-    r"(?:\[CALL_ID\][\w-]*)?\s*"
-    r"(?:<｜tool▁sep｜>|<\|tool_call_argument_begin\|>|\[ARGS\]|<\|tool_call:args\|>|>|"
-    r"\s*(?:<\|channel\|>commentary)?\s*(?:<\|constrain\|>)?(?:json)?<\|message\|>|\n```json\n)"
-    r"\s*(?:```json\n)?(\{.*\})\s*(?:```)?\s*"
+    r"\s*+(?:function<｜tool▁sep｜>)?(?:[\w-]*<\|tool_call:name\|>)?(?:functions\.)?([\w.-]+?)(?::\d+)?"
+    r"(?:\[CALL_ID\][\w-]*)?"
+    r"(?:\s*\n```json\n|\s*+(?:<｜tool▁sep｜>|<\|tool_call_argument_begin\|>|\[ARGS\]|<\|tool_call:args\|>|>|"
+    r"(?:<\|channel\|>commentary\s*+)?(?:<\|constrain\|>)?(?:json)?<\|message\|>))"
+    r"\s*+(?:```json\n)?(\{.*\})\s*+(?:```)?\s*+"
 )
 
 
 # How a block of calls begins and ends, and the function that reads it; the first row that can read all blocks is taken.
 SYNTAXES = (
-    (r"\s*<tool_call>", r"</tool_call>", _read_json),
-    (r"\s*<tool_call>", r"</tool_call>", _read_function_tags),
-    (r"\s*<tool_call>", r"</tool_call>", _read_argument_tags),
-    (r"\s*<\|tool_call>", r"<tool_call\|>", _read_gemma_call),
-    (r"\s*<｜tool▁call▁begin｜>", r"<｜tool▁call▁end｜>", _read_name_and_json),
-    (r"\s*<\|tool_call_begin\|>", r"<\|tool_call_end\|>", _read_name_and_json),
-    (r"\s*<\|tool_call:begin\|>", r"<\|tool_call:end\|>", _read_name_and_json),
-    (r"\s*<\|tool_call_start\|>", r"<\|tool_call_end\|>", _read_python_calls),
-    (r"\s*<tool_calls>", r"</tool_calls>", _read_json),
-    (r"\s*<\|START_ACTION\|>", r"<\|END_ACTION\|>", _read_json),
-    (r"\s*<\|tools_prefix\|>", r"<\|tools_suffix\|>|\Z", _read_json),
-    (r"\s*<\|function_call\|>", r"<\|function_call\|>|\Z", _read_json),
-    (r"\s*<[^<>\s]*(?:function|tool)_calls>", r"</[^<>\s]*(?:function|tool)_calls>", _read_named_tags),
-    (r"(?:<\|start\|>assistant)?\s*to=(?=functions\.)", r"(?=<\|start\|>assistant\s*to=)|\Z", _read_name_and_json),
+    (rf"{SPACES}<tool_call>", r"</tool_call>", _read_json),
+    (rf"{SPACES}<tool_call>", r"</tool_call>", _read_function_tags),
+    (rf"{SPACES}<tool_call>", r"</tool_call>", _read_argument_tags),
+    (rf"{SPACES}<\|tool_call>", r"<tool_call\|>", _read_gemma_call),
+    (rf"{SPACES}<｜tool▁call▁begin｜>", r"<｜tool▁call▁end｜>", _read_name_and_json),
+    (rf"{SPACES}<\|tool_call_begin\|>", r"<\|tool_call_end\|>", _read_name_and_json),
+    (rf"{SPACES}<\|tool_call:begin\|>", r"<\|tool_call:end\|>", _read_name_and_json),
+    (rf"{SPACES}<\|tool_call_start\|>", r"<\|tool_call_end\|>", _read_python_calls),
+    (rf"{SPACES}<tool_calls>", r"</tool_calls>", _read_json),
+    (rf"{SPACES}<\|START_ACTION\|>", r"<\|END_ACTION\|>", _read_json),
+    (rf"{SPACES}<\|tools_prefix\|>", r"<\|tools_suffix\|>|\Z", _read_json),
+    (rf"{SPACES}<\|function_call\|>", r"<\|function_call\|>|\Z", _read_json),
+    (rf"{SPACES}<[^<>\s]*(?:function|tool)_calls>", r"</[^<>\s]*(?:function|tool)_calls>", _read_named_tags),
+    (
+        rf"(?:<\|start\|>assistant)?(?:{SPACES})?to=(?=functions\.)",
+        r"(?=<\|start\|>assistant\s*to=)|\Z",
+        _read_name_and_json,
+    ),
     (r"\[TOOL_CALLS\]\s*(?=\[)", r"\Z", _read_json),
     (r"\[TOOL_CALLS\]", r"(?=\[TOOL_CALLS\])|\Z", _read_name_and_json),
-    (r"\s*(?=<function name=)", r"(?<=</function>)", _read_named_tags),
-    (r"\s*<function=", r"</function>", _read_name_and_json),
-    (r"\A\s*(?:<\|python_tag\|>)?(?=\{\s*\"name\")", r"\s*\Z", _read_json),
+    (rf"{SPACES}(?=<function name=)", r"(?<=</function>)", _read_named_tags),
+    (rf"{SPACES}<function=", r"</function>", _read_name_and_json),
+    (r"\A\s*(?:<\|python_tag\|>)?(?=\{\s*\"name\")", rf"{SPACES}\Z", _read_json),
 )
 
 

@@ -104,3 +104,28 @@ def test_text_beside_parallel_calls_stays_and_the_thought_is_folded():
 )
 def test_a_reply_with_one_unreadable_block_stays_text(text):
     assert split_reply(text) == {"role": "assistant", "content": text}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '<tool_call>get_current_temperature_of_city {"city": "Paris"}</tool_call>',
+        "<tool_call>f" + "<arg_key>a</arg_key><arg_value>b</arg_value>" * 40 + "!</tool_call>",
+        "<tool_call><function=f>" + "<parameter=a>x</parameter>" * 40 + "</tool_call>",
+        "<tool_call><function=f><parameter=a>x</parameter>y</parameter></function></tool_call>",
+        '<function_calls><invoke name="f">' + '<parameter name="a">1</parameter>' * 40 + "x</invoke></function_calls>",
+        "<function_calls>" + '<invoke name="f"></invoke>' * 40 + "x</function_calls>",
+        "[TOOL_CALLS]f" + " " * 20_000 + "{",
+        "a" + "\n" * 100_000 + "b",
+        "<tool_call>" + "[" * 100_000 + "</tool_call>",
+        "<|tool_call_start|>[" + "-" * 20_000 + "1]<|tool_call_end|>",
+    ],
+)
+def test_a_long_text_that_is_no_call_is_read_in_time_linear_in_its_length(text):
+    assert split_reply(text) == {"role": "assistant", "content": text}  # else the test doesn't end, or raises
+
+
+def test_an_argument_without_quotes_that_is_nested_too_deeply_is_a_text():
+    value = "[" * 100_000
+    message = split_reply(f"<tool_call><function=f><parameter=a>{value}</parameter></function></tool_call>")
+    assert [call["function"]["arguments"] for call in message["tool_calls"]] == [{"a": value}]
