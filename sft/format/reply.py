@@ -27,9 +27,8 @@ OPENED_AT_THE_END = re.compile(rf"({'|'.join(map(re.escape, OPENERS))})\s*$")
 HARMONY_HEADER = re.compile(r"(?:<\|start\|>assistant)?<\|channel\|>final<\|message\|>")
 
 
-SPACES = (
-    r"(?<!\s)\s*+"  # all that stand together: from each of them on, a search takes time in the square of their number
-)
+# A run of whitespace, from its first character: a search from each of them takes time in the square of their number.
+SPACES = r"(?<!\s)\s*+"
 
 # Markers of DeepSeek and Kimi around a list of calls.
 AROUND_CALLS = re.compile(
