@@ -1,4 +1,4 @@
-"""A checkpoint that a thread of each rank writes while training goes on; all ranks complete it together.
+"""A checkpoint that a thread of each rank writes while training continues; all ranks complete it together.
 
 The threads call no collective: NCCL and gloo need the same order of calls on all ranks, which only the main threads
 keep. At the end of a step these ask whether all threads are done; rank 0 then writes the manifest and renames.
@@ -129,7 +129,7 @@ class Save:
         return not self._guard.is_set_on_any_rank(not self._written.done())
 
     def give_up(self) -> None:
-        """Leave the checkpoint incomplete, as the other ranks go on; but wait for the thread.
+        """Leave the checkpoint incomplete, as the other ranks train on; but wait for the thread.
 
         A thread that is inside torch when Python exits aborts the process.
         """

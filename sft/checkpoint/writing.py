@@ -1,4 +1,4 @@
-"""Copy what a checkpoint's files will hold, so that they can be written while training goes on.
+"""Copy what a checkpoint's files will hold, so that they can be written while training continues.
 
 torch.save and safetensors are called by transformers and DeepSpeed. While they save, their tensors are copied into host
 memory; later a thread writes the files, byte for byte as they would have been. A file is hashed while it is written:
@@ -130,7 +130,7 @@ class CollectedFiles:
 
 
 class ZipRecords:
-    """What torch.save would write into its zip file; torch calls `write_record` as it calls its own writer's."""
+    """The records of a file of torch.save; torch calls `write_record` as it calls its own writer's."""
 
     def __init__(self, files: CollectedFiles):
         self._files = files

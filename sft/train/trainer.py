@@ -277,7 +277,7 @@ class Trainer(FastTrainer):
         return self._staging or super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model, trial) -> None:
-        """Copy what each rank will write; its thread writes into a temporary folder while training goes on."""
+        """Copy what each rank will write; its thread writes into a temporary folder while training continues."""
         self.saves.finish()
         if bad := self.bad_weight():
             raise UserError(f"step {self.state.global_step}: {bad} is not finite; stopped, not saved")

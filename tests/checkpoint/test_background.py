@@ -1,4 +1,4 @@
-"""A checkpoint that is written while training goes on is the one of its step, complete or not there."""
+"""A checkpoint that is written while training continues is the one of its step, complete or not there."""
 
 import signal
 import subprocess

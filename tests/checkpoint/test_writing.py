@@ -33,7 +33,7 @@ def test_files_are_those_of_the_moment_of_the_save_and_their_hashes_are_right(ma
         torch.save([3], tmp_path / "training_args.bin")
         modeling_utils.safe_save_file({"a": state["small"]}, str(tmp_path / "a.safetensors"), metadata={"b": "c"})
     assert torch.save is save and files.has_no_room == (not max_bytes)
-    for tensor in state.values():  # training goes on
+    for tensor in state.values():  # training continues
         if isinstance(tensor, torch.Tensor):
             tensor += 7
     hashes = files.write()
