@@ -178,17 +178,22 @@ def keep_layers(config, layers: list[int]) -> None:
     count = count_layers(settings)
     kept = {}
     for name, value in settings.items():
-        if name in LAYER_COUNTS:
-            kept[name] = len(layers)
-        elif _is_layer_numbers(name, value):
-            kept[name] = [layers.index(layer) for layer in value if layer in layers]
-        elif _is_by_layer(name, value, count):
-            kept[name] = [value[layer] for layer in layers]
+        if (of_layers := _take_layers(name, value, layers, count)) is not None:
+            kept[name] = of_layers
         elif name in DENSE_COUNTS and isinstance(value, int):
             kept[name] = sum(layer < value for layer in layers)
         elif name == "num_kv_shared_layers" and isinstance(value, int):
             kept[name] = sum(layer >= count - value for layer in layers)
     _set(config, settings, kept)
+
+
+def _take_layers(name: str, value, layers: list[int], count: int):
+    """Return what these layers leave of a setting of `count` layers; None for a setting that is not by layer."""
+    if name in LAYER_COUNTS:
+        return len(layers)
+    if _is_layer_numbers(name, value):
+        return [layers.index(layer) for layer in value if layer in layers]
+    return [value[layer] for layer in layers] if _is_by_layer(name, value, count) else None
 
 
 def _is_layer_numbers(name: str, value) -> bool:
@@ -205,12 +210,11 @@ def _shrink_part(config, settings: dict, layers: list[int], *, window: int, keep
     num_heads = next((settings[name] for name in NUM_HEADS if isinstance(settings.get(name), int)), 4)
     small = {}
     for name, value in settings.items():
-        if name in LAYER_COUNTS:
-            small[name] = len(layers)
-        elif _is_layer_numbers(name, value):
-            small[name] = [layers.index(layer) for layer in value if layer in layers]
-        elif _is_by_layer(name, value, count):
-            small[name] = [_shrink_setting(name, value[layer], num_heads, window) for layer in layers]
+        of_layers = _take_layers(name, value, layers, count)
+        if _is_by_layer(name, value, count):
+            small[name] = [_shrink_setting(name, own, num_heads, window) for own in of_layers]
+        elif of_layers is not None:
+            small[name] = of_layers
         elif keep_vocabulary and (re.fullmatch(VOCABULARY_SIZES, name) or name.endswith(TOKEN_IDS)):
             small[name] = value
         elif name.endswith(TOKEN_IDS):
