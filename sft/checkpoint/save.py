@@ -62,11 +62,16 @@ def remove_leftovers(output_dir: Path) -> list[str]:
     """Delete what a killed save left; return a line for each. ValueError when `.saving` is not of a run of ours."""
     folder = output_dir / SAVING
     lines = []
+    for path in folder.glob(f".{MARKER}.*{PARTIAL}"):
+        path.unlink()
     if folder.is_dir() and any(folder.iterdir()):
         if not (folder / MARKER).is_file():
             raise ValueError(f"{folder}: this is not of a run of ours; move it away")
         lines = [f"{path}: skipped and removed, its save was cut off" for path in folder.iterdir() if path.is_dir()]
-        shutil.rmtree(folder)
+        for path in folder.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+        shutil.rmtree(folder)  # the marker last: a deletion that is killed is finished at the next start
     for path in output_dir.glob(".removed-*"):
         _delete(path)
     for path in output_dir.glob(f".*{PARTIAL}"):

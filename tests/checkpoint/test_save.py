@@ -64,6 +64,36 @@ def test_leftovers_of_a_killed_save_are_named_and_removed_but_no_other_folder(tm
     assert names(tmp_path / ".saving") == ["thesis.txt"]
 
 
+@pytest.mark.parametrize("num_deleted", [0, 1, 2, 3])
+def test_a_kill_while_leftovers_are_deleted_or_named_does_not_stop_the_next_start(num_deleted, tmp_path, monkeypatch):
+    staged = open_staging(tmp_path, "a") / "checkpoint-5"
+    staged.mkdir()
+    for name in ("a.pt", "b.pt"):
+        (staged / name).write_text("half")
+    (staged.parent / ".run.json.0a1b2c3d.partial").write_text("{")
+    unlink = os.unlink
+    deleted = []
+
+    def unlink_or_die(path, *arguments, **options):
+        if len(deleted) == num_deleted:
+            raise KeyboardInterrupt
+        deleted.append(unlink(path, *arguments, **options))
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(os, "unlink", unlink_or_die)
+        remove_leftovers(tmp_path)
+    assert (tmp_path / ".saving" / "run.json").is_file()
+    remove_leftovers(tmp_path)
+    assert names(tmp_path) == []
+
+
+def test_a_kill_before_the_staging_folder_has_its_marker_does_not_stop_the_next_start(tmp_path):
+    (tmp_path / ".saving").mkdir()
+    (tmp_path / ".saving" / ".run.json.0a1b2c3d.partial").write_text("{")
+    assert remove_leftovers(tmp_path) == []
+    assert names(open_staging(tmp_path, "a")) == ["run.json"]
+
+
 def test_a_deletion_that_was_cut_off_is_finished_later(tmp_path):
     os.rename(saved_checkpoint(tmp_path, 5), tmp_path / ".removed-checkpoint-5")
     (tmp_path / ".removed-checkpoint-5" / "model.safetensors").unlink()
