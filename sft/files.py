@@ -120,6 +120,14 @@ def stage_folder(target: str | Path) -> Iterator[Path]:
         sync_folder(target.parent)
 
 
+def remove_cut_off(folder: Path) -> None:
+    """Delete the temporary files in a folder, but not those that a thread of this process is writing."""
+    written = {path.name for path in list(_temporaries)}
+    for path in folder.glob(f".*{PARTIAL}"):
+        if path.name not in written:
+            path.unlink(missing_ok=True)
+
+
 def remove_abandoned(target: Path) -> None:
     """Delete what killed processes left of `target`; only for the holder of its lock."""
     for path in target.parent.glob(f".{target.name}.*{PARTIAL}"):

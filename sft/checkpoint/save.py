@@ -12,7 +12,7 @@ import stat
 from pathlib import Path
 
 from sft.checkpoint.manifest import MANIFEST, is_of_run, list_checkpoints, read_manifest, step_of
-from sft.files import PARTIAL, exchange, move_files, sync_folder, write_json
+from sft.files import PARTIAL, exchange, move_files, remove_cut_off, sync_folder, write_json
 from sft.launch.processes import LOCK, RANKS
 
 SAVING = ".saving"
@@ -62,8 +62,7 @@ def remove_leftovers(output_dir: Path) -> list[str]:
     """Delete what a killed save left; return a line for each. ValueError when `.saving` is not of a run of ours."""
     folder = output_dir / SAVING
     lines = []
-    for path in folder.glob(f".{MARKER}.*{PARTIAL}"):
-        path.unlink()
+    remove_cut_off(folder)
     if folder.is_dir() and any(folder.iterdir()):
         if not (folder / MARKER).is_file():
             raise ValueError(f"{folder}: this is not of a run of ours; move it away")
@@ -74,8 +73,7 @@ def remove_leftovers(output_dir: Path) -> list[str]:
         shutil.rmtree(folder)  # the marker last: a deletion that is killed is finished at the next start
     for path in output_dir.glob(".removed-*"):
         _delete(path)
-    for path in output_dir.glob(f".*{PARTIAL}"):
-        path.unlink(missing_ok=True)
+    remove_cut_off(output_dir)
     return lines
 
 

@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 import time
+from contextlib import suppress
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -156,7 +157,8 @@ class Guard:
         if self.stage == "training" and self.requested is None:
             self.requested = number
             if self.lock:
-                write_json(self.lock, {**this_process(), "stopping": True})
+                with suppress(OSError):  # a full disk; only a run that waits for this one would have read it
+                    write_json(self.lock, {**this_process(), "stopping": True})
             self._print(f"{reason}: the step ends, then a checkpoint is saved")
 
     def _watch_ranks(self, now: float) -> None:
@@ -164,7 +166,7 @@ class Guard:
         if self.folder is None or not self._active:
             return
         for path in [self.folder / RANKS / str(self.rank), *([self.lock] if self.lock else [])]:
-            if path.exists():
+            with suppress(OSError):
                 os.utime(path)
         lost = self._find_lost_neighbour(now) if self.world_size > 1 else None
         if lost:
@@ -187,20 +189,24 @@ class Guard:
         if silent_seconds < self.timeout:
             return None
         if is_local(process):
-            os.kill(process["pid"], signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                os.kill(process["pid"], signal.SIGKILL)
         return f"{_name_rank(other, process)} has not answered for {silent_seconds:.0f} seconds (--rank_timeout)"
 
     def _exit(self, code: int, text: str) -> None:
         """End the process from the thread: its main thread may wait for ever inside a collective."""
-        self._print(text)
-        remove_temporaries()
-        self._remove_own_files(keep_rank=code == LOST)
-        os._exit(code)
+        try:
+            self._print(text)
+            remove_temporaries()
+            self._remove_own_files(keep_rank=code == LOST)
+        finally:
+            os._exit(code)
 
     def _print(self, text: str) -> None:
         where = f"rank {self.rank}: " if self.world_size > 1 else ""
-        print(f"train.py: {where}{text}", file=sys.stderr, flush=True)
-        sys.stdout.flush()
+        with suppress(OSError):  # its reader may be gone; an error would end this thread
+            print(f"train.py: {where}{text}", file=sys.stderr, flush=True)
+            sys.stdout.flush()
 
     def _remove_own_files(self, *, keep_rank: bool) -> None:
         if self.folder is not None and not keep_rank:

@@ -18,6 +18,7 @@ from sft.checkpoint.save import (
     publish_model,
     remove_leftovers,
 )
+from sft.files import open_whole
 from tests.checkpoint.test_manifest import saved_checkpoint
 
 
@@ -92,6 +93,15 @@ def test_a_kill_before_the_staging_folder_has_its_marker_does_not_stop_the_next_
     (tmp_path / ".saving" / ".run.json.0a1b2c3d.partial").write_text("{")
     assert remove_leftovers(tmp_path) == []
     assert names(open_staging(tmp_path, "a")) == ["run.json"]
+
+
+def test_a_file_that_another_thread_is_writing_is_no_leftover(tmp_path):
+    """As the guard's thread writes the lock when a signal comes, and the main thread saves."""
+    (tmp_path / "..lock.0a1b2c3d.partial").write_text("{")
+    with open_whole(tmp_path / ".lock") as stream:
+        stream.write("{}")
+        remove_leftovers(tmp_path)
+    assert names(tmp_path) == [".lock"]
 
 
 def test_a_deletion_that_was_cut_off_is_finished_later(tmp_path):

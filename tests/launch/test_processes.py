@@ -13,6 +13,7 @@ import time
 import pytest
 
 from sft.files import start_time, this_process
+from sft.launch import processes
 from sft.launch.processes import LOCK, RANKS, Guard, Stopped, UserError, lock_folder
 from tests.conftest import ROOT
 
@@ -41,6 +42,31 @@ def test_before_the_first_step_a_signal_ends_the_process_even_inside_a_call_that
     _out, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.Signals[name]
     assert errors == f"train.py: {name} before the first step; nothing to save\n"
+
+
+def test_a_signal_ends_a_process_whose_error_stream_has_no_reader():
+    """As in `... 2>&1 | tee log`, where Ctrl-C ends tee first."""
+    process = script("with Guard():\n    print('ready', flush=True)\n    time.sleep(600)\n")
+    process.stdout.readline()
+    process.stderr.close()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130
+    process.stdout.close()
+
+
+def test_a_full_disk_does_not_end_the_thread_that_handles_signals(tmp_path, monkeypatch):
+    def full(*_arguments, **_options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(processes, "write_json", full)
+    monkeypatch.setattr(processes.os, "utime", full)
+    with Guard() as guard:
+        guard.lock = guard.folder = tmp_path / "gone"
+        guard.stage = "training"
+        guard.handle_signal(signal.SIGTERM)
+        guard._watch_ranks(time.monotonic())
+        guard.lock = None
+        assert guard.requested == signal.SIGTERM
 
 
 def test_a_signal_in_training_is_kept_for_the_end_of_the_step_and_a_second_changes_nothing():
