@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
@@ -56,7 +57,8 @@ class Restore(TrainerCallback):
         self.take_new_flags(args)
         if progress.evaluate and trainer.eval_dataset is not None:
             progress.evaluate = False
-            trainer._evaluate(None, None)
+            trainer._determine_best_metric(trainer._evaluate(None, None), None)
+            find_best_checkpoint(trainer)
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         if args.dataloader_num_workers:  # a forked worker would keep the copies of a checkpoint in memory
@@ -81,6 +83,13 @@ class Restore(TrainerCallback):
                 self.trainer.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=False
             ):
                 group["lr"] = base * of(scheduler.last_epoch)
+
+
+def find_best_checkpoint(trainer) -> None:
+    """Store the path of the best checkpoint of a resumed run, whose folder may have been moved."""
+    best = Path(trainer.args.output_dir) / f"checkpoint-{trainer.state.best_global_step}"
+    if best.is_dir():
+        trainer.state.best_model_checkpoint = str(best)
 
 
 class SelfTest(TrainerCallback):

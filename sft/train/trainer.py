@@ -33,7 +33,7 @@ from sft.dataset.sampler import Updates, WithEmpty
 from sft.files import write_json
 from sft.launch.processes import Guard, Stopped, UserError
 from sft.report.text import say
-from sft.train.callbacks import Progress, ProgressWithSpeed, Restore
+from sft.train.callbacks import Progress, ProgressWithSpeed, Restore, find_best_checkpoint
 from sft.train.losses import FastTrainer, FiniteCheck, RouterLosses, SourceLosses, Sources, statistics_of_rows
 
 
@@ -124,6 +124,7 @@ class Trainer(FastTrainer):
         place = super()._init_training_state(max_steps, num_update_steps_per_epoch, num_train_epochs, resume, trial)
         if resume is None:
             return place
+        find_best_checkpoint(self)
         self.state.compute_steps(self.args, max_steps)
         if self.state.global_step >= max_steps:
             return num_train_epochs, 0
@@ -299,7 +300,10 @@ class Trainer(FastTrainer):
     def train(self, *arguments, **options):
         """Train, and complete the last checkpoint, also when an error ends the training."""
         with self.saves:
-            return super().train(*arguments, **options)
+            try:
+                return super().train(*arguments, **options)
+            except EvaluationStopped:  # the one that a stopped run has left to its resume: again
+                raise Stopped(f"stopped at step {self.state.global_step}") from None
 
     def _load_best_model(self) -> None:
         self.saves.finish()
@@ -340,12 +344,14 @@ class Trainer(FastTrainer):
             "total_loss": self._total_loss_scalar,
             "last_logged": self._globalstep_last_logged,
         }
+        is_best = self.guard.broadcast(self.state.best_model_checkpoint == str(folder))
+        if is_best:  # on all ranks: each of them loads it at the end
+            self.state.best_model_checkpoint = str(Path(self.args.output_dir) / folder.name)
         if not self.args.should_save:
             return
         write_json(folder / PROGRESS, asdict(self.progress) | progress, ensure_ascii=True)
         write_json(folder / FINGERPRINT, self.fingerprint, ensure_ascii=True)
-        if self.state.best_model_checkpoint == str(folder):
-            self.state.best_model_checkpoint = str(Path(self.args.output_dir) / folder.name)
+        if is_best:
             self.state.save_to_json(str(folder / "trainer_state.json"))
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +21,8 @@ from sft.checkpoint.consolidate import consolidate
 from sft.checkpoint.manifest import find_checkpoint, hash_files, write_manifest
 from sft.checkpoint.resume import check_unchanged, compare_fingerprints, describe_resume
 from sft.checkpoint.save import list_files
+from sft.launch.processes import Guard
+from sft.train.losses import RouterLosses
 from sft.train.trainer import Trainer
 from tests.conftest import ROOT
 
@@ -156,14 +159,54 @@ def test_a_mixture_resumes_to_the_same_bits_and_another_one_is_refused(
 
 
 def test_a_signal_in_an_evaluation_stops_it_and_it_is_done_when_the_run_resumes(tiny_base, data, tmp_path, monkeypatch):
-    flags = {"per_device_eval_batch_size": 1}
+    flags = {"per_device_eval_batch_size": 1, "max_steps": 6}
+    flags |= {"metric_for_best_model": "loss", "greater_is_better": True}
     whole = run(tiny_base("qwen2"), data, tmp_path / "whole", **flags)
     with monkeypatch.context() as patched, pytest.raises(SystemExit):
         stop_at(patched, 4, method="prediction_step")
         run(tiny_base("qwen2"), data, tmp_path / "stopped", **flags)
     assert sorted(path.name for path in (tmp_path / "stopped").iterdir()) == ["checkpoint-4", "report.html"]
+    with monkeypatch.context() as patched, pytest.raises(SystemExit) as exit_:
+        stop_at(patched, 4, method="prediction_step")
+        run(tiny_base("qwen2"), data, tmp_path / "stopped", resume_from_checkpoint="auto", **flags)
+    assert exit_.value.code == 75
     run(tiny_base("qwen2"), data, tmp_path / "stopped", resume_from_checkpoint="auto", **flags)
     assert_same(whole, tmp_path / "stopped")
+    states = [
+        json.loads((tmp_path / of / "checkpoint-6/trainer_state.json").read_text()) for of in ("whole", "stopped")
+    ]
+    assert [state["best_global_step"] for state in states] == [4, 4]
+    assert states[0]["best_metric"] == states[1]["best_metric"]
+
+
+def test_the_best_checkpoint_is_kept_and_loaded_also_after_the_folder_was_moved(tiny_base, data, tmp_path, monkeypatch):
+    flags = {"learning_rate": 0.3, "eval_steps": 2, "save_steps": 2, "save_total_limit": 1}
+    flags |= {"load_best_model_at_end": True, "warmup_steps": 0, "max_steps": 5}
+    with monkeypatch.context() as patched, pytest.raises(SystemExit):
+        stop_at(patched, 2)
+        run(tiny_base("qwen2"), data, tmp_path / "stopped", **flags)
+    moved = (tmp_path / "stopped").rename(tmp_path / "moved")
+    run(tiny_base("qwen2"), data, moved, resume_from_checkpoint="auto", **flags)
+    held_out = [line["eval_loss"] for line in logs_of(moved) if "eval_loss" in line]
+    assert len(held_out) == 3 and held_out[0] == min(held_out)
+    best, last = load_file(moved / "checkpoint-2" / "model.safetensors"), weights_of(moved)
+    assert all(torch.equal(best[name], last[name]) for name in best)
+
+
+def test_every_rank_learns_the_path_of_the_best_checkpoint(tmp_path):
+    staged = tmp_path / ".saving" / "checkpoint-2"
+    rank_1 = SimpleNamespace(
+        guard=Guard(),
+        state=SimpleNamespace(best_model_checkpoint=str(staged)),
+        args=SimpleNamespace(should_save=False, output_dir=str(tmp_path)),
+        source_losses=None,
+        router_losses=RouterLosses(),
+        _tr_loss=torch.zeros(()),
+        _total_loss_scalar=0.0,
+        _globalstep_last_logged=0,
+    )
+    Trainer._write_progress(rank_1, staged)
+    assert rank_1.state.best_model_checkpoint == str(tmp_path / "checkpoint-2")
 
 
 @pytest.mark.parametrize("named", ["auto", "checkpoint-4"])
