@@ -11,7 +11,7 @@ import shutil
 import stat
 from pathlib import Path
 
-from sft.checkpoint.manifest import MANIFEST, is_of_run, list_checkpoints, read_manifest, step_of
+from sft.checkpoint.manifest import MANIFEST, checkpoint_bytes, is_of_run, list_checkpoints, read_manifest, step_of
 from sft.files import PARTIAL, exchange, move_files, remove_cut_off, sync_folder, write_json
 from sft.launch.processes import LOCK, RANKS
 
@@ -137,6 +137,18 @@ def publish_model(staged: Path, folder: Path) -> None:
     names = sorted(os.listdir(staged), key=lambda name: (name.endswith((".safetensors", ".index.json")), name))
     move_files(staged, folder, names)
     shutil.rmtree(staged)
+
+
+def estimate_bytes(output_dir: Path, model, *, has_masters: bool) -> int:
+    """Return the bytes of the next checkpoint: as large as the last one; the first: weights and two moments in fp32.
+
+    `has_masters`: with a copy of the weights in fp32, as DeepSpeed keeps it.
+    """
+    sizes = [checkpoint_bytes(folder) for folder in output_dir.glob("checkpoint-*") if folder.is_dir()]
+    if any(sizes):
+        return max(sizes) * 101 // 100
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return sum(getattr(p, "ds_numel", p.numel()) * (16 if has_masters else 12) for p in trained)
 
 
 def check_disk_space(folder: Path, needed: int, what: str) -> None:

@@ -18,10 +18,11 @@ from transformers import ProgressCallback
 
 from sft.checkpoint import zero
 from sft.checkpoint.background import BackgroundSaves, free_memory_for_copies
-from sft.checkpoint.manifest import FINGERPRINT, PROGRESS, checkpoint_bytes, read_manifest
+from sft.checkpoint.manifest import FINGERPRINT, PROGRESS, read_manifest
 from sft.checkpoint.save import (
     SAVING,
     check_disk_space,
+    estimate_bytes,
     explain_error,
     open_staging,
     publish_model,
@@ -283,7 +284,7 @@ class Trainer(FastTrainer):
         if bad := self.bad_weight():
             raise UserError(f"step {self.state.global_step}: {bad} is not finite; stopped, not saved")
         output, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
-        staging = self.open_staging(self._bytes_of_a_checkpoint(output), name)
+        staging = self.open_staging(estimate_bytes(output, self.model, has_masters=self.is_deepspeed_enabled), name)
         self._staging = str(staging)
         began = time.monotonic()
         try:
@@ -327,14 +328,6 @@ class Trainer(FastTrainer):
     def bad_weight(self) -> str | None:
         """Return the name of a weight that is not finite on some rank, the same on all, or None."""
         return next((name for name in self.guard.all_gather(find_bad_weight(self.model)) if name), None)
-
-    def _bytes_of_a_checkpoint(self, output: Path) -> int:
-        """As large as the last one of this run; the first: weights, and in fp32 masters and two moments."""
-        sizes = [checkpoint_bytes(folder) for folder in output.glob("checkpoint-*") if folder.is_dir()]
-        if any(sizes):
-            return max(sizes) * 101 // 100
-        sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in self.model.parameters()]
-        return sum(size * (12 if self.is_deepspeed_enabled else 8) + size * 4 for size, trained in sizes if trained)
 
     def _write_progress(self, folder: Path) -> None:
         progress = {
