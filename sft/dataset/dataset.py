@@ -304,6 +304,7 @@ def _build(
     with stage_folder(folder) as staged:
         if files:
             encoder = renderer.use_bulk_encoder(_read_first(files, renderer, reading), num_bytes)
+            release_freed_memory()  # 100 MiB, of making the encoder's tables
             processes = f", in {settings['num_workers']} processes" if settings["num_workers"] > 1 else ""
             say(f"tokenising {len(files)} files with {encoder}{processes}")
         try:
