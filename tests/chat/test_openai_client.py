@@ -8,22 +8,9 @@ import openai
 import pytest
 
 from sft.chat.openai_client import LimitError, ResponseLimits, find_url_problem, new_client, retry_after
-from tests.endpoint_server import Server, completion
+from tests.endpoint_server import completion
 
 PAYLOAD = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
-
-
-@pytest.fixture
-def serve():
-    servers = []
-
-    def start(script) -> Server:
-        servers.append(Server(script))
-        return servers[-1]
-
-    yield start
-    for server in servers:
-        server.close()
 
 
 def post(server, **options) -> httpx2.Response:

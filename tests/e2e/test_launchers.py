@@ -1,8 +1,6 @@
 """The shell scripts, under dash, for real."""
 
 import json
-import os
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,19 +10,10 @@ from safetensors.torch import load_file
 
 from sft.base import identify_base
 from sft.launch.workers import bind_port
-from tests.conftest import ROOT
+from tests.scripts import sh
 
 SHARED = ("per_device_train_batch_size", "gradient_accumulation_steps")
 SHOW_ARGUMENTS = "import json, sys; print(json.dumps(sys.argv[1:]))"
-
-
-def sh(script: str, *flags: str, **environment: str) -> subprocess.CompletedProcess:
-    knobs = ("MODEL", "DATA", "OUTPUT", "ZERO", "OFFLOAD", "NUM_GPUS", "NUM_PROCESSES", "HOSTFILE", "NNODES")
-    knobs += ("DRY_RUN", "PROBE_STEPS")
-    clean = {name: value for name, value in os.environ.items() if name not in (*knobs, "MASTER_PORT", "SLURM_JOB_ID")}
-    settings = {**clean, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", **environment}
-    command = ["dash", script, *flags]
-    return subprocess.run(command, cwd=ROOT, env=settings, capture_output=True, text=True, check=False, timeout=600)
 
 
 @pytest.fixture

@@ -15,8 +15,8 @@ from sft.preview import measure as probe
 from sft.preview.data import heaviest_rows
 from sft.preview.report import Report
 from sft.train import setup
-from tests.e2e.test_launchers import sh
 from tests.preview.test_dry_run import dry_run, set_up  # noqa: F401 (a fixture)
+from tests.scripts import sh
 
 
 def test_the_heaviest_rows_come_twice_then_the_runs_own():

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import train
-from tests.e2e.test_launchers import sh
+from tests.scripts import sh
 
 FLAGS = {"--optim": "sgd", "--lr_scheduler_type": "constant", "--warmup_steps": "0", "--learning_rate": "1"}
 FLAGS |= {"--max_grad_norm": "1000", "--max_steps": "2", "--logging_steps": "1", "--save_strategy": "no"}

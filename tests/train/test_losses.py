@@ -10,7 +10,7 @@ import torch
 
 from sft.dataset.dataset import ORIGIN
 from sft.train.losses import MAX_SOURCES, RouterLosses, clip_in_optimizer, group_sources, statistics_of_rows
-from tests.e2e.test_launchers import sh
+from tests.scripts import sh
 
 
 def examples(*numbers: int):
