@@ -20,7 +20,7 @@ MAX_SESSIONS = 2_000  # whose conversations are kept; the least recently used on
 
 
 def build_page(handlers: Handlers) -> gr.Blocks:
-    """Build the page; `serve` opens it."""
+    """Build the page; `serve_page` opens it."""
     with gr.Blocks(title="SFT chat", analytics_enabled=False, fill_height=True) as page:
         turns = gr.State([])
         with gr.Row(equal_height=True):

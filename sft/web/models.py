@@ -10,10 +10,12 @@ import logging
 import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
 from functools import partial
 
 from sft.chat.batching import MAX_ACTIVE, MAX_CACHED_TOKENS, MAX_WAITING, BusyError
 from sft.chat.reply import Chat, encodable, split_thought
+from sft.chat.rows import Request
 from sft.chat.sampling import Sampling
 from sft.web.turns import num_questions, without_oldest
 
@@ -37,14 +39,13 @@ JOINER = "\u2060"  # invisible
 # --- in this process ----------------------------------------------------------------------------------------------
 
 
+@dataclass
 class LocalReply:
     """A reply that the decoder is making."""
 
-    def __init__(self, chat: Chat, request, tools: list[dict] | None = None):
-        self.chat = chat
-        self.request = request
-        self.tools = tools
-        self.cancel = request.cancel
+    chat: Chat
+    request: Request
+    tools: list[dict] | None = None
 
     @property
     def done(self) -> bool:
@@ -57,6 +58,9 @@ class LocalReply:
     @property
     def queue_position(self) -> int:
         return self.chat.decoder.queue_position(self.request)
+
+    def cancel(self) -> None:
+        self.request.cancel()
 
     def read(self) -> tuple[dict, bool, int]:
         """Return the message up to now, whether the model ended it, and its number of tokens."""
@@ -128,19 +132,19 @@ class RemoteError(Exception):
     """An error in one line that may be shown: no address, no key, none of the server's own text."""
 
 
+@dataclass(eq=False)
 class RemoteReply:
     """A reply that a server is making; those before it in the queue `waiting` come first."""
 
-    def __init__(self, waiting: list["RemoteReply"]):
-        self.waiting = waiting
-        self.thought = ""
-        self.text = ""
-        self.calls: list[dict] = []
-        self.num_tokens = 0
-        self.ended = False
-        self.done = False
-        self.error: BaseException | None = None
-        self.task: asyncio.Task | None = None
+    waiting: list["RemoteReply"]
+    thought: str = ""
+    text: str = ""
+    calls: list[dict] = field(default_factory=list)
+    num_tokens: int = 0
+    ended: bool = False
+    done: bool = False
+    error: BaseException | None = None
+    task: asyncio.Task | None = None
 
     def read(self) -> tuple[dict, bool, int]:
         """Return the message up to now, whether the model ended it, and its number of tokens."""

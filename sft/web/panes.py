@@ -4,6 +4,7 @@ import html
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
@@ -134,29 +135,29 @@ def _formula_assets() -> dict[str, str]:
     }
 
 
+@dataclass
 class PendingReply:
     """A pane's reply in the making, and the line below it."""
 
-    def __init__(self, started: LocalReply | RemoteReply, num_left_out: int = 0):
-        self.started = started
-        self.num_left_out = num_left_out
-        self.message: dict = {}
-        self.queue_position = -1
-        self.ended = False
-        self.num_tokens = 0
-        self.begun: float | None = None
-        self.seconds = 0.0
-        self._is_complete = False
+    started: LocalReply | RemoteReply
+    num_left_out: int = 0
+    message: dict = field(default_factory=dict)
+    queue_position: int = -1
+    ended: bool = False
+    num_tokens: int = 0
+    begun: float | None = None
+    seconds: float = 0.0
+    is_complete: bool = False
 
     def update(self) -> dict:
         """Read the reply up to now and return its message; raises the model's error."""
         self.queue_position = self.started.queue_position
         if self.started.error:
             raise self.started.error
-        if self.queue_position < 0 and not self._is_complete:
+        if self.queue_position < 0 and not self.is_complete:
             self.begun = self.begun or time.monotonic() - SECONDS_BETWEEN_UPDATES
             self.seconds = time.monotonic() - self.begun
-            self._is_complete = self.started.done
+            self.is_complete = self.started.done
         self.message, self.ended, self.num_tokens = self.started.read()
         return self.message
 
