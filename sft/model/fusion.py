@@ -123,8 +123,7 @@ def use_master_products(model, *, accumulation: int, alone: bool) -> int:
         is_plain = type(module) is nn.Linear or (type(module).__name__ == "FalconLinear" and module.bias is None)
         if module is head or not is_plain or "forward" in vars(module):
             continue
-        plain_class = type(module)
-        module.__class__ = _master_class(plain_class)
+        module.__class__ = _master_class(type(module))
         module.rounding, module.keeps_rounded, module.adds_gradients = rounding, accumulation > 1, alone
         changed += 1
     return changed
@@ -132,12 +131,8 @@ def use_master_products(model, *, accumulation: int, alone: bool) -> int:
 
 @functools.cache
 def _master_class(plain_class: type) -> type:
-    members = {
-        "plain_class": plain_class,
-        "__module__": plain_class.__module__,
-        "__qualname__": plain_class.__qualname__,
-    }
-    return type(plain_class.__name__, (MasterLinear, plain_class), members)
+    names = {"__module__": plain_class.__module__, "__qualname__": plain_class.__qualname__}
+    return type(plain_class.__name__, (MasterLinear, plain_class), {"plain_class": plain_class, **names})
 
 
 # --- compiled functions -----------------------------------------------------------------------------------------------
@@ -173,7 +168,7 @@ def _compiled_by_token(module_class: type) -> type:
     def forward(self, hidden_states):
         if not self.runs_compiled():
             return module_class.forward(self, hidden_states)
-        rows = hidden_states.flatten(0, -2)
+        rows = hidden_states.flatten(0, -2).contiguous()  # strides of a slice would be guarded
         return _run_compiled(module_class.forward, self, rows, dynamic={1: (0,)}).view(hidden_states.shape)
 
     return _subclass(module_class, forward)
@@ -377,19 +372,23 @@ def measure_distance(model, plain: Callable, other: Callable, *, num_rows: int =
 
 
 def _run_once(model, num_rows: int, packing: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the hidden states of random embeddings, and the gradient of a weighted sum of them."""
-    weight = model.get_input_embeddings().weight
-    random = torch.Generator().manual_seed(0)
-    size = model.get_input_embeddings().embedding_dim
-    embedded = (torch.randn(num_rows, PROOF_TOKENS, size, generator=random) * 0.1).to(weight.device, weight.dtype)
-    embedded.requires_grad_()
-    positions = torch.arange(PROOF_TOKENS, device=weight.device).expand(num_rows, -1)
+    """Return hidden states of random embeddings, and a gradient: the embeddings', or the weights' if they have none."""
+    embedding = model.get_input_embeddings()
+    device, random = embedding.weight.device, torch.Generator().manual_seed(0)
+    embedded = (torch.randn(num_rows, PROOF_TOKENS, embedding.embedding_dim, generator=random) * 0.1).to(
+        embedding.weight
+    )
+    # In training the first layer gets them so, and is compiled for it.
+    embedded.requires_grad_(embedding(torch.zeros(1, 1, dtype=torch.long, device=device)).requires_grad)
+    positions = torch.arange(PROOF_TOKENS, device=device).expand(num_rows, -1)
     documents = read_documents(positions, num_rows) if packing else None
-    with torch.random.fork_rng([weight.device] if weight.is_cuda else []), documents_set_to(documents):
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), documents_set_to(documents):
         torch.manual_seed(0)  # the same dropout
         hidden = family_model(model).base_model(inputs_embeds=embedded, position_ids=positions, use_cache=False)[0]
-    weights = torch.linspace(-1, 1, hidden.numel(), device=hidden.device).view(hidden.shape).to(hidden.dtype)
-    return hidden.detach(), *torch.autograd.grad(hidden, embedded, weights)
+    weights = torch.linspace(-1, 1, hidden.numel(), device=device).view(hidden.shape).to(hidden.dtype)
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    found = torch.autograd.grad(hidden, [embedded] if embedded.requires_grad else trained, weights, allow_unused=True)
+    return hidden.detach(), torch.cat([gradient.flatten() for gradient in found if gradient is not None])
 
 
 def _distance(found: torch.Tensor, expected: torch.Tensor) -> float:

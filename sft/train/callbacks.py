@@ -167,15 +167,21 @@ class KeepOutputs(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         self.num_steps += 1
-        if self.num_steps != STEPS_BEFORE_KEEPING or args.device.type != "cuda" or not may_keep(args):
+        if self.num_steps != STEPS_BEFORE_KEEPING or not may_keep(args):
             return
         tokens = args.per_device_train_batch_size * self.max_length // args.sequence_parallel_size
-        free, whole = torch.cuda.mem_get_info(args.device)
-        room = free - int((1 - MAX_SHARE_OF_GPU) * whole)
         dtype = torch.bfloat16 if args.bf16 else torch.float16
-        with torch.autocast("cuda", dtype=dtype, enabled=args.bf16 or args.fp16):
-            if note := keep_outputs(self.model, tokens, room=room):
+        with torch.autocast(args.device.type, dtype=dtype, enabled=args.bf16 or args.fp16):
+            if note := keep_outputs(self.model, tokens, room=find_room(args.device)):
                 say(note)
+
+
+def find_room(device: torch.device) -> int:
+    """Return the bytes of a GPU that are not in use and not left free for what comes; 0 on a CPU."""
+    if device.type != "cuda":
+        return 0
+    free, whole = torch.cuda.mem_get_info(device)
+    return max(0, free - int((1 - MAX_SHARE_OF_GPU) * whole))
 
 
 def keep_outputs(model, tokens: int, *, room: int) -> str:
@@ -184,9 +190,9 @@ def keep_outputs(model, tokens: int, *, room: int) -> str:
     A short step with and without it is compared: call it under the training's autocast.
     """
     layers = find_layers(model)
-    weight = model.get_input_embeddings().weight
-    hidden = weight.shape[1]
-    element_size = compute_dtype(weight).itemsize
+    embedding = model.get_input_embeddings()
+    hidden = embedding.embedding_dim
+    element_size = compute_dtype(embedding.weight).itemsize
     sizes = choose_sizes(find_widths(model), hidden=hidden, room=room, tokens=tokens, element_size=element_size)
     chosen = list(zip(layers, sizes, strict=False))
     functions = [layer._gradient_checkpointing_func for layer, _size in chosen]

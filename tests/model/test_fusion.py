@@ -7,9 +7,9 @@ import pytest
 import torch
 import torch._dynamo
 from torch._dynamo.utils import counters
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from sft.model import attention, fusion, loss
+from sft.model import adapters, attention, fusion, loss
 
 ON_GPU = fusion.Circumstances(on_gpu=True, half=True, seconds=1000.0)
 
@@ -87,6 +87,57 @@ def test_no_batch_compiles_anew_after_the_start(family, said, load, compile_with
         for batch in (packed(30, 11), packed(2, 2, 2)):
             assert largest_distance(gradients_of(model, batch), gradients_of(plain, batch)) < 1e-6
     assert counters["stats"]["unique_graphs"] == graphs
+
+
+@pytest.mark.parametrize(("family", "half"), [("qwen2", False), ("bloom", True)])
+def test_no_batch_compiles_anew_under_lora(family, half, load, compile_with):
+    """The embeddings are frozen, so that the first layer's states have no gradient and its norm a graph of its own."""
+    compile_with("eager")
+    plain = adapters.add_lora(load(family), rank=4, alpha=8, dropout=0.0)
+    model = copy.deepcopy(plain)
+    fusion.compile_elementwise(model)
+    with torch.autocast("cpu", dtype=torch.float16, enabled=half):
+        assert "compiled functions in " in fusion.prove_fused(model)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for batch in (packed(5, 9, 20), packed(*[3] * 13)):
+                found, expected = (model_of(**batch).loss for model_of in (model, plain))
+                assert float((found - expected).detach()) == pytest.approx(0.0, abs=1e-5)
+                found.backward()
+
+
+@pytest.mark.slow
+def test_the_slices_of_a_hybrid_compile_once(compile_with):
+    """Queries of qwen3_5 are every other slice of a product; their strides would be guarded."""
+    compile_with("eager")
+    shape = {"vocab_size": 200, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 4, "head_dim": 16}
+    shape |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+    config = AutoConfig.for_model("qwen3_5_text", **shape)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).train()
+    attention.isolate_documents(model)
+    fusion.compile_elementwise(model)
+    fusion.prove_fused(model)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for batch in (packed(5, 9, 20), packed(34), packed(*[3] * 5)):
+            model(**batch).loss.backward()
+
+
+def test_liger_kernels_that_give_something_else_are_taken_out(load, monkeypatch):
+    monkeypatch.setattr(fusion, "has_liger", lambda model: True)
+    for factor, said in (
+        (1.0, "fused kernels: Liger's kernels in "),
+        (1.01, "fused kernels: none (Liger's kernels end "),
+    ):
+
+        def patch(model, factor=factor):
+            norm = model.model.norm
+            norm.forward = lambda states: type(norm).forward(norm, states) * factor
+            return "Liger's for qwen2"
+
+        monkeypatch.setattr(fusion, "use_liger_kernels", patch)
+        model = load("qwen2")
+        fusion.fuse(model, "auto", replace(ON_GPU, half=False))
+        assert fusion.prove_fused(model).startswith(said)
+        assert ("forward" in vars(model.model.norm)) is (factor == 1.0)
 
 
 def test_padded_batches_compile_in_the_first_update_alone(load, compile_with):

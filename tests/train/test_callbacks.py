@@ -1,14 +1,17 @@
 """Checkpointed layers that keep outputs give the same gradient and compute less again."""
 
 import functools
+import json
 from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 from transformers.models.qwen2 import modeling_qwen2
 
+import train
 from sft.model import attention, fusion, loss
 from sft.train import callbacks
 
@@ -54,6 +57,24 @@ def test_layers_that_keep_outputs_compute_less_again_and_give_the_same_gradient(
     gradient, operations = step(model, half=half)
     assert torch.equal(gradient, expected)
     assert operations < 0.96 * all_again
+
+
+@pytest.mark.slow
+def test_a_run_that_keeps_outputs_ends_with_the_same_weights(tiny_base, tmp_path, monkeypatch, capfd):
+    record = {"prompt": "Hello", "completion": "word " * 40}
+    (tmp_path / "train.jsonl").write_text("\n".join([json.dumps(record)] * 24))
+    flags = ["--model_name_or_path", str(tiny_base("qwen2")), "--data_path", str(tmp_path / "train.jsonl")]
+    flags += ["--gradient_checkpointing", "true", "--max_steps", "5", "--save_strategy", "no", "--max_length", "128"]
+    flags += ["--num_reply_prompts", "0", "--max_new_tokens", "2", "--cache_dir", str(tmp_path / "cache")]
+    flags += ["--disable_tqdm", "true"]
+    monkeypatch.setattr(callbacks, "MIN_FLOPS_TO_KEEP", 0.0)
+    monkeypatch.setattr(callbacks, "find_room", lambda device: ROOM)
+    weights = []
+    for keep in ("none", "auto"):
+        train.main([*flags, "--output_dir", str(tmp_path / keep), "--checkpoint_keep", keep])
+        assert ("2 of 2 layers keep wide products" in capfd.readouterr().out) is (keep == "auto")
+        weights.append(load_file(tmp_path / keep / "model.safetensors"))
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
 def test_no_more_is_kept_than_a_layer_may(load):
