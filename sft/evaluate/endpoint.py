@@ -94,11 +94,11 @@ class Endpoint:
         model: str,
         *,
         key: str | None = None,
-        concurrency: int = 8,
-        requests_per_minute: float | None = None,
-        timeout: float = 180.0,
-        retries: int = 6,
-        backoff: float = 1.0,
+        concurrency: int,
+        requests_per_minute: float | None,
+        timeout: float,
+        retries: int,
+        backoff: float,
     ):
         self.base_url = base_url.rstrip("/")
         self.model = model

@@ -21,11 +21,12 @@ from sft.evaluate.endpoint import (
 from tests.endpoint_server import completion
 
 USER = [{"role": "user", "content": "你好"}]
+# A tiny back-off, so that no test sleeps.
+OPTIONS = {"concurrency": 8, "requests_per_minute": None, "timeout": 5.0, "retries": 3, "backoff": 0.001}
 
 
 def ask(server, calls, *texts: str, **options):
-    """Ask each text; with a tiny back-off, so that no test sleeps."""
-    endpoint = Endpoint(server.url, "m", **{"backoff": 0.001, "timeout": 5.0, "retries": 3} | options)
+    endpoint = Endpoint(server.url, "m", **OPTIONS | options)
     requests = [endpoint.asked([{"role": "user", "content": text}], temperature=0) for text in texts]
     return [answer and answer["text"] for answer in endpoint.ask_all(requests, calls)], endpoint
 
@@ -143,7 +144,7 @@ def test_equal_requests_are_paid_once_in_a_run_and_in_the_next(serve, calls):
     assert ask(server, calls, "b", "a")[0] == ["ok"] * 2
     assert len(server.requests) == 2
     ask(server, calls, "a", retries=0)
-    endpoint = Endpoint(server.url, "m")
+    endpoint = Endpoint(server.url, "m", **OPTIONS)
     endpoint.ask_all([endpoint.asked([{"role": "user", "content": "a"}], 1, temperature=0)], calls)
     assert len(server.requests) == 3  # asked again on purpose
     assert server.requests[2] == {**server.requests[2], "messages": [{"role": "user", "content": "a"}]}
