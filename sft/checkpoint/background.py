@@ -5,10 +5,13 @@ keep. At the end of a step these ask whether all threads are done; rank 0 then w
 """
 
 import os
+import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+import torch
 
 from sft.base import start_thread
 from sft.checkpoint.manifest import hash_files, write_manifest
@@ -25,6 +28,7 @@ from sft.launch.processes import Guard, Stopped, UserError
 
 MAX_SHARE_OF_FREE_MEMORY = 0.7  # that the copies of all ranks of a machine may take
 MEMORY_INFO = Path("/proc/meminfo")
+STATUS_OF_PROCESS = Path("/proc/self/status")
 CGROUPS_OF_PROCESS = Path("/proc/self/cgroup")
 CGROUPS = Path("/sys/fs/cgroup")
 # By the name of the controller, as version 1 and 2 of cgroups have them: limit, usage, pages that can be dropped.
@@ -46,6 +50,7 @@ class BackgroundSaves:
         self._say = say
         self._current: Save | None = None
         self._has_told_memory = False
+        self._growth: tuple[int, int] | None = None
 
     def __enter__(self) -> "BackgroundSaves":
         return self
@@ -62,6 +67,12 @@ class BackgroundSaves:
                 self._say(str(failed))
         else:
             self._current.give_up()
+
+    def bytes_for_copies(self) -> int:
+        """Return what the copies of the next save may take of this rank's memory."""
+        if self._growth is None:  # later the peak includes the copies of an earlier save
+            self._growth = growth_in_a_step()
+        return free_memory_for_copies(self._growth)
 
     def start(self, folder: Path, files: CollectedFiles, **of_run) -> None:
         """Write `files`, of which `folder` already has the others; `of_run` as for `Save`."""
@@ -157,7 +168,11 @@ class Save:
 
     def _rename(self, hashes: dict[str, list], began: float) -> str:
         final = self._output / self._folder.name
-        files = {name: hashes[name] for name in list_files(self._folder)}
+        others = [name for name in list_files(self._folder) if name not in hashes]
+        files = hashes | hash_files(self._folder, others, sync=True)
+        for name, (size, _sha256) in files.items():  # a network file system may list another machine's files late
+            if (found := (self._folder / name).stat().st_size) != size:
+                raise ValueError(f"{name} has {found:,} bytes, not {size:,}")
         write_manifest(self._folder, files, step=self._step, run=self._run)
         aside = publish_checkpoint(self._folder, final, self._run)
         delete_old_checkpoints(self._output, keep=self._keep, step=self._step, run=self._run, spare=self._spare)
@@ -175,15 +190,40 @@ class Save:
         )
 
 
-def free_memory_for_copies() -> int:
-    """Return the bytes of host memory that this rank's copies may take; 0 where Linux doesn't tell."""
+def growth_in_a_step() -> tuple[int, int]:
+    """Return by how many bytes this process was larger at its peak than now, resident and in addresses.
+
+    On a CPU the next step needs them again. On a GPU the peak was that of loading the model.
+    """
+    if torch.cuda.is_available():
+        return 0, 0
+    try:
+        sizes = _read_sizes(STATUS_OF_PROCESS)
+        return max(0, sizes["VmHWM"] - sizes["VmRSS"]), max(0, sizes["VmPeak"] - sizes["VmSize"])
+    except (OSError, KeyError):
+        return 0, 0
+
+
+def free_memory_for_copies(growth: tuple[int, int] = (0, 0)) -> int:
+    """Return the bytes of host memory that this rank's copies may take; 0 where Linux doesn't tell.
+
+    `growth`: resident bytes and addresses that the process needs besides.
+    """
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
     try:
-        lines = dict(line.split(":", 1) for line in MEMORY_INFO.read_text().splitlines())
-        free = min([1024 * int(lines["MemAvailable"].split()[0]), *_free_in_cgroups()])
+        free = min([_read_sizes(MEMORY_INFO)["MemAvailable"], *_free_in_cgroups()]) // ranks - growth[0]
+        limit, _hard = resource.getrlimit(resource.RLIMIT_AS)
+        if limit != resource.RLIM_INFINITY:
+            free = min(free, limit - _read_sizes(STATUS_OF_PROCESS)["VmSize"] - growth[1])
     except (OSError, KeyError):
         return 0
-    return int(MAX_SHARE_OF_FREE_MEMORY * max(0, free)) // ranks
+    return int(MAX_SHARE_OF_FREE_MEMORY * max(0, free))
+
+
+def _read_sizes(path: Path) -> dict[str, int]:
+    """Return the sizes that a file of /proc holds, in bytes, by name."""
+    lines = (line.split() for line in path.read_text().splitlines() if line.endswith(" kB"))
+    return {name.removesuffix(":"): 1024 * int(size) for name, size, _unit in lines}
 
 
 def _free_in_cgroups() -> Iterator[int]:

@@ -24,6 +24,7 @@ MIN_PARALLEL_BYTES = 1 << 20  # smaller pieces are hashed at once: handing them 
 # The modules that import safetensors' save_file, under this name.
 SAFETENSORS_CALLERS = ("transformers.modeling_utils", "peft.peft_model")
 SAVE_FILE = "safe_save_file"
+CPU_ALLOCATOR = "DefaultCPUAllocator"  # in torch's error when the host's memory has no room
 
 
 class HashingStream:
@@ -116,7 +117,12 @@ class CollectedFiles:
         self._bytes_left -= tensor.nbytes
         if is_copy:
             return tensor
-        return tensor.detach().clone() if tensor.device.type == "cpu" else tensor.detach().cpu()
+        try:
+            return tensor.detach().clone() if tensor.device.type == "cpu" else tensor.detach().cpu()
+        except RuntimeError as error:  # a limit of the process, as ulimit -v sets it
+            if CPU_ALLOCATOR not in str(error):
+                raise
+            raise NotEnoughMemoryError from error
 
     def names(self) -> list[str]:
         return [*self.waiting, *self.hashes]
@@ -171,20 +177,20 @@ def collect_files(folder: Path, max_bytes: int) -> Iterator[CollectedFiles]:
 def _collect_pickles(files: CollectedFiles, save: Callable) -> Callable:
     """Return a function to take the place of torch.save."""
 
-    def collect(value, target, *arguments, **options):
+    def collect(obj, f, *arguments, **options):  # names of torch.save: DeepSpeed's fast engine passes them
         def copy() -> Callable[[Path], list]:
             records = ZipRecords(files)
-            torch.serialization._save(value, records, pickle, torch.serialization.DEFAULT_PROTOCOL, False)
+            torch.serialization._save(obj, records, pickle, torch.serialization.DEFAULT_PROTOCOL, False)
             return records.write
 
         def write(path: Path) -> list:
             with HashingStream(path) as stream:
-                save(value, stream, *arguments, **options)
+                save(obj, stream, *arguments, **options)
             return stream.size_and_hash()
 
-        name = files.name_of(target)
+        name = files.name_of(f)
         if name is None:
-            save(value, target, *arguments, **options)
+            save(obj, f, *arguments, **options)
         elif name not in UNUSED_FILES:
             is_usual = not arguments and options in ({}, {"_use_new_zipfile_serialization": True})
             files.add(name, write, copy if is_usual else None)

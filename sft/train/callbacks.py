@@ -1,7 +1,7 @@
 """Callbacks of the trainer: proofs before the first step, a resumed run's position, checkpointing, progress bar."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -90,6 +90,13 @@ def find_best_checkpoint(trainer) -> None:
     best = Path(trainer.args.output_dir) / f"checkpoint-{trainer.state.best_global_step}"
     if best.is_dir():
         trainer.state.best_model_checkpoint = str(best)
+
+
+def uploads_checkpoints(callbacks: Iterable) -> bool:
+    """Whether a tracker of transformers 5.23 reads each checkpoint's folder in `on_save`, as WANDB_LOG_MODEL asks."""
+    switches = ("_log_model", "_log_artifacts", "_should_upload_checkpoint", "sync_checkpoints")
+    values = [getattr(callback, name, None) for callback in callbacks for name in switches]
+    return any(value in (True, "all", "checkpoint") for value in values)
 
 
 class SelfTest(TrainerCallback):

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from transformers import ProgressCallback
 
 from sft.checkpoint import zero
-from sft.checkpoint.background import BackgroundSaves, free_memory_for_copies
+from sft.checkpoint.background import BackgroundSaves
 from sft.checkpoint.manifest import FINGERPRINT, PROGRESS, read_manifest
 from sft.checkpoint.save import (
     SAVING,
@@ -34,7 +34,7 @@ from sft.dataset.sampler import Updates, WithEmpty
 from sft.files import write_json
 from sft.launch.processes import Guard, Stopped, UserError
 from sft.report.text import say
-from sft.train.callbacks import Progress, ProgressWithSpeed, Restore, find_best_checkpoint
+from sft.train.callbacks import Progress, ProgressWithSpeed, Restore, find_best_checkpoint, uploads_checkpoints
 from sft.train.losses import FastTrainer, FiniteCheck, RouterLosses, SourceLosses, Sources, statistics_of_rows
 
 
@@ -288,7 +288,7 @@ class Trainer(FastTrainer):
         self._staging = str(staging)
         began = time.monotonic()
         try:
-            with collect_files(staging / name, free_memory_for_copies()) as files:
+            with collect_files(staging / name, self.saves.bytes_for_copies()) as files:
                 super()._save_checkpoint(model, trial)
         except (OSError, RuntimeError, SafetensorError) as error:
             raise explain_error(error, self.args.output_dir) from error
@@ -297,6 +297,8 @@ class Trainer(FastTrainer):
         self._write_progress(staging / name)
         of_run = {"run": self.run, "keep": self.keep, "spare": self.state.best_model_checkpoint}
         self.saves.start(staging / name, files, step=self.state.global_step, began=began, **of_run)
+        if self.guard.is_set_on_any_rank(uploads_checkpoints(self.callback_handler.callbacks)):
+            self.saves.finish()
 
     def train(self, *arguments, **options):
         """Train, and complete the last checkpoint, also when an error ends the training."""

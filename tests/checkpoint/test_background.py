@@ -5,9 +5,11 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers.integrations.integration_utils import WandbLogModel
 
 from sft.checkpoint import background
 from sft.checkpoint.background import BackgroundSaves, free_memory_for_copies
@@ -15,6 +17,8 @@ from sft.checkpoint.manifest import find_checkpoint, find_damage, read_manifest
 from sft.checkpoint.save import open_staging
 from sft.checkpoint.writing import CollectedFiles, collect_files
 from sft.launch.processes import Guard, UserError
+from sft.report.run_page import RunPage
+from sft.train.callbacks import uploads_checkpoints
 from sft.train.trainer import Trainer
 from tests.checkpoint.test_resume import assert_same, data, run, words_of  # noqa: F401  data is a fixture
 from tests.conftest import ROOT
@@ -103,6 +107,10 @@ def test_an_error_of_one_rank_alone_waits_for_its_thread_and_no_other_rank(tmp_p
 def machine(tmp_path, monkeypatch):
     """A machine with 1,000 KiB of free memory, whose cgroups are folders of tmp_path."""
     (tmp_path / "meminfo").write_text("MemTotal: 9000 kB\nMemAvailable:    1000 kB\nHugePages_Total: 0\n")
+    (tmp_path / "status").write_text(
+        "Name:\tpython\nVmPeak:\t 900 kB\nVmSize:\t 800 kB\nVmHWM:\t 500 kB\nVmRSS:\t 200 kB\n"
+    )
+    monkeypatch.setattr(background, "STATUS_OF_PROCESS", tmp_path / "status")
     (tmp_path / "cgroup").write_text("4:memory:/job/step\n9:name=systemd:/\n0::/slice\n")
     monkeypatch.setattr(background, "MEMORY_INFO", tmp_path / "meminfo")
     monkeypatch.setattr(background, "CGROUPS_OF_PROCESS", tmp_path / "cgroup")
@@ -133,6 +141,45 @@ def test_copies_may_take_a_share_of_the_memory_that_is_free_and_of_what_a_cgroup
     assert free_memory_for_copies() == 0
     (machine / "meminfo").unlink()
     assert free_memory_for_copies() == 0
+
+
+def test_copies_leave_what_the_process_needs_in_a_step(machine, monkeypatch):
+    """At its peak it had 300 KiB more in memory, and 100 KiB more addresses."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    saves = BackgroundSaves(machine, Guard(), print)
+    assert saves.bytes_for_copies() == int(0.7 * (512_000 - 300 * 1024))
+    (machine / "status").write_text("VmPeak:\t 9900 kB\nVmSize:\t 800 kB\nVmHWM:\t 9500 kB\nVmRSS:\t 200 kB\n")
+    assert saves.bytes_for_copies() == int(0.7 * (512_000 - 300 * 1024))
+    monkeypatch.setattr(background.resource, "getrlimit", lambda _kind: (1000 * 1024, -1))
+    assert saves.bytes_for_copies() == int(0.7 * 100 * 1024)
+    (machine / "status").unlink()
+    assert saves.bytes_for_copies() == 0
+
+
+def test_a_file_of_another_rank_that_is_missing_or_cut_is_no_part_of_a_checkpoint(tmp_path, monkeypatch):
+    for expected in (r"optimizer\.pt has 3 bytes, not \d", r"No such file.*optimizer\.pt"):
+        with BackgroundSaves(tmp_path, Guard(), print) as saves:
+            start_save(saves, tmp_path, 1)
+            saves._current._written.result()
+            written = tmp_path / ".saving" / "checkpoint-1" / "optimizer.pt"
+            written.write_text("cut") if "bytes" in expected else written.unlink()
+            with pytest.raises(UserError, match=rf"checkpoint-1 can't be written \(.*{expected}"):
+                saves.finish()
+    assert find_checkpoint(str(tmp_path)) == (None, [])
+
+
+@pytest.mark.slow
+def test_a_tracker_that_uploads_checkpoints_finds_them_in_place(tiny_base, data, tmp_path, monkeypatch):  # noqa: F811
+    found = []
+
+    def on_save(_page, args, state, control, **_options):
+        found.append(find_damage(Path(args.output_dir) / f"checkpoint-{state.global_step}"))
+
+    monkeypatch.setattr(RunPage, "_log_model", WandbLogModel.CHECKPOINT, raising=False)
+    monkeypatch.setattr(RunPage, "on_save", on_save)
+    run(tiny_base("qwen2"), data, tmp_path / "run", max_steps=3, save_steps=1, eval_strategy="no")
+    assert found == [None, None, None]
+    assert not uploads_checkpoints([SimpleNamespace(_log_model=WandbLogModel.END, _log_artifacts=False)])
 
 
 @pytest.mark.slow

@@ -1,6 +1,9 @@
 """The files of a checkpoint are copied when it is saved, and hashed while they are written."""
 
 import hashlib
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ from transformers import modeling_utils
 from sft.checkpoint import writing
 from sft.checkpoint.manifest import hash_files
 from sft.checkpoint.writing import collect_files
+from tests.conftest import ROOT
 
 PLENTY = 1 << 30  # bytes
 
@@ -64,6 +68,25 @@ def test_copies_take_no_more_memory_than_there_is(tmp_path):
             torch.save(torch.ones(500), tmp_path / name)
     assert sorted(files.waiting) == ["a.pt", "b.pt"] and sorted(files.hashes) == ["c.pt"]
     assert files.has_no_room
+
+
+@pytest.mark.slow
+def test_a_copy_that_a_limit_of_the_process_refuses_is_written_at_once(tmp_path):
+    """Linux says that there is memory, as under ulimit -v."""
+    code = (
+        "import re, resource, sys, torch\n"
+        "from pathlib import Path\n"
+        "from sft.checkpoint.writing import collect_files\n"
+        "state = torch.arange(10 << 20)\n"
+        "size = int(re.search(r'VmSize:\\s+(\\d+)', Path('/proc/self/status').read_text())[1]) * 1024\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (size + (40 << 20),) * 2)\n"
+        "with collect_files(Path(sys.argv[1]), 1 << 40) as files:\n"
+        "    torch.save(obj=state, f=sys.argv[1] + '/optimizer.pt')\n"
+        "assert files.has_no_room and list(files.hashes) == ['optimizer.pt'], files.names()\n"
+    )
+    settings = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=settings, check=True, timeout=100)
+    assert torch.equal(torch.load(tmp_path / "optimizer.pt"), torch.arange(10 << 20))
 
 
 def test_files_elsewhere_and_streams_are_saved_as_before(tmp_path):
