@@ -103,7 +103,7 @@ def _apply_liger(model, wanted: str, facts: Circumstances, notes: list[str]) -> 
     except Exception as error:  # it patches modules of transformers, whose versions differ
         if wanted == "liger":
             raise
-        notes.append(f"Liger's kernels failed: {_one_line(error)}")
+        notes.append(f"Liger's kernels failed: {shorten(error)}")
         return _choose_without_liger(facts)
 
 
@@ -338,14 +338,14 @@ def prove_fused(model, *, num_rows: int = 1, packing: bool = True) -> str:
         distance = measure_distance(model, *switches, num_rows=num_rows, packing=packing)
     except Exception as error:  # compilers fail in many ways
         _switch(model, False)
-        return f"fused kernels: none ({kind} failed: {_one_line(error)})"
+        return f"fused kernels: none ({kind} failed: {shorten(error)})"
     if not distance < find_max_distance(model):
         _switch(model, False)
         return f"fused kernels: none ({kind} end {distance:.0e} from the plain ones)"
     return f"fused kernels: {kind} in {time.monotonic() - began:.1f} s, hidden states within {distance:.0e} of plain"
 
 
-def _one_line(error: Exception) -> str:
+def shorten(error: Exception) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 

@@ -214,10 +214,14 @@ def keep_outputs(model, tokens: int, *, room: int) -> str:
 
     if not sizes:
         return ""
-    distance = fusion.measure_distance(model, leave, keep)
-    if not distance < fusion.find_max_distance(model):
+    try:
+        distance = fusion.measure_distance(model, leave, keep)
+        problem = "" if distance < fusion.find_max_distance(model) else f"with more, states end {distance:.0e} apart"
+    except Exception as error:  # layers with operations that can't be run again in parts fail in many ways
+        problem = f"keeping more failed: {fusion.shorten(error)}"
+    if problem:
         leave()
-        return f"gradient checkpointing: layers keep their inputs alone (with more, states end {distance:.0e} apart)"
+        return f"gradient checkpointing: layers keep their inputs alone ({problem})"
     return (
         f"gradient checkpointing: from now on {len(sizes)} of {len(layers)} layers keep wide products and attention "
         f"outputs, {sum(sizes) / 2**30:.1f} GiB; all else is computed again (--checkpoint_keep none: these too)"

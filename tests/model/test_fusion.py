@@ -181,7 +181,7 @@ def test_a_compiler_error_without_a_message_is_named_by_its_class(load, compile_
         raise AssertionError
 
     compile_with(failing)
-    assert fusion._one_line(AssertionError()) == "AssertionError"
+    assert fusion.shorten(AssertionError()) == "AssertionError"
     model = load("bloom")
     fusion.compile_elementwise(model)
     assert fusion.prove_fused(model).startswith("fused kernels: none (compiled functions failed: ")

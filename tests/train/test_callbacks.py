@@ -106,6 +106,20 @@ def test_a_kernel_that_overwrites_what_is_kept_is_found(load, monkeypatch):
     assert operations == all_again
 
 
+def test_layers_that_cannot_keep_more_keep_their_inputs(load, monkeypatch):
+    def fail(*_arguments):
+        raise RuntimeError("no such\nmode")
+
+    model = load("bloom")
+    expected, all_again = step(model)
+    monkeypatch.setattr(callbacks, "create_selective_checkpoint_contexts", fail)
+    note = callbacks.keep_outputs(model, 80, room=ROOM)
+    assert note == "gradient checkpointing: layers keep their inputs alone (keeping more failed: no such mode)"
+    gradient, operations = step(model)
+    assert torch.equal(gradient, expected)
+    assert operations == all_again
+
+
 def test_layers_keep_what_fits_and_what_is_worth_it():
     sizes = {"hidden": 4, "tokens": 10**12, "element_size": 2}
     assert callbacks.choose_sizes([20, 20, 20], room=10**14, **sizes) == [4 * 10**13] * 2
