@@ -164,9 +164,9 @@ def median(runs: list[dict], name: str) -> float:
 
 
 def keep(section: str, row: str, runs: dict[str, list[dict]]) -> None:
-    """Store the runs of one row of a table; a later run of the same row replaces it."""
+    """Store the runs of one row of a table; a later run of the same side replaces it."""
     kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    kept.setdefault(section, {})[row] = runs
+    kept.setdefault(section, {}).setdefault(row, {}).update(runs)
     RESULTS.write_text(json.dumps(kept, indent=1))
 
 
