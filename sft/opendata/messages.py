@@ -67,9 +67,7 @@ def list_messages(value: Any, key: str) -> list:
 def read_messages(items: list, where: str, counts: FieldCounts, mask: object = None) -> list[dict]:
     """Read each message; calls in messages of their own join the reply before them."""
     if not is_empty(mask) and (not isinstance(mask, list) or len(mask) != len(items)):
-        raise RecordError(
-            "loss_switch", f"loss_mask must be a list with a 0 or 1 for each of the {len(items)} messages"
-        )
+        raise RecordError("loss_switch", f"loss_mask must be a list of 0 or 1 for each of the {len(items)} messages")
     messages: list[dict] = []
     for number, item in enumerate(items):
         for message in _read_message(item, f"{where}[{number}]", counts, mask[number] if mask else None):
@@ -139,9 +137,8 @@ def read_reply(item: dict, parts: Parts, where: str, counts: FieldCounts) -> dic
     in_parts = join_thoughts(parts.thought, in_text, where)
     thought = join_thoughts(read_thought(item, f"{where}."), in_parts, where)
     calls = [*parts.calls, *read_calls(item, where, counts.unread)]
-    message: dict = {"role": "assistant", "content": text}
-    if thought is not None:
-        message["reasoning_content"] = thought
+    thoughts = {} if thought is None else {"reasoning_content": thought}
+    message = {"role": "assistant", "content": text, **thoughts}
     return message | {"tool_calls": calls} if calls else message
 
 
@@ -152,11 +149,13 @@ def _read_call_message(item: dict, key: str, where: str, counts: FieldCounts) ->
     if isinstance(value, str):
         thought, value = split_thought(read_text(value, f"{where}.{key}"), counts.notes)
     thought = join_thoughts(read_thought(item, f"{where}."), thought, where)
-    calls = parse_calls(value, f"{where}.{key}", counts.unread)
+    in_text = [] if is_empty(value) else parse_calls(value, f"{where}.{key}", counts.unread)
+    beside = read_calls(item, where, counts.unread)
+    calls = _choose_calls(in_text, beside, f"{where} has other calls beside {key} than in it")
     if not calls:
         raise RecordError("tool_call", f"{where}.{key} holds no call; write it as JSON with name and arguments")
-    message: dict = {"role": CALL, "content": "", "tool_calls": calls}
-    return message if thought is None else message | {"reasoning_content": thought}
+    thoughts = {} if thought is None else {"reasoning_content": thought}
+    return {"role": CALL, "content": "", "tool_calls": calls, **thoughts}
 
 
 def _read_tool_message(item: dict, key: str, where: str, counts: FieldCounts) -> dict:
@@ -316,19 +315,23 @@ def _from_text(value: object, where: str, reason: str) -> object:
 
 def read_calls(item: dict, where: str, unread: Counter[str]) -> list[dict]:
     """Return the calls of an assistant message, from `tool_calls` or the older `function_call`."""
-    found = {key: item[key] for key in ("tool_calls", "function_call") if not is_empty(item.get(key))}
-    calls = [parse_calls(value, f"{where}.{key}", unread) for key, value in found.items()]
-    if len(calls) == 2 and [call["function"] for call in calls[0]] != [call["function"] for call in calls[1]]:
-        raise RecordError("tool_call", f"{where} has other calls in tool_calls than in function_call; keep one")
-    return calls[0] if calls else []
+    keys = ("tool_calls", "function_call")
+    calls = [[] if is_empty(item.get(key)) else parse_calls(item[key], f"{where}.{key}", unread) for key in keys]
+    return _choose_calls(*calls, f"{where} has other calls in tool_calls than in function_call")
+
+
+def _choose_calls(calls: list[dict], same: list[dict], problem: str) -> list[dict]:
+    if calls and same and [call["function"] for call in calls] != [call["function"] for call in same]:
+        raise RecordError("tool_call", f"{problem}; keep one")
+    return calls or same
 
 
 def parse_calls(value: object, where: str, unread: Counter[str]) -> list[dict]:
     """Return calls given as an object, a list of objects, or JSON text of either. Raises RecordError."""
     value = _from_text(value, where, "tool_call")
-    items = value if isinstance(value, list) else [value]
-    single = not isinstance(value, list)
-    return [_read_call(item, where if single else f"{where}[{n}]", unread) for n, item in enumerate(items)]
+    if not isinstance(value, list):
+        return [_read_call(value, where, unread)]
+    return [_read_call(item, f"{where}[{n}]", unread) for n, item in enumerate(value)]
 
 
 def _read_call(item: object, where: str, unread: Counter[str]) -> dict:

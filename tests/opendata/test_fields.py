@@ -109,6 +109,19 @@ def assistant(text, **more):
     return {"role": "assistant", "content": text, **more}
 
 
+def call_message(text, *beside):
+    return {"role": "tool_call", "content": text, "tool_calls": list(beside)}
+
+
+@pytest.mark.parametrize("text", ["", '{"name": "f", "arguments": {}}'])
+def test_a_message_of_calls_may_have_them_beside_its_text(text, tmp_path):
+    path = write(tmp_path / "a.json", [{"messages": [user("q"), call_message(text, {"id": "c", "name": "f"})]}])
+    [(conversation, error, *_)] = read_conversations([path])
+    assert error is None
+    [call] = conversation["messages"][1]["tool_calls"]
+    assert call["function"] == {"name": "f", "arguments": {}}
+
+
 def test_twenty_unknown_fields_at_every_depth_are_counted_by_name(tmp_path):
     call = {"id": "1", "type": "function", "index": 0, "function": {"name": "f", "arguments": "{}", "parsed": True}}
     parts = [{"type": "text", "text": "q", "cache_control": {"type": "ephemeral"}}]
@@ -183,6 +196,7 @@ def test_fields_that_hold_nothing_are_not_counted(tmp_path):
             {"messages": [user("q"), assistant("", function_call={"name": "f", "arguments": '{"a": NaN}'})]},
             "tool_arguments",
         ),
+        ({"messages": [user("q"), call_message('{"name": "f", "arguments": {}}', {"name": "g"})]}, "tool_call"),
         ({"messages": "hello"}, "not_list"),
         ({"messages": "[{broken"}, "not_list"),
         ({"messages": {"from": ["human"], "value": ["a", "b"]}}, "not_list"),
