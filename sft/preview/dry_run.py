@@ -188,11 +188,11 @@ def count_saves(training, steps: int) -> int:
     return steps // max(1, int(every))
 
 
-def updates_of(num_rows: int, training, *, seed: int = 0) -> Updates:
-    """Return the updates of a run of so many rows."""
+def updates_of(num_rows: int, training, *, batch_size: int | None = None, seed: int = 0) -> Updates:
+    """Return the updates of a run of so many rows; `batch_size`: of a process with several GPUs, those of all."""
     return Updates(
         num_rows,
-        batch_size=training.per_device_train_batch_size,
+        batch_size=batch_size or training.per_device_train_batch_size,
         accumulation=training.gradient_accumulation_steps,
         world_size=count_row_groups(training),
         rank=0,

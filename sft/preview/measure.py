@@ -72,7 +72,7 @@ def _measured_run(run: Run, output_dir: str) -> Run:
 def _measured_rows(run: Run, rows: TrainingRows, heaviest: np.ndarray) -> "FirstRows":
     training = run.settings.training
     seed = run.seed if training.data_seed is None else training.data_seed
-    updates = updates_of(len(rows), training, seed=seed)
+    updates = updates_of(len(rows), training, batch_size=training.train_batch_size, seed=seed)
     steps = training.probe_steps
     return FirstRows(rows, heaviest, updates.order(0), steps=steps, per_update=updates.rows_per_update)
 
