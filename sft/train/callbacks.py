@@ -147,8 +147,9 @@ KEEP_CHOICES = ("auto", "none")
 # The optimizer's state is there, and a step with it took its most memory.
 STEPS_BEFORE_KEEPING = 2
 MAX_SHARE_OF_GPU = 0.95
-# To look at each operation takes a CPU 1 ms a layer (dev/LOG.md), and 1e12 operations an H200 1.5 ms.
-MIN_FLOPS_TO_KEEP = 1e12
+# To look at each operation takes a CPU 3 ms a layer with torch 2.13, 7 with 2.11 (dev/LOG.md). The GPU must be busy for
+# longer with a layer: where so many are saved, an H200 is for 12 ms.
+MIN_FLOPS_TO_KEEP = 1.5e12
 ATTENTION_OPERATORS = ("torch_attn::_varlen_attn", "flash_attn::_flash_attn_varlen", "aten::_scaled_dot_product")
 
 
