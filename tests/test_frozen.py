@@ -19,7 +19,9 @@ import socket
 import subprocess
 import sys
 import tarfile
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -38,6 +40,8 @@ COMMANDS = {
         for name in ("opendata", "chat", "checkpoint", "evaluate", "export", "tiny")
     },
 }
+# Of commands whose parser leaves the defaults to a function: its package and name.
+FUNCTIONS = {"sft.opendata": "sft.opendata build_opendata", "sft.tiny": "sft.tiny build_tiny"}
 
 
 def read(name: str):
@@ -72,33 +76,33 @@ def execute(command: list[str], folder: Path, **settings: str) -> subprocess.Com
 
 
 @pytest.fixture(scope="module")
-def helps(tmp_path_factory) -> dict[str, tuple[subprocess.CompletedProcess, dict]]:
-    """Return, for each command, how its --help ended and the flags of its parser."""
+def help_of(tmp_path_factory) -> Callable[[str], tuple[subprocess.CompletedProcess, dict]]:
+    """Return a function that gives how a command's --help ended and the flags of its parser; each is started once."""
     folder = tmp_path_factory.mktemp("help")
 
+    @cache
     def ask(name: str):
         dump = folder / f"{name}.json"
         path = f"{FROZEN}{os.pathsep}{ROOT}"  # with sitecustomize.py, which Python imports at its start
-        knobs = {"DUMP_FLAGS": str(dump), "PYTHONPATH": path}
+        knobs = {"DUMP_FLAGS": str(dump), "PYTHONPATH": path, "DEFAULTS_OF": FUNCTIONS.get(name, "")}
         done = execute([sys.executable, *COMMANDS[name], "--help"], folder, **knobs)
         return done, json.loads(dump.read_text()) if dump.exists() else {}
 
-    with ThreadPoolExecutor(os.cpu_count()) as threads:
-        return dict(zip(COMMANDS, threads.map(ask, COMMANDS), strict=True))
+    return ask
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
-def test_help_is_printed_to_stdout_and_exits_with_0(helps, command):
-    done, _flags = helps[command]
+def test_help_is_printed_to_stdout_and_exits_with_0(help_of, command):
+    done, _flags = help_of(command)
     assert (done.returncode, done.stderr) == (0, "")
     assert "usage:" in done.stdout
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_flag_is_still_there_with_the_same_default(helps, command):
-    _done, now = helps[command]
+def test_every_flag_is_still_there_with_the_same_default(help_of, command):
+    _done, now = help_of(command)
     for name, frozen in read("flags.json")[command].items():
         assert name in now, name
         for part in frozen.keys() - {"default", "choices"}:
@@ -196,11 +200,11 @@ def as_written(value) -> object:
 
 
 @pytest.mark.parametrize("case", read("launches.json"), ids=lambda case: case["name"])
-def test_a_knob_reaches_train_py(case, helps, tmp_path):
+def test_a_knob_reaches_train_py(case, help_of, tmp_path):
     """A flag may also be left out where train.py's own default is the same."""
     *before, training = launch(case, tmp_path)
     assert [" ".join(call) for call in before] == case["before"]
-    passed, defaults = flags_of(training), helps["train.py"][1]
+    passed, defaults = flags_of(training), help_of("train.py")[1]
     assert training[: len(case["command"])] == case["command"]
     for flag, values in case["flags"].items():
         now = passed[flag] if flag in passed else [defaults[flag]["default"]]
