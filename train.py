@@ -45,7 +45,7 @@ from sft.train.losses import group_sources
 from sft.train.setup import (
     Data,
     Run,
-    check_base_of_adapter,
+    check_base_unchanged,
     check_probes,
     check_saved_folder,
     check_token_ids,
@@ -241,7 +241,7 @@ def train(run: Run, data: Data, checkpoint: str | None, guard: Guard, *, started
     set_seed(run.seed)
     guard.wait_for_all()  # on the CPU: preparing may take longer than NCCL waits in the next collective
     fingerprint = fingerprint_of(run)
-    check_base_of_adapter(run, checkpoint, guard)
+    check_base_unchanged(run, checkpoint, guard)
     changed = check_unchanged(checkpoint, fingerprint, run.settings.training.allow_changed, say)
     if checkpoint:
         deterministic = run.settings.training.full_determinism

@@ -78,6 +78,16 @@ def identify_base(model: str, *, cache_dir: str = CACHE_DIR) -> dict | None:
     }
 
 
+def hash_model(path: str, *, cache_dir: str = CACHE_DIR) -> str | None:
+    """Return one sha256 of a local model's or adapter's config and weights; None for a hub model."""
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        return None
+    files = [*find_weights(folder), *(folder / name for name in (CONFIG, ADAPTER) if (folder / name).is_file())]
+    digests = hash_in_threads(files, Path(cache_dir).expanduser() / "hashes")
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
 def hash_config(path: Path) -> str:
     """Return the sha256 of a config's settings, in any order and without those that don't change the model."""
     text = path.read_bytes()
@@ -151,6 +161,7 @@ class BaseIdentity:
         self._cache_dir = cache_dir
         self._say = say
         self._future: Future | None = None
+        self._has_said_missing = False
 
     def start(self) -> None:
         """Hash in the background, on the one rank that saves."""
@@ -163,7 +174,9 @@ class BaseIdentity:
         with suppress(OSError):
             if found := self._future.result():
                 return found
-        self._say(f"{self._model}: its files were not all found, so the run doesn't store which base it has")
+        if not self._has_said_missing:
+            self._has_said_missing = True
+            self._say(f"{self._model}: its files were not all found, so the run doesn't store which base it has")
         return None
 
     def store_with_adapters(self, model) -> None:

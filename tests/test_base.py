@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from sft import base
-from sft.base import BaseIdentity, check_base, find_difference, find_weights, identify_base
+from sft.base import BaseIdentity, check_base, find_difference, find_weights, hash_model, identify_base
 from sft.chat.reply import load_base, load_chat
 from sft.evaluate.exam import _model_of
 from sft.export.merge import export_merged
@@ -192,3 +192,18 @@ def test_a_run_whose_base_is_gone_meanwhile_stores_none_and_says_so(tmp_path):
     identity.start()
     assert identity.wait() is None
     assert said == [f"{tmp_path}/gone: its files were not all found, so the run doesn't store which base it has"]
+
+
+def test_a_model_and_an_adapter_have_one_hash_of_config_and_weights(tiny_base, tmp_path):
+    model = shutil.copytree(tiny_base("qwen2"), tmp_path / "model")
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    (adapter / "adapter_model.safetensors").write_bytes(b"weights")
+    cache = str(tmp_path / "cache")
+    for folder, changed in ((model, "model.safetensors"), (model, "config.json"), (adapter, "adapter_config.json")):
+        before = hash_model(str(folder), cache_dir=cache)
+        assert before == hash_model(str(folder), cache_dir=cache)
+        (folder / changed).write_bytes((folder / changed).read_bytes() + b" ")
+        assert hash_model(str(folder), cache_dir=cache) != before
+    assert hash_model("owner/name", cache_dir=cache) is None

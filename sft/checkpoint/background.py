@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from sft.base import start_thread
+from sft.base import BASE_RECORD, BaseIdentity, start_thread
 from sft.checkpoint.manifest import hash_files, write_manifest
 from sft.checkpoint.save import (
     delete_old_checkpoints,
@@ -24,6 +24,7 @@ from sft.checkpoint.save import (
     remove_leftovers,
 )
 from sft.checkpoint.writing import CollectedFiles
+from sft.files import write_json
 from sft.launch.processes import Guard, Stopped, UserError
 
 MAX_SHARE_OF_FREE_MEMORY = 0.7  # that the copies of all ranks of a machine may take
@@ -48,6 +49,7 @@ class BackgroundSaves:
         self._output = output
         self._guard = guard
         self._say = say
+        self.base: BaseIdentity | None = None  # to be stored with each checkpoint
         self._current: Save | None = None
         self._has_told_memory = False
         self._growth: tuple[int, int] | None = None
@@ -79,7 +81,7 @@ class BackgroundSaves:
         if self._guard.is_set_on_any_rank(files.has_no_room) and not self._has_told_memory:
             self._has_told_memory = True
             self._say(f"{folder.name}: too little free memory for a copy; training waits while checkpoints are written")
-        self._current = Save(folder, self._output, files, self._guard, **of_run)
+        self._current = Save(folder, self._output, files, self._guard, base=self.base, **of_run)
 
     def finish(self) -> None:
         """Wait until the current save, if any, is complete on all ranks; UserError on all when it failed."""
@@ -107,6 +109,7 @@ class Save:
         files: CollectedFiles,
         guard: Guard,
         *,
+        base: BaseIdentity | None,
         began: float,
         step: int,
         run: str,
@@ -117,6 +120,7 @@ class Save:
         self._output = output
         self._files = files
         self._guard = guard
+        self._base = base
         self._began = began
         self._step = step
         self._run = run
@@ -128,9 +132,11 @@ class Save:
         self._waited = time.monotonic() - began
 
     def _write(self) -> dict[str, list]:
-        """Write this rank's files; rank 0 also fsyncs and hashes those that were written at once without a hash."""
+        """Write this rank's files; rank 0 also stores the base, and hashes what was written at once without a hash."""
         hashes = self._files.write()
         if self._guard.rank == 0:
+            if identity := self._base and self._base.wait():
+                write_json(self._folder / BASE_RECORD, identity)
             others = [name for name in list_files(self._folder) if name not in self._collected]
             hashes |= hash_files(self._folder, others, sync=True)
         return hashes

@@ -1,6 +1,5 @@
 """Compare the settings of a run with those of its checkpoint: some must be equal, others are reported."""
 
-import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -9,9 +8,6 @@ from pathlib import Path
 from sft.checkpoint.manifest import FINGERPRINT
 
 MAX_VALUE_CHARACTERS = 300  # of a value in a message
-# of each file of weights
-SAMPLE_BYTES = 1 << 16
-NUM_SAMPLES = 64
 
 
 def make_fingerprint(flags: dict, *, versions: dict, **exact) -> dict:
@@ -60,7 +56,8 @@ def check_unchanged(checkpoint: str | None, new: dict, allow_changed: str | None
     if checkpoint is None:
         return []
     old = read_fingerprint(checkpoint)
-    allowed = [name.strip() for name in (allow_changed or "").split(",") if name.strip()]
+    old["exact"].pop("base", None)  # of an older version; sft.base compares the base now
+    allowed = [name.strip() for name in (allow_changed or "").split(",") if name.strip() not in ("", "base")]
     sizes = ("world_size", "per_device_train_batch_size", "gradient_accumulation_steps")
     rows, rows_then = (
         math.prod(of["exact"][name] for name in sizes) // of["exact"].get("sequence_parallel_size", 1)
@@ -98,20 +95,3 @@ def _brief(value) -> str:
         return "not given"
     text = json.dumps(value, ensure_ascii=False) if not isinstance(value, str) else value
     return text if len(text) <= MAX_VALUE_CHARACTERS else text[:MAX_VALUE_CHARACTERS] + "..."
-
-
-def hash_base(path: str) -> str | None:
-    """Return a hash of a local base: names, sizes and samples of config and weights; None for a hub model."""
-    folder = Path(path).expanduser()
-    if not folder.is_dir():
-        return None
-    digest = hashlib.sha256()
-    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin"), folder / "config.json"]):
-        if file.is_file():
-            size = file.stat().st_size
-            digest.update(f"{file.name} {size}\n".encode())
-            with open(file, "rb") as stream:
-                for offset in range(0, size, max(SAMPLE_BYTES, size // NUM_SAMPLES)):
-                    stream.seek(offset)
-                    digest.update(stream.read(SAMPLE_BYTES))
-    return digest.hexdigest()

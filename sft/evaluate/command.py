@@ -16,9 +16,9 @@ from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
+from sft.base import hash_model
 from sft.chat.reply import Chat, Reply, add_model_flags, load_chat, model_options
 from sft.chat.sampling import GREEDY
-from sft.checkpoint.resume import hash_base
 from sft.dataset.dataset import MAX_LENGTH, find_files
 from sft.dataset.tokenise import batches
 from sft.evaluate import judge, quick
@@ -214,7 +214,7 @@ def answer_and_judge(
 
 
 def _local_model(options: argparse.Namespace) -> judge.LocalModel:
-    identity = hash_base(options.model_path) or options.model_path
+    identity = hash_model(options.model_path, cache_dir=options.cache_dir) or options.model_path
     chat = load_chat(options.model_path, **model_options(options))
     return judge.LocalModel(chat, identity, batch_size=options.batch_size, seed=options.seed)
 

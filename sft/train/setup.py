@@ -19,7 +19,7 @@ import transformers
 
 from sft.base import check_base
 from sft.checkpoint.manifest import find_checkpoint, find_damage, has_optimizer
-from sft.checkpoint.resume import hash_base, make_fingerprint, read_fingerprint
+from sft.checkpoint.resume import make_fingerprint, read_fingerprint
 from sft.checkpoint.save import remove_leftovers
 from sft.dataset.dataset import Examples, TrainingRows, file_hashes, find_files
 from sft.dataset.mixture import mix
@@ -339,20 +339,21 @@ def find_named_checkpoint(named: str | None, output_dir: str) -> tuple[str | Non
 
 
 def find_other_base(run: Run, checkpoint: str | None) -> str | None:
-    """Return how the run's base differs from the one that a checkpoint's adapter was trained from, or None."""
-    allowed = (run.settings.training.allow_changed or "").replace(" ", "").split(",")
-    if checkpoint is None or not run.settings.model.lora or "base" in allowed:
+    """Return how the run's base differs from the one that a checkpoint was trained from, or None."""
+    if checkpoint is None:
         return None
     options = {"remedy": "name it with --model_name_or_path", "cache_dir": run.settings.data.cache_dir}
     try:
         check_base(checkpoint, run.model_path, say=say, **options)
     except ValueError as error:
-        return str(error)
+        if "base" not in (run.settings.training.allow_changed or "").replace(" ", "").split(","):
+            return str(error)
+        say(f"allowed: {error}")
     return None
 
 
-def check_base_of_adapter(run: Run, checkpoint: str | None, guard: Guard) -> None:
-    """Raise UserError on all ranks where the run would continue an adapter on another base; rank 0 reads the files."""
+def check_base_unchanged(run: Run, checkpoint: str | None, guard: Guard) -> None:
+    """Raise UserError on all ranks where a run would resume with another base; rank 0 reads the files."""
     if problem := guard.broadcast(find_other_base(run, checkpoint) if guard.rank == 0 else None):
         raise UserError(problem)
 
@@ -394,7 +395,6 @@ def fingerprint_of(run: Run) -> dict:
         data=dict(zip(names, hashes.values(), strict=True)),
         times_per_epoch={name: often for name, often in zip(names, times, strict=True) if often != 1},
         chat_format={"name": run.renderer.name, "fingerprint": run.renderer.fingerprint()} | dated,
-        base=hash_base(run.model_path) or run.model_path,
         world_size=count_processes(training),
         zero_stage=zero.get("stage", 0),
     )

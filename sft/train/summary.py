@@ -145,10 +145,11 @@ def make_record(run: Run, data: Data, model, fingerprint: dict) -> dict:
 
 
 def store_base(trainer: Trainer, run: Run) -> BaseIdentity:
-    """Hash the base in the background, on the rank that saves, and store the hash with each adapter."""
+    """Hash the base in the background, on the rank that saves, and store the hash with checkpoints and adapters."""
     base = BaseIdentity(run.model_path, cache_dir=run.settings.data.cache_dir, say=say)
     if trainer.args.should_save:
         base.start()
+    trainer.saves.base = base
     if run.settings.model.lora:
         base.store_with_adapters(trainer.model)
     return base

@@ -113,11 +113,12 @@ def test_a_run_stopped_by_a_signal_saves_that_step_and_resumes_to_the_same_bits(
     assert "missing keys" not in caplog.text  # the head is tied, and saved once
 
 
-def test_an_adapter_resumes_with_its_moved_base_and_not_with_another_one(tiny_base, data, tmp_path, capsys):
-    base, flags = (
-        shutil.copytree(tiny_base("qwen2"), tmp_path / "base"),
-        {"lora": True, "max_steps": 2, "save_steps": 1},
-    )
+@pytest.mark.parametrize("lora", [True, False], ids=["adapter", "full"])
+def test_a_run_resumes_with_its_moved_base_and_with_another_one_only_if_allowed(
+    lora, tiny_base, data, tmp_path, capsys
+):
+    base = shutil.copytree(tiny_base("qwen2"), tmp_path / "base")
+    flags = {"lora": lora, "max_steps": 2, "save_steps": 1}
     run(base, data, tmp_path / "run", **flags)
     base = base.rename(tmp_path / "moved")
     again = {**flags, "max_steps": 3, "resume_from_checkpoint": "auto", "allow_changed": "max_steps"}
@@ -130,6 +131,9 @@ def test_an_adapter_resumes_with_its_moved_base_and_not_with_another_one(tiny_ba
         said = f"{refused.value} {capsys.readouterr().err}"
         assert f"{tmp_path}/run/checkpoint-3: was trained from {tmp_path}/moved" in said
         assert "the weights in model.safetensors differ; put that base back, or name it with --model_name" in said
+    again |= {"max_steps": 4, "allow_changed": "max_steps,base"}
+    assert run(base, data, tmp_path / "run", **again)
+    assert f"allowed: {tmp_path}/run/checkpoint-3: was trained from {tmp_path}/moved" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("packing", [True, False])
