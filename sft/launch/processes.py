@@ -111,7 +111,8 @@ class Guard:
         self._remove_own_files(keep_rank=is_of_this_rank)
         self._group = None
         if self.lasting:
-            close_process_groups(abort=is_of_this_rank)
+            is_of_all_ranks = issubclass(kind or Stopped, (Stopped, UserError)) or getattr(error, "code", 0) == STOPPED
+            close_process_groups(abort=not is_of_all_ranks)
 
     def _reset_in_child(self) -> None:
         """In a forked child (a data loader's worker): its signals are not handled by this process."""
@@ -322,12 +323,12 @@ class Guard:
 def close_process_groups(*, abort: bool) -> None:
     """End the threads of gloo and NCCL: one that still runs when Python exits may abort the process.
 
-    `abort`: the other ranks don't leave now, and NCCL would wait for them.
+    `abort`: the other ranks don't leave now or are lost, and NCCL would wait for them.
     """
     distributed = sys.modules.get("torch.distributed")
     if distributed is None or not distributed.is_available() or not distributed.is_initialized():
         return
-    if abort and distributed.get_backend() == "nccl":
+    if abort and "nccl" in distributed.get_backend():
         distributed.distributed_c10d._abort_process_group()
     else:
         distributed.destroy_process_group()

@@ -98,6 +98,22 @@ def test_a_process_that_exits_next_has_closed_its_groups_also_after_an_error(tmp
     assert (out, process.returncode) == ("False\nFalse\nFalse\n", 0), errors
 
 
+def test_nccl_waits_only_for_ranks_that_leave_as_well():
+    process = script(
+        "from sft.launch import processes\n"
+        "processes.close_process_groups = lambda *, abort: print(abort)\n"
+        "for error in (None, Stopped(), UserError(), SystemExit(STOPPED), SystemExit(LOST), OSError()):\n"
+        "    for stage in ('loading', 'training'):\n"
+        "        try:\n"
+        "            with Guard(lasting=True) as guard:\n"
+        "                guard.stage = stage\n"
+        "                if error: raise error\n"
+        "        except BaseException: pass\n"
+    )
+    out, errors = process.communicate(timeout=60)
+    assert (out.split(), process.returncode) == (["False"] * 8 + ["True"] * 4, 0), errors
+
+
 def test_handlers_are_put_back():
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)]
     with Guard():
