@@ -10,6 +10,7 @@ from sft.base import RUN_RECORD, BaseIdentity
 from sft.chat.reply import Chat, Reply
 from sft.chat.rows import NotFinite
 from sft.chat.sampling import GREEDY
+from sft.checkpoint.manifest import step_of
 from sft.checkpoint.save import PAGE
 from sft.dataset.ledger import ledger_lines
 from sft.dataset.mixture import mixture_table
@@ -215,11 +216,17 @@ def run_page(trainer: Trainer, run: Run, record: dict, replies: Replies) -> RunP
 
 
 def last_evaluation(trainer: Trainer) -> dict[str, float]:
-    """Return the metrics on the held-out rows after the last step, evaluating only if that was not just done."""
+    """Return the metrics of the model on the held-out rows, evaluating only if that was not done yet.
+
+    The model is that of the last step, or of the best checkpoint under --load_best_model_at_end.
+    """
     if trainer.eval_dataset is None or trainer.args.eval_strategy == "no":
         return {}
-    last = next((entry for entry in reversed(trainer.state.log_history) if "eval_loss" in entry), {})
-    return last if last.get("step") == trainer.state.global_step else trainer.evaluate()
+    step = trainer.state.global_step
+    if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint:
+        step = step_of(Path(trainer.state.best_model_checkpoint))
+    evaluations = [entry for entry in trainer.state.log_history if "eval_loss" in entry and entry["step"] == step]
+    return evaluations[-1] if evaluations else trainer.evaluate()
 
 
 def write_results(trainer: Trainer, run: Run, record: dict, metrics: dict, replies: Replies, *, seconds: float) -> None:

@@ -193,6 +193,7 @@ def test_the_best_checkpoint_is_kept_and_loaded_also_after_the_folder_was_moved(
     run(tiny_base("qwen2"), data, moved, resume_from_checkpoint="auto", **flags)
     held_out = [line["eval_loss"] for line in logs_of(moved) if "eval_loss" in line]
     assert len(held_out) == 3 and held_out[0] == min(held_out)
+    assert json.loads((moved / "run.json").read_text())["metrics"]["eval_loss"] == held_out[0]
     best, last = load_file(moved / "checkpoint-2" / "model.safetensors"), weights_of(moved)
     assert all(torch.equal(best[name], last[name]) for name in best)
 
