@@ -283,13 +283,18 @@ def check_memory(results: Results) -> None:
         return f"{shape}, {layers} layers, {rows} rows {shown({k: v for k, v in case[3].items()})}", numbers
 
     cases = MEMORY if ON_GPU and has("bitsandbytes") else [case for case in MEMORY if "four_bit" not in case[3]]
-    with ThreadPoolExecutor(2 if TOY else 3) as pool:
+    with ThreadPoolExecutor(2 if TOY else 3) as pool, tempfile.TemporaryDirectory() as folder:
+        probe = pool.submit(probe_steps, f"{folder}/base")
         for name, numbers in pool.map(check, cases[3:4] if TOY else cases):
             results.add("memory", name, **numbers)
-    with tempfile.TemporaryDirectory() as folder:
-        run("gpu/checks.py", "base", "qwen2.5-0.5b", f"{folder}/base")
-        found = run("gpu/checks.py", "probe", f"{folder}/base")
-    results.add("memory", "qwen2.5-0.5b, --probe_steps", **{name: found[name] for name in ("probe", "ratio")})
+        results.add("memory", "qwen2.5-0.5b, --probe_steps", **probe.result())
+
+
+def probe_steps(base: str) -> dict:
+    """Return what train.py --probe_steps says of the memory of the 0.5B shape."""
+    run("gpu/checks.py", "base", "qwen2.5-0.5b", base)
+    found = run("gpu/checks.py", "probe", base)
+    return {name: found[name] for name in ("probe", "ratio")}
 
 
 def measure_replies(results: Results) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers import ProgressCallback, TrainerCallback
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -238,7 +239,7 @@ def find_widths(model) -> list[int]:
     hidden = model.get_input_embeddings().embedding_dim
     widths = []
     for layer in find_layers(model):
-        products = [module for module in layer.modules() if hasattr(module, "in_features")]
+        products = [module for module in layer.modules() if isinstance(module, nn.Linear)]
         wide = [each.out_features for each in products if _is_wide(each.in_features, each.out_features, hidden)]
         widths.append(hidden + sum(wide))
     return widths

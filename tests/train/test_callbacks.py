@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.qwen2 import modeling_qwen2
 
 import train
-from sft.model import attention, fusion, loss
+from sft.model import adapters, attention, fusion, loss
 from sft.train import callbacks
 
 ROOM = 2**30
@@ -104,6 +104,14 @@ def test_a_kernel_that_overwrites_what_is_kept_is_found(load, monkeypatch):
     gradient, operations = step(model)
     assert torch.equal(gradient, expected)
     assert operations == all_again
+
+
+def test_adapters_change_no_width(load):
+    """Of the tiny qwen2: 64 numbers of attention, and gate and up."""
+    model = load("qwen2")
+    widths = callbacks.find_widths(model)
+    assert widths == [64 + 2 * model.config.intermediate_size] * 2
+    assert callbacks.find_widths(adapters.add_lora(model, rank=4, alpha=8, dropout=0.0)) == widths
 
 
 def test_layers_that_cannot_keep_more_keep_their_inputs(load, monkeypatch):
