@@ -254,7 +254,14 @@ class RemoteModel:
         reply = RemoteReply(self.waiting)
         self.waiting.append(reply)
         reply.task = asyncio.create_task(self._work(reply, partial(self._body, messages, sampling, tools)))
+        reply.task.add_done_callback(lambda _task: self._leave_queue(reply))  # also of one cancelled before it runs
         return reply
+
+    def _leave_queue(self, reply: RemoteReply) -> None:
+        self.active.discard(reply)
+        with suppress(ValueError):
+            self.waiting.remove(reply)
+        reply.done = True
 
     async def _work(self, reply: RemoteReply, body: Callable[..., dict]) -> None:
         try:
@@ -268,11 +275,6 @@ class RemoteModel:
 
             reply.error = RemoteError(f"the model's server {describe_error(error)}")
             logging.warning("%s: %s", self.base_url, type(error).__name__)
-        finally:
-            self.active.discard(reply)
-            with suppress(ValueError):
-                self.waiting.remove(reply)
-            reply.done = True
 
     async def _stream(self, reply: RemoteReply, body: Callable[..., dict]) -> None:
         from sft.chat import openai_client

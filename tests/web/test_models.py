@@ -235,6 +235,19 @@ def test_cancelling_closes_the_connection(server):
     assert remote.active == set()
 
 
+def test_a_reply_that_is_cancelled_before_its_task_runs_leaves_the_queue(server):
+    server.answer = lambda _body: (200, [event("Hi", finish_reason="stop")])
+
+    async def ask():
+        remote = RemoteModel(server.url)
+        remote.start(HELLO, Sampling()).cancel()
+        second = remote.start(HELLO, Sampling())
+        await second.task
+        return second.read()[0], remote.waiting, remote.active
+
+    assert asyncio.run(asyncio.wait_for(ask(), 20)) == ({"content": "Hi"}, [], set())
+
+
 def test_as_many_are_asked_for_and_wait_as_are_let_in(server):
     released = threading.Event()
     server.answer = lambda _body: (200, [event("好", finish_reason="stop")] if released.wait(10) else [])
