@@ -150,6 +150,7 @@ class Save:
 
         A thread that is inside torch when Python exits aborts the process.
         """
+        self._files.is_given_up = True
         self._written.exception()
         rank = self._guard.rank
         text = f"{self._folder.name} is not complete: this process ended while it was written"

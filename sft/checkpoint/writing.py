@@ -80,6 +80,10 @@ class NotEnoughMemoryError(Exception):
     """The host's memory has no room for a copy."""
 
 
+class GivenUpError(Exception):
+    """The rest of the files is not needed any more."""
+
+
 class CollectedFiles:
     """The files of this rank that are still to be written, copied, and the hashes of those that are written.
 
@@ -90,6 +94,7 @@ class CollectedFiles:
         self.hashes: dict[str, list] = {}
         self.waiting: dict[str, Callable[[Path], list]] = {}
         self.has_no_room = False
+        self.is_given_up = False  # set by another thread: `write` ends at the next tensor
         self._folder = Path(os.path.abspath(folder))
         self._bytes_left = max_bytes
 
@@ -130,9 +135,15 @@ class CollectedFiles:
     def write(self) -> dict[str, list]:
         """Write the files and return [bytes, sha256] of all, by name; a file's copies are freed when it is written."""
         while self.waiting:
+            self.check_given_up()
             name = next(iter(self.waiting))
             self.hashes[name] = self.waiting.pop(name)(self._folder / name)
         return self.hashes
+
+    def check_given_up(self) -> None:
+        """Raise GivenUpError when the rest is not needed."""
+        if self.is_given_up:
+            raise GivenUpError
 
 
 class ZipRecords:
@@ -153,6 +164,7 @@ class ZipRecords:
     def write(self, path: Path) -> list:
         with HashingStream(path) as stream, torch.serialization._open_zipfile_writer(stream) as writer:
             for record in self._records:
+                self._files.check_given_up()
                 writer.write_record(*record)
         return stream.size_and_hash()
 

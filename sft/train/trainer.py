@@ -290,11 +290,11 @@ class Trainer(FastTrainer):
         try:
             with collect_files(staging / name, self.saves.bytes_for_copies()) as files:
                 super()._save_checkpoint(model, trial)
+            self._write_progress(staging / name)
         except (OSError, RuntimeError, SafetensorError) as error:
             raise explain_error(error, self.args.output_dir) from error
         finally:
             self._staging = None
-        self._write_progress(staging / name)
         of_run = {"run": self.run, "keep": self.keep, "spare": self.state.best_model_checkpoint}
         self.saves.start(staging / name, files, step=self.state.global_step, began=began, **of_run)
         if self.guard.is_set_on_any_rank(uploads_checkpoints(self.callback_handler.callbacks)):

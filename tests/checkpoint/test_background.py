@@ -18,6 +18,7 @@ from sft.checkpoint.save import open_staging
 from sft.checkpoint.writing import CollectedFiles, collect_files
 from sft.launch.processes import Guard, UserError
 from sft.report.run_page import RunPage
+from sft.train import trainer
 from sft.train.callbacks import uploads_checkpoints
 from sft.train.trainer import Trainer
 from tests.checkpoint.test_resume import assert_same, data, run, words_of  # noqa: F401  data is a fixture
@@ -101,6 +102,7 @@ def test_an_error_of_one_rank_alone_waits_for_its_thread_and_no_other_rank(tmp_p
     )
     assert find_checkpoint(str(tmp_path)) == (None, [])
     assert "_write" not in [thread.name for thread in threading.enumerate()]
+    assert saves._current._files.is_given_up
 
 
 @pytest.fixture
@@ -180,6 +182,16 @@ def test_a_tracker_that_uploads_checkpoints_finds_them_in_place(tiny_base, data,
     run(tiny_base("qwen2"), data, tmp_path / "run", max_steps=3, save_steps=1, eval_strategy="no")
     assert found == [None, None, None]
     assert not uploads_checkpoints([SimpleNamespace(_log_model=WandbLogModel.END, _log_artifacts=False)])
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_when_the_progress_is_written_is_named(tiny_base, data, tmp_path, monkeypatch):  # noqa: F811
+    def fill(*_arguments, **_options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(trainer, "write_json", fill)
+    with pytest.raises(ValueError, match=rf"^{tmp_path}/run: the disk is full .*the checkpoints in it are whole"):
+        run(tiny_base("qwen2"), data, tmp_path / "run", max_steps=1, save_steps=1, eval_strategy="no")
 
 
 @pytest.mark.slow

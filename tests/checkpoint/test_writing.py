@@ -89,6 +89,23 @@ def test_a_copy_that_a_limit_of_the_process_refuses_is_written_at_once(tmp_path)
     assert torch.equal(torch.load(tmp_path / "optimizer.pt"), torch.arange(10 << 20))
 
 
+def test_writing_ends_at_the_next_tensor_when_it_is_given_up(tmp_path, monkeypatch):
+    with collect_files(tmp_path, PLENTY) as files:
+        torch.save([torch.ones(500), torch.ones(600)], tmp_path / "a.pt")
+        torch.save([1], tmp_path / "b.pt")
+    write = writing.HashingStream.write
+
+    def write_and_give_up(stream, data):
+        files.is_given_up |= len(data) == 2000
+        return write(stream, data)
+
+    monkeypatch.setattr(writing.HashingStream, "write", write_and_give_up)
+    with pytest.raises(writing.GivenUpError):
+        files.write()
+    assert 2000 < (tmp_path / "a.pt").stat().st_size < 4000
+    assert not (tmp_path / "b.pt").exists() and files.hashes == {}
+
+
 def test_files_elsewhere_and_streams_are_saved_as_before(tmp_path):
     (tmp_path / "checkpoint").mkdir()
     with collect_files(tmp_path / "checkpoint", PLENTY) as files, open(tmp_path / "stream.pt", "wb") as stream:
