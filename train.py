@@ -47,7 +47,6 @@ from sft.train.setup import (
     Run,
     check_base_unchanged,
     check_probes,
-    check_saved_folder,
     check_token_ids,
     find_circumstances,
     fingerprint_of,
@@ -59,6 +58,7 @@ from sft.train.setup import (
 )
 from sft.train.summary import (
     Replies,
+    check_and_push,
     last_evaluation,
     make_record,
     run_page,
@@ -265,8 +265,7 @@ def train(run: Run, data: Data, checkpoint: str | None, guard: Guard, *, started
     if trainer.is_world_process_zero():
         record |= {"base": base.wait(), **replies.compare_quick()}
         write_results(trainer, run, record, metrics, replies, seconds=time.time() - started)
-        say(check_saved_folder(run))
-        trainer.publish()
+        check_and_push(trainer, run)
 
 
 def build_trainer(run: Run, data: Data, **options) -> Trainer:

@@ -228,7 +228,7 @@ def check_base(folder: str | Path, base: str, *, remedy: str = "", cache_dir: st
         return
     if difference := find_difference(trained, given):
         raise ValueError(
-            f"{folder}: was trained from {_name(trained)}, and {_name(given)} is another base: {difference}; "
+            f"{folder}: was trained from {_name_base(trained)}, and {_name_base(given)} is another base: {difference}; "
             f"put that base back, or {remedy or f'write its path into {Path(folder) / ADAPTER}'}"
         )
 
@@ -248,7 +248,7 @@ def find_difference(trained: Mapping, given: Mapping) -> str | None:
     return f"the weights in {changed[0]} and {len(changed) - 1} more differ"
 
 
-def _name(identity: Mapping) -> str:
+def _name_base(identity: Mapping) -> str:
     """Return a base's name with the first digits of the hash of its weights, which tell two of one path apart."""
     digest = hashlib.sha256("".join(sorted(identity["weights"].values())).encode()).hexdigest()[:8]
     return f"{identity['model']} (weights {digest})"

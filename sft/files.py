@@ -51,18 +51,18 @@ def temporary_path(target: Path) -> Path:
 
 
 @contextlib.contextmanager
-def _temporary(target: Path) -> Iterator[Path]:
+def _make_temporary(target: Path) -> Iterator[Path]:
     """A temporary path beside `target`; what is left under it at the end is deleted."""
     path = temporary_path(target)
     _temporaries.add(path)
     try:
         yield path
     finally:
-        _delete(path)
+        _delete_path(path)
         _temporaries.discard(path)
 
 
-def _delete(path: Path) -> None:
+def _delete_path(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -74,7 +74,7 @@ def remove_temporaries() -> None:
     for path in list(_temporaries):
         for _attempt in range(2):  # another thread may add a file while the folder is being deleted
             with contextlib.suppress(OSError):
-                _delete(path)
+                _delete_path(path)
 
 
 @contextlib.contextmanager
@@ -83,7 +83,7 @@ def open_whole(path: str | Path, mode: str = "w", **options) -> Iterator[IO]:
     target = Path(path)
     if "b" not in mode:
         options = {"encoding": "utf-8", **options}
-    with _temporary(target) as partial:
+    with _make_temporary(target) as partial:
         with open(partial, mode, **options) as stream:
             yield stream
             stream.flush()
@@ -109,7 +109,7 @@ def stage_folder(target: str | Path) -> Iterator[Path]:
     All files are on the disk before the rename. OSError when `target` has come to exist and is not an empty folder.
     """
     target = Path(target)
-    with _temporary(target) as staged:
+    with _make_temporary(target) as staged:
         staged.mkdir()
         yield staged
         for path in staged.rglob("*"):
@@ -131,7 +131,7 @@ def remove_cut_off(folder: Path) -> None:
 def remove_abandoned(target: Path) -> None:
     """Delete what killed processes left of `target`; only for the holder of its lock."""
     for path in target.parent.glob(f".{target.name}.*{PARTIAL}"):
-        _delete(path)
+        _delete_path(path)
 
 
 def move_files(staged: Path, folder: Path, names: Sequence[str]) -> None:
@@ -163,7 +163,7 @@ class LinesFile:
         return {"records": self.num_records, "bytes": self.num_bytes, "sha256": self.sha256.hexdigest()}
 
 
-def exchange(left: Path, right: Path) -> None:
+def exchange_names(left: Path, right: Path) -> None:
     """Swap two names in one step (Linux's renameat2), so that neither is ever missing; elsewhere in three."""
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if renameat2 and renameat2(AT_FDCWD, os.fsencode(left), AT_FDCWD, os.fsencode(right), RENAME_EXCHANGE) == 0:
@@ -176,15 +176,15 @@ def exchange(left: Path, right: Path) -> None:
 
 def sync_file(path: Path) -> None:
     """Wait until a file's bytes are on the disk."""
-    _sync(path, os.O_RDONLY)
+    _sync_path(path, os.O_RDONLY)
 
 
 def sync_folder(folder: Path) -> None:
     """Wait until a folder's names are on the disk."""
-    _sync(folder, os.O_RDONLY | os.O_DIRECTORY)
+    _sync_path(folder, os.O_RDONLY | os.O_DIRECTORY)
 
 
-def _sync(path: Path, flags: int) -> None:
+def _sync_path(path: Path, flags: int) -> None:
     descriptor = os.open(path, flags)
     try:
         os.fsync(descriptor)
@@ -333,16 +333,16 @@ def _create_lock(path: Path) -> float | None:
 
     A full disk leaves no empty lock. The time is that of a file made just now: machines' clocks may differ.
     """
-    with _temporary(path) as partial:
+    with _make_temporary(path) as partial:
         partial.write_text(json.dumps(this_process()))
         try:
-            _link(partial, path)
+            _link_or_copy(partial, path)
         except FileExistsError:
             return partial.stat().st_mtime
     return None
 
 
-def _link(source: Path, path: Path) -> None:
+def _link_or_copy(source: Path, path: Path) -> None:
     """Give a file a second name, or copy it where the file system has no hard links; FileExistsError if it is taken."""
     try:
         os.link(source, path)

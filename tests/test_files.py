@@ -112,7 +112,7 @@ def test_two_names_are_exchanged(tmp_path, monkeypatch, one_step):
         monkeypatch.setattr(files.ctypes, "CDLL", lambda *_arguments, **_options: None)
     (tmp_path / "a").mkdir()
     (tmp_path / "b").write_text("b")
-    files.exchange(tmp_path / "a", tmp_path / "b")
+    files.exchange_names(tmp_path / "a", tmp_path / "b")
     assert (tmp_path / "a").read_text() == "b"
     assert (tmp_path / "b").is_dir()
 

@@ -94,14 +94,14 @@ def read_manifest(folder: Path) -> dict:
         raise ValueError(f"it has no {MANIFEST}, so it was not saved to the end") from None
     except (OSError, ValueError):
         raise ValueError(f"{MANIFEST} is cut or can't be read") from None
-    if not isinstance(manifest, dict) or manifest.pop("checksum", None) != _checksum(manifest):
+    if not isinstance(manifest, dict) or manifest.pop("checksum", None) != _compute_checksum(manifest):
         raise ValueError(f"{MANIFEST} differs from its own checksum")
     if any(Path(name).is_absolute() or ".." in Path(name).parts for name in manifest["files"]):
         raise ValueError(f"{MANIFEST} names files outside of the checkpoint")
     return manifest
 
 
-def _checksum(manifest: dict) -> str:
+def _compute_checksum(manifest: dict) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
@@ -139,6 +139,6 @@ def hash_files(folder: Path, names: Iterable[str], *, sync: bool = False) -> dic
 def write_manifest(folder: Path, files: dict[str, list], *, step: int, run: str) -> None:
     """Write the manifest, when all files are on the disk; then sync the folders' names."""
     manifest = {"step": step, "run": run, "saved": time.strftime("%F %T"), "files": files}
-    write_json(folder / MANIFEST, {**manifest, "checksum": _checksum(manifest)}, ensure_ascii=True)
+    write_json(folder / MANIFEST, {**manifest, "checksum": _compute_checksum(manifest)}, ensure_ascii=True)
     for path in [folder, *(path for path in folder.rglob("*") if path.is_dir())]:
         sync_folder(path)

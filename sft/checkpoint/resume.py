@@ -38,15 +38,15 @@ def compare_fingerprints(old: dict, new: dict, allowed: Sequence[str]) -> tuple[
         if isinstance(before, dict) and isinstance(now, dict):
             keys = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
             before, now = ({key: value.get(key) for key in keys} for value in (before, now))
-        change = f"{field} was {_brief(before)} and is {_brief(now)}"
+        change = f"{field} was {_shorten_value(before)} and is {_shorten_value(now)}"
         if field in allowed:
             lines.append(f"allowed: {change}; from here on the run is not bit-identical to one that never stopped")
         else:
             refused.append(f"{change}; give the old one again, or add --allow_changed {field}")
     for field in sorted(old["told"].keys() | new["told"].keys()):
         if old["told"].get(field) != new["told"].get(field):
-            before = _brief(old["told"].get(field))
-            now = _brief(new["told"].get(field))
+            before = _shorten_value(old["told"].get(field))
+            now = _shorten_value(new["told"].get(field))
             lines.append(f"{field} was {before} and is {now}; results may differ in the last bits")
     return refused, lines
 
@@ -90,7 +90,7 @@ def read_fingerprint(checkpoint: str) -> dict:
     return json.loads((Path(checkpoint) / FINGERPRINT).read_text(encoding="utf-8"))
 
 
-def _brief(value) -> str:
+def _shorten_value(value) -> str:
     if value is None:
         return "not given"
     text = json.dumps(value, ensure_ascii=False) if not isinstance(value, str) else value

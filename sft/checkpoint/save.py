@@ -12,7 +12,7 @@ import stat
 from pathlib import Path
 
 from sft.checkpoint.manifest import MANIFEST, checkpoint_bytes, is_of_run, list_checkpoints, read_manifest, step_of
-from sft.files import PARTIAL, exchange, move_files, remove_cut_off, sync_folder, write_json
+from sft.files import PARTIAL, exchange_names, move_files, remove_cut_off, sync_folder, write_json
 from sft.launch.processes import LOCK, RANKS
 
 SAVING = ".saving"
@@ -72,7 +72,7 @@ def remove_leftovers(output_dir: Path) -> list[str]:
                 shutil.rmtree(path)
         shutil.rmtree(folder)  # the marker last: a deletion that is killed is finished at the next start
     for path in output_dir.glob(".removed-*"):
-        _delete(path)
+        _delete_listed_files(path)
     remove_cut_off(output_dir)
     return lines
 
@@ -94,10 +94,10 @@ def publish_checkpoint(staged: Path, final: Path, run: str) -> str | None:
         os.rename(staged, final)
         sync_folder(final.parent)
         return None
-    exchange(staged, final)
+    exchange_names(staged, final)
     sync_folder(final.parent)
     if is_of_run(staged, run):
-        _delete(staged)
+        _delete_listed_files(staged)
     if not staged.exists():
         return None
     aside = next(path for k in range(1, 10**6) if not (path := Path(f"{final}.set-aside-{k}")).exists())
@@ -112,10 +112,10 @@ def delete_old_checkpoints(output_dir: Path, *, keep: int | None, step: int, run
         if str(folder) != spare:
             removed = folder.with_name(f".removed-{folder.name}")
             os.rename(folder, removed)
-            _delete(removed)
+            _delete_listed_files(removed)
 
 
-def _delete(folder: Path) -> None:
+def _delete_listed_files(folder: Path) -> None:
     """Delete the files that the folder's manifest names, the manifest last; others stay, under the old name."""
     try:
         names = read_manifest(folder)["files"]

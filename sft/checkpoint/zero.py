@@ -67,8 +67,8 @@ class Shards:
 
     def __init__(self, checkpoint: Path):
         folder = checkpoint / (checkpoint / "latest").read_text().strip()
-        models = sorted(folder.glob("*_model_states.pt"), key=_rank)
-        optimizers = sorted(folder.glob("*_optim_states.pt"), key=_rank)
+        models = sorted(folder.glob("*_model_states.pt"), key=_rank_of_file)
+        optimizers = sorted(folder.glob("*_optim_states.pt"), key=_rank_of_file)
         if not models or not optimizers:
             raise ValueError(f"{folder}: no optimizer states of ZeRO-2 or ZeRO-3")
         model = load_safely(models[0], mmap=True)
@@ -143,7 +143,7 @@ def write_weights(shards: Shards, folder: Path, max_shard_size: str) -> None:
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
 
 
-def _rank(path: Path) -> int:
+def _rank_of_file(path: Path) -> int:
     words = path.name.split("_")
     return int(words[words.index("rank") + 1]) if path.name.startswith(("zero_pp", "bf16_zero")) else 0
 

@@ -9,7 +9,7 @@ from collections import deque
 from sft.launch.nodes import Nodes, Problem
 from sft.launch.plan import GRACE_SECONDS, read_number
 from sft.launch.processes import STOPPED
-from sft.launch.workers import Child, say
+from sft.launch.workers import Child, print_line
 
 POLL_SECONDS = 0.05
 ARGUMENT_ERROR = 2  # exit code of train.py after a mistake in the arguments, which it has printed itself
@@ -39,14 +39,14 @@ def supervise_children(children: list[Child], signals: deque, nodes: Nodes | Non
         if problem is None and (problem := _find_problem(failed) or elsewhere):
             deadline = time.monotonic() + problem.seconds
             if not failed:
-                say(problem.text)
+                print_line(problem.text)
             elif nodes:
                 nodes.failure = f"{problem.code} machine {nodes.job.node}: {problem.text}"
         if deadline and time.monotonic() > deadline:
             _kill_children(children)
     if {child.code for child in children} != {ARGUMENT_ERROR}:
         for child in failed:
-            say(child.ending())
+            print_line(child.ending())
     return problem.code if problem else max((_exit_code(c.code) for c in children), key=lambda c: (c == STOPPED, c))
 
 
@@ -64,7 +64,7 @@ def _find_problem(failed: list[Child]) -> Problem | None:
 
 
 def _pass_on(running: list[Child], number: int) -> None:
-    say(f"passing {signal.Signals(number).name} on to {', '.join(child.name for child in running)}")
+    print_line(f"passing {signal.Signals(number).name} on to {', '.join(child.name for child in running)}")
     for child in running:
         with contextlib.suppress(OSError, ValueError):  # it has just ended
             child.send(number)
@@ -72,6 +72,6 @@ def _pass_on(running: list[Child], number: int) -> None:
 
 def _kill_children(children: list[Child]) -> None:
     for child in [child for child in children if child.code is None]:
-        say(f"{child.name} did not end; killed")
+        print_line(f"{child.name} did not end; killed")
         child.kill()
         child.code = child.process.wait()

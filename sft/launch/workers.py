@@ -129,8 +129,8 @@ def remove_dead_build_locks(*, shared: bool) -> None:
         with contextlib.suppress(OSError):
             if time.time() - lock.stat().st_mtime > (MIN_SHARED_LOCK_AGE_SECONDS if shared else MIN_LOCK_AGE_SECONDS):
                 lock.unlink()
-                say(f"{lock}: removed; the compilation that held it was killed")
+                print_line(f"{lock}: removed; the compilation that held it was killed")
 
 
-def say(text: str) -> None:
+def print_line(text: str) -> None:
     print(f"launch: {text}", file=sys.stderr, flush=True)

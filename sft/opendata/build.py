@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sft.files import LinesFile, exchange, lock_stream, move_files, open_whole, sync_folder
+from sft.files import LinesFile, exchange_names, lock_stream, move_files, open_whole, sync_folder
 from sft.opendata.cleaning import (
     RULES,
     NearDuplicates,
@@ -350,7 +350,7 @@ class _StagedFiles:
         outputs = {name: writer.close() for name, writer in self._writers.items()}
         if not outputs[TRAIN]["records"] and outputs[EVAL]["records"]:
             # So little was kept that all of it is held out: train on that.
-            exchange(self.folder / TRAIN, self.folder / EVAL)
+            exchange_names(self.folder / TRAIN, self.folder / EVAL)
             outputs[TRAIN], outputs[EVAL] = outputs[EVAL], outputs[TRAIN]
             for ledger in self.ledgers.values():
                 ledger.counts["train"] = ledger.counts.pop("eval", 0)

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from huggingface_hub import HfApi
+
 from sft.base import RUN_RECORD, BaseIdentity
 from sft.chat.reply import Chat, Reply
 from sft.chat.rows import NotFinite
@@ -27,7 +29,7 @@ from sft.report.measures import mfu_of_a_token, rates, replies_entry, summarise_
 from sft.report.provenance import provenance
 from sft.report.run_page import RunPage, render_page
 from sft.report.text import paint, say
-from sft.train.setup import Data, Run, describe_processes
+from sft.train.setup import Data, Run, check_saved_folder, describe_processes
 from sft.train.trainer import Trainer
 
 EVALUATION_METRICS = ("eval_loss", "eval_perplexity", "eval_token_accuracy")
@@ -47,7 +49,9 @@ class Replies:
 
     def __init__(self, trainer: Trainer, run: Run):
         data = run.settings.data
-        self.trainer, self.renderer, self.max_new_tokens = trainer, run.renderer, data.max_new_tokens
+        self.trainer = trainer
+        self.renderer = run.renderer
+        self.max_new_tokens = data.max_new_tokens
         chosen = pick_questions(list(run.files.times), data.num_reply_prompts, encoding=data.encoding)
         self.questions = self._answerable(chosen)
         self.fixed = self.questions[: len(FIXED_PROMPTS)]
@@ -278,3 +282,19 @@ def _entries(replies: Replies) -> list[dict]:
 
 def _short(value) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def check_and_push(trainer: Trainer, run: Run) -> None:
+    """Check the finished output folder; upload it, without its checkpoints, where --push_to_hub asks for it."""
+    say(check_saved_folder(run))
+    if not trainer.args.push_to_hub:
+        return
+    folder = trainer.args.output_dir
+    repository = trainer.hub_model_id
+    options = {"ignore_patterns": ["checkpoint-*", ".*", "_*"], "revision": trainer.args.hub_revision}
+    try:
+        say(f"pushing to {repository}")
+        HfApi().upload_folder(repo_id=repository, folder_path=folder, **options)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"{folder} is saved, but not pushed: {reason}; hf upload {repository} {folder}") from error

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 from accelerate.data_loader import prepare_data_loader
-from huggingface_hub import HfApi
 from safetensors import SafetensorError
 from torch.utils.data import DataLoader
 from transformers import ProgressCallback
@@ -55,11 +54,15 @@ class Trainer(FastTrainer):
         self.source_losses = SourceLosses(sources, parts=parts, part=part) if sources else None
         self.router_losses = RouterLosses()
         self._token_losses: list[torch.Tensor | None] = []  # of the update's batches so far
-        self.guard, self.fingerprint = guard, fingerprint
-        self.run, self.progress, self.shift = guard.broadcast(uuid.uuid4().hex), Progress(), 0
+        self.guard = guard
+        self.fingerprint = fingerprint
+        self.run = guard.broadcast(uuid.uuid4().hex)
+        self.progress = Progress()
+        self.shift = 0
         self.changed: set[str] = set()
         # transformers' own rotation deletes every path named checkpoint-N.
-        self.keep, self.args.save_total_limit = self.args.save_total_limit, None
+        self.keep = self.args.save_total_limit
+        self.args.save_total_limit = None
         self._is_evaluating = False
         self._staging: str | None = None
         self.saves = BackgroundSaves(Path(self.args.output_dir), guard, say)
@@ -175,12 +178,13 @@ class Trainer(FastTrainer):
             self.saves.finish_if_written()
             stop = self.guard.stop_requested()
         if stop and self.control.should_evaluate:
-            self.progress.evaluate, self.control.should_evaluate = True, False
+            self.progress.evaluate = True
+            self.control.should_evaluate = False
         self.control.should_save |= bool(stop)
         try:
             super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *rest, **options)
         except EvaluationStopped:
-            stop, self.progress.evaluate = True, True
+            stop = self.progress.evaluate = True
             self._save_checkpoint(model, trial)
         if stop:
             self.saves.finish()
@@ -193,10 +197,12 @@ class Trainer(FastTrainer):
             self.source_losses.add(batches, self._token_losses, self.train_dataset)
         self._token_losses = []
         self.finite.start_update()
-        progress.updates, progress.num_rows = self.state.global_step, len(self.train_dataset)
+        progress.updates = self.state.global_step
+        progress.num_rows = len(self.train_dataset)
         progress.taken += self.updates.rows_per_update
         if self.updates.is_over(progress.taken):
-            progress.epoch, progress.taken = progress.epoch + 1, 0
+            progress.epoch += 1
+            progress.taken = 0
 
     def _track_num_input_tokens(self, inputs) -> None:
         """Count an update's tokens from its rows; transformers tells padding by its id, which may be eos, too."""
@@ -283,7 +289,8 @@ class Trainer(FastTrainer):
         self.saves.finish()
         if bad := self.bad_weight():
             raise UserError(f"step {self.state.global_step}: {bad} is not finite; stopped, not saved")
-        output, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
+        output = Path(self.args.output_dir)
+        name = f"checkpoint-{self.state.global_step}"
         staging = self.open_staging(estimate_bytes(output, self.model, has_masters=self.is_deepspeed_enabled), name)
         self._staging = str(staging)
         began = time.monotonic()
@@ -314,7 +321,8 @@ class Trainer(FastTrainer):
 
     def open_staging(self, needed: int, what: str) -> Path:
         """Empty the folder for what is being saved, when the disk has room for `needed` bytes more."""
-        output, problem = Path(self.args.output_dir), None
+        output = Path(self.args.output_dir)
+        problem = None
         if self.args.should_save:
             try:
                 remove_leftovers(output)
@@ -356,7 +364,8 @@ class Trainer(FastTrainer):
 
     def save_final(self) -> None:
         """Save to a temporary folder, read and check every tensor, then move the files into the output folder."""
-        folder, model = Path(self.args.output_dir), self.model
+        folder = Path(self.args.output_dir)
+        model = self.model
         model.config.use_cache = True
         shapes = saved_shapes(model)
         sizes = [(getattr(p, "ds_numel", p.numel()) * p.element_size(), p.requires_grad) for p in model.parameters()]
@@ -378,21 +387,6 @@ class Trainer(FastTrainer):
         self.guard.stage = "done"
 
     def push_to_hub(self, *_arguments, **_options) -> None:
-        """Leave it to `publish`: transformers would push half-trained weights, a pickle and a model card of its own."""
+        """Leave it to the end of the run: transformers would push half-trained weights, a pickle and its own card."""
 
     _push_from_checkpoint = push_to_hub
-
-    def publish(self) -> None:
-        """Upload the finished output folder, without its checkpoints, where --push_to_hub asks for it."""
-        if not self.args.push_to_hub or not self.is_world_process_zero():
-            return
-        folder, repository = self.args.output_dir, self.hub_model_id
-        try:
-            say(f"pushing to {repository}")
-            kept_here = ["checkpoint-*", ".*", "_*"]
-            HfApi().upload_folder(
-                repo_id=repository, folder_path=folder, ignore_patterns=kept_here, revision=self.args.hub_revision
-            )
-        except (OSError, ValueError) as error:
-            reason = str(error).strip().split("\n")[0]
-            raise ValueError(f"{folder} is saved, but not pushed: {reason}; hf upload {repository} {folder}") from error
