@@ -51,7 +51,8 @@ def measure(function, folder: str) -> None:
     digest = hashlib.sha256()
     for path in sorted(Path(folder).rglob("*")):
         if path.is_file():
-            digest.update(path.name.encode() + path.read_bytes())
+            with open(path, "rb") as file:
+                digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
     report(**numbers, digest=digest.hexdigest())
 
 
