@@ -123,7 +123,7 @@ def test_a_worker_ends_when_its_parent_closes_the_socket():
     with Workers(2, partial(partial, times, 1)) as started:
         list(started.map([Number(0)]))
         (worker,) = started._workers
-        worker.socket.close()
+        worker.channel.close()
         assert worker.process.wait(timeout=60) == 0
 
 
