@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from sft.opendata.fields import RecordError
+from sft.opendata.fields import RecordError, check_json
 
 # The start of a thought, and how it ends.
 OPENERS = {
@@ -147,11 +147,19 @@ def _read_block(
     for end in itertools.islice(end_of_block.finditer(text, begin), MAX_ENDS):
         try:
             calls = read(text[begin : end.start()])
+            check_json(calls, "the reply")
         except (ValueError, KeyError, TypeError, AttributeError, SyntaxError, RecursionError, MemoryError):
             continue
-        if calls and all(call.name and isinstance(call.arguments, dict) for call in calls):
+        if calls and all(map(_is_call, calls)):
             return calls, end.end()
     return [], begin
+
+
+def _is_call(call: Call) -> bool:
+    """Say whether the name is a text and the arguments are an object."""
+    if not (isinstance(call.name, str) and call.name and isinstance(call.arguments, dict)):
+        return False
+    return all(isinstance(key, str) for key in call.arguments)
 
 
 def _typed(call: Call, tools: Sequence[dict] | None) -> dict:
@@ -233,6 +241,7 @@ def _parse_value(text: str):
         return PYTHON_WORDS[text]
     try:
         found = json.loads(text)
+        check_json(found, "the argument")
     except (ValueError, RecursionError):
         return str(text)
     return str(text) if isinstance(found, str) else found

@@ -17,6 +17,7 @@ from sft.chat.batching import MAX_ACTIVE, MAX_CACHED_TOKENS, MAX_WAITING, BusyEr
 from sft.chat.reply import Chat, encodable, split_thought
 from sft.chat.rows import Request
 from sft.chat.sampling import Sampling
+from sft.opendata.fields import check_json
 from sft.web.turns import num_questions, without_oldest
 
 MAX_CONTEXT = MAX_CACHED_TOKENS // 4  # tokens of a prompt: no conversation may fill the batch that all share
@@ -337,6 +338,7 @@ def _read_call(call: dict) -> dict:
     arguments = call["arguments"]
     try:
         found = json.loads(arguments or "{}")
+        check_json(found, "arguments")
         arguments = found if isinstance(found, dict) else arguments
     except (ValueError, RecursionError):
         pass

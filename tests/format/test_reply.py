@@ -129,3 +129,22 @@ def test_an_argument_without_quotes_that_is_nested_too_deeply_is_a_text():
     value = "[" * 100_000
     message = split_reply(f"<tool_call><function=f><parameter=a>{value}</parameter></function></tool_call>")
     assert [call["function"]["arguments"] for call in message["tool_calls"]] == [{"a": value}]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '<tool_call>{"name": 5, "arguments": {}}</tool_call>',
+        '<tool_call>{"name": "f", "arguments": {"a": "\\ud800"}}</tool_call>',
+        '<tool_call>{"name": "f", "arguments": {"a": NaN}}</tool_call>',
+        "<|tool_call_start|>[f(a={1, 2})]<|tool_call_end|>",
+        '<|tool_call_start|>[f(**{"a": 1})]<|tool_call_end|>',
+    ],
+)
+def test_a_call_that_can_not_be_written_as_json_stays_text(text):
+    assert split_reply(text) == {"role": "assistant", "content": text}
+
+
+def test_an_argument_without_quotes_that_is_no_json_number_is_a_text():
+    message = split_reply("<tool_call><function=f><parameter=a>NaN</parameter></function></tool_call>")
+    assert message["tool_calls"] == [call("f", {"a": "NaN"})]

@@ -140,6 +140,14 @@ def test_calls_of_a_server_are_read_from_the_parts_of_its_stream(server):
     assert (message["content"], ended, num_tokens) == ("", True, 3)
 
 
+@pytest.mark.parametrize("arguments", ['{"a": "\\ud800"}', '{"a": NaN}'])
+def test_arguments_that_can_not_be_written_stay_the_servers_text(server, arguments):
+    part = call_part(0, name="f", arguments=arguments)
+    server.answer = lambda _body: (200, [calls_event(part, finish_reason="tool_calls")])
+    (call,) = talk(RemoteModel(server.url))[0]["tool_calls"]
+    assert call["function"]["arguments"] == arguments
+
+
 def test_tools_calls_and_results_are_sent_in_openais_form(server):
     tools = [{"type": "function", "function": {"name": "weather", "description": "</s> it", "parameters": {}}}]
     calls = [{"id": "c0", "type": "function", "function": {"name": "weather", "arguments": {"city": "</s>"}}}]
