@@ -34,17 +34,6 @@ _temporaries: set[Path] = set()
 # --- a file or a folder, written whole ----------------------------------------------------------------------------
 
 
-def find_path_fault(path: str) -> str | None:
-    """Return why no file can have this path, as where a name is too long, or None; it need not exist."""
-    try:
-        os.stat(os.path.expanduser(path))
-    except ValueError as error:  # a NUL
-        return str(error)
-    except OSError as error:
-        return None if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EACCES) else error.strerror
-    return None
-
-
 def temporary_path(target: Path) -> Path:
     """Return an unused path beside `target`: a hidden name that ends in `.partial`."""
     return target.with_name(f".{target.name}.{secrets.token_hex(4)}{PARTIAL}")

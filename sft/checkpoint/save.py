@@ -24,6 +24,17 @@ FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FULL_DISK_WORDS = r"No space left|inline_container|PytorchStreamWriter failed|File too large|os error 28"
 
 
+def find_path_fault(path: str) -> str | None:
+    """Return why no file can have this path, as where a name is too long, or None; it need not exist."""
+    try:
+        os.stat(os.path.expanduser(path))
+    except ValueError as error:  # a NUL
+        return str(error)
+    except OSError as error:
+        return None if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EACCES) else error.strerror
+    return None
+
+
 def check_folder(flag: str, path: str) -> str | None:
     """Return why nothing can be written into a folder, which need not exist yet, or None."""
     existing = Path(path).expanduser()
