@@ -113,6 +113,10 @@ class CollectedFiles:
                 return
             except NotEnoughMemoryError:
                 self.has_no_room = True
+            except RuntimeError as error:  # a limit of the process, as ulimit -v sets it; torch also copies by itself
+                if CPU_ALLOCATOR not in str(error):
+                    raise
+                self.has_no_room = True
         self.hashes[name] = write(self._folder / name)
 
     def copy(self, tensor: torch.Tensor, *, is_copy: bool = False) -> torch.Tensor:
@@ -122,12 +126,7 @@ class CollectedFiles:
         self._bytes_left -= tensor.nbytes
         if is_copy:
             return tensor
-        try:
-            return tensor.detach().clone() if tensor.device.type == "cpu" else tensor.detach().cpu()
-        except RuntimeError as error:  # a limit of the process, as ulimit -v sets it
-            if CPU_ALLOCATOR not in str(error):
-                raise
-            raise NotEnoughMemoryError from error
+        return tensor.detach().clone() if tensor.device.type == "cpu" else tensor.detach().cpu()
 
     def names(self) -> list[str]:
         return [*self.waiting, *self.hashes]

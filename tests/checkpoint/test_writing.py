@@ -106,6 +106,23 @@ def test_writing_ends_at_the_next_tensor_when_it_is_given_up(tmp_path, monkeypat
     assert not (tmp_path / "b.pt").exists() and files.hashes == {}
 
 
+def test_a_copy_that_torch_makes_of_a_gpu_and_that_has_no_room_is_written_at_once(tmp_path, monkeypatch):
+    save = torch.serialization._save
+    errors = [RuntimeError("DefaultCPUAllocator: can't allocate memory"), RuntimeError("storage has wrong size")]
+
+    def save_or_fail(value, records, *arguments):
+        if isinstance(records, writing.ZipRecords):
+            raise errors.pop(0)
+        save(value, records, *arguments)
+
+    monkeypatch.setattr(torch.serialization, "_save", save_or_fail)
+    with collect_files(tmp_path, PLENTY) as files:
+        torch.save([1], tmp_path / "a.pt")
+        with pytest.raises(RuntimeError, match="wrong size"):
+            torch.save([1], tmp_path / "b.pt")
+    assert files.has_no_room and list(files.hashes) == ["a.pt"] and torch.load(tmp_path / "a.pt") == [1]
+
+
 def test_files_elsewhere_and_streams_are_saved_as_before(tmp_path):
     (tmp_path / "checkpoint").mkdir()
     with collect_files(tmp_path / "checkpoint", PLENTY) as files, open(tmp_path / "stream.pt", "wb") as stream:
