@@ -9,6 +9,7 @@ with one that puts a space in front of each segment, keep the slower way, which 
 import contextlib
 import itertools
 import json
+import os
 import re
 import secrets
 from collections.abc import Callable, Iterable, Sequence
@@ -203,6 +204,8 @@ def bulk_encoders(backend: Tokenizer, num_bytes: int) -> Iterable[tuple[str, Enc
     fast = None
     if num_bytes >= MIN_FAST_BYTES:
         with contextlib.suppress(ImportError, ValueError, RuntimeError, NotImplementedError):
+            # A second thread has a cache of its own, which at 200,000 records takes 65 MiB (dev/LOG.md).
+            os.environ.setdefault("FASTOKENS_BPE_THREADS", "1")
             from fastokens import Tokenizer as FastTokenizer
 
             fast = FastTokenizer.from_json_str(spec)
