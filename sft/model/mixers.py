@@ -152,7 +152,8 @@ def run_on_groups(run, args, kwargs, documents: Documents, groups_and_order: tup
         if isinstance(tensor, torch.Tensor) and tensor.dim() >= 2 and tensor.shape[:2].numel() == total
     )
     groups, order = groups_and_order
-    outputs, structure = [], None
+    outputs = []
+    structure = None
     for index, is_token in groups:
         group_args, group_kwargs = tree_map(functools.partial(take_group, index=index, shape=shape), (args, kwargs))
         with documents_set_to(None):
@@ -178,7 +179,8 @@ def document_groups(documents: Documents, one_group: bool) -> tuple[list, torch.
     """
     key = ("groups", one_group)
     if key not in documents.made:
-        starts, lengths = documents.edges[:-1].long(), documents.edges.diff().long()
+        starts = documents.edges[:-1].long()
+        lengths = documents.edges.diff().long()
         groups = []
         for members in group_lengths(documents.lengths, one_group):
             chosen = torch.tensor(members, device=starts.device)
@@ -193,7 +195,8 @@ def document_groups(documents: Documents, one_group: bool) -> tuple[list, torch.
 
 def group_lengths(lengths: Sequence[int], one_group: bool) -> list[list[int]]:
     """Return the numbers of the documents of each padded batch, the longest documents first."""
-    groups, tokens = [], 0
+    groups = []
+    tokens = 0
     for number in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
         longest = lengths[groups[-1][0]] if groups else 0
         fits = groups and longest * (len(groups[-1]) + 1) <= MAX_PADDED_RATIO * (tokens + lengths[number])

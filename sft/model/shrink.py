@@ -145,7 +145,8 @@ def count_layers(settings: dict) -> int:
 
 def choose_layers(settings: dict, most: int) -> list[int]:
     """Return the numbers of the layers that stay: the first `most` of each kind."""
-    chosen, seen = [], Counter()
+    chosen = []
+    seen = Counter()
     for layer, kind in enumerate(kinds_of_layers(settings)):
         seen[kind] += 1
         if seen[kind] <= most:

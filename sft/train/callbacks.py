@@ -54,7 +54,8 @@ class Restore(TrainerCallback):
         if progress.router:
             total = {} if args.process_index else sum_by_source(progress.router)
             trainer.router_losses.sums = progress.router[args.process_index] if same else total
-        trainer._total_loss_scalar, trainer._globalstep_last_logged = progress.total_loss, progress.last_logged
+        trainer._total_loss_scalar = progress.total_loss
+        trainer._globalstep_last_logged = progress.last_logged
         self.take_new_flags(args)
         if progress.evaluate and trainer.eval_dataset is not None:
             progress.evaluate = False
@@ -104,7 +105,9 @@ class SelfTest(TrainerCallback):
     """Prove on the real model, in its compute type, that packed rows and the loss in chunks are exact."""
 
     def __init__(self, trainer, notes: list[str], *, packing: bool):
-        self.trainer, self.notes, self.packing = trainer, notes, packing
+        self.trainer = trainer
+        self.notes = notes
+        self.packing = packing
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         for note in self.notes:

@@ -70,7 +70,9 @@ class SourceLosses:
     """
 
     def __init__(self, sources: Sources, *, parts: int = 1, part: int = 0):
-        self.sources, self.parts, self.part = sources, parts, part
+        self.sources = sources
+        self.parts = parts
+        self.part = part
         self.sums: dict[str, list] = {}  # source: [summed loss, trained tokens]
         self._pending: list[tuple[np.ndarray, torch.Tensor]] = []
 
@@ -205,7 +207,8 @@ class FiniteCheck:
             output.register_hook(lambda gradient: self.gradients.append(gradient.isfinite().all()))
 
     def start_update(self) -> None:
-        self.losses, self.gradients = [], []
+        self.losses = []
+        self.gradients = []
 
     def check(self, *, norm) -> None:
         """Raise UserError on all ranks when the loss of one, or the summed gradient of this `norm`, is not finite."""
@@ -220,7 +223,8 @@ class FiniteCheck:
         trainer = self.trainer
         losses = [float(loss) for loss in self.losses]
         gradients = [bool(finite) for finite in self.gradients]
-        found, of_ranks = [], trainer.updates.batches_at(trainer.progress.epoch, trainer.progress.taken)
+        found = []
+        of_ranks = trainer.updates.batches_at(trainer.progress.epoch, trainer.progress.taken)
         parts = trainer.args.sequence_parallel_size
         for rank, (values, finite) in enumerate(trainer.guard.all_gather((losses, gradients))):
             bad = [place for place, value in enumerate(values) if not math.isfinite(value)]

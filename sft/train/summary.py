@@ -55,7 +55,8 @@ class Replies:
         chosen = pick_questions(list(run.files.times), data.num_reply_prompts, encoding=data.encoding)
         self.questions = self._answerable(chosen)
         self.fixed = self.questions[: len(FIXED_PROMPTS)]
-        self.before, self.after = self.ask_fixed(), []
+        self.before = self.ask_fixed()
+        self.after = []
         asked = quick.questions() if data.eval_quick else []
         self._quick_questions = self._answerable([(question["prompt"], question) for question in asked])
         self._quick_before = self._ask(self._quick_questions)
@@ -179,7 +180,8 @@ def say_opening(trainer: Trainer, run: Run, data: Data) -> None:
             say(f"mixture: {file}: an epoch takes {taken} of {count} conversations ({often}x), {share} of its tokens")
     if rows.fill:
         say(f"packed: {len(rows):,} rows, {rows.fill:.1%} full")
-    tokens, trained = int(examples.lengths.sum()), examples.num_trained_tokens
+    tokens = int(examples.lengths.sum())
+    trained = examples.num_trained_tokens
     say(f"tokens: {tokens:,}, trained {trained:,} ({trained / tokens:.0%})")
     _say_steps(trainer, rows, renderer.stop_ids)
     trained, total = count_parameters(trainer.model)
@@ -195,7 +197,8 @@ def describe_thinking(renderer: Renderer) -> str:
 
 
 def _say_steps(trainer: Trainer, rows, stop_ids: list[int]) -> None:
-    arguments, per_update = trainer.args, trainer.updates.rows_per_update
+    arguments = trainer.args
+    per_update = trainer.updates.rows_per_update
     steps = trainer.updates.in_all(arguments.num_train_epochs, arguments.max_steps)
     tokens = rows.num_tokens * per_update // len(rows)
     shares = f"{arguments.train_batch_size} x {arguments.gradient_accumulation_steps} x {describe_processes(arguments)}"
@@ -204,7 +207,8 @@ def _say_steps(trainer: Trainer, rows, stop_ids: list[int]) -> None:
 
 def run_page(trainer: Trainer, run: Run, record: dict, replies: Replies) -> RunPage:
     """Return the callback that keeps report.html up to date, from before the first step on."""
-    arguments, questions = trainer.args, [question for question, _answers in replies.fixed]
+    arguments = trainer.args
+    questions = [question for question, _answers in replies.fixed]
     mfu = None
     if arguments.bf16 or arguments.fp16:
         mfu = mfu_of_a_token(trainer.model, device=record["device"], world_size=arguments.world_size)
@@ -235,7 +239,9 @@ def last_evaluation(trainer: Trainer) -> dict[str, float]:
 
 def write_results(trainer: Trainer, run: Run, record: dict, metrics: dict, replies: Replies, *, seconds: float) -> None:
     """Write run.json, the run page, the model card and training_loss.png; show the replies, and sum the run up."""
-    folder, history, steps = Path(run.output_dir), trainer.state.log_history, trainer.state.global_step
+    folder = Path(run.output_dir)
+    history = trainer.state.log_history
+    steps = trainer.state.global_step
     plot_losses(history, folder / "training_loss.png")
     summary = {
         "steps": steps,
