@@ -15,14 +15,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from sft.base import ADAPTER, CONFIG, RUN_RECORD, base_of_adapter, check_base
 from sft.chat.batching import Decoder
 from sft.chat.rows import Request
 from sft.chat.sampling import BLOSSOM, Sampling
 from sft.chat.token_probabilities import Piece, score_tokens
-from sft.format.render import Renderer
 from sft.format.table import FORMAT_NAMES
 from sft.format.tokens import HALF_CHARACTER
 from sft.model.load import (
@@ -36,6 +35,9 @@ from sft.model.load import (
     repair_peft,
 )
 from sft.opendata.messages import read_tools
+
+if TYPE_CHECKING:
+    from sft.format.render import Renderer
 
 PROMPT_END_TOKENS = 16  # that may hold the start of a thought
 LONE_END = re.compile(r"</think>[ \t]*(\n|\Z)")
@@ -64,7 +66,7 @@ class Chat:
     """A loaded model with its renderer; `tools` and `thinking` (the template's switch) go into every prompt."""
 
     model: object
-    renderer: Renderer
+    renderer: "Renderer"
     tools: Sequence[dict] | None = None
     thinking: bool | None = None
 
@@ -263,6 +265,8 @@ def load_chat(
     """
     os.environ.setdefault(*PASSIVE_OPENMP_WAIT)
     import torch
+
+    from sft.format.render import Renderer
 
     if problem := check_model_path(model_path, names=MODEL_FILES):
         raise ValueError(problem)
