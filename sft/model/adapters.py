@@ -376,3 +376,12 @@ def self_test(model, *, exact: bool = True) -> float:
     if not apart < (1e-6 if exact else 1e-2):
         raise ValueError(f"fresh adapters change the logits of {type(model.get_base_model()).__name__} by {apart:.1e}")
     return apart
+
+
+def embed_token(model):
+    """Return what the first layer gets in training for one token: its size, type, device and need of a gradient."""
+    import torch
+
+    embedding = model.get_input_embeddings()  # with trainable token rows peft's wrapper, which has no embedding_dim
+    token = torch.zeros(1, 1, dtype=torch.long, device=next(embedding.parameters()).device)
+    return embedding(token)

@@ -15,6 +15,7 @@ from importlib import util
 import torch
 from torch import nn
 
+from sft.model.adapters import embed_token
 from sft.model.kernels import HALF_DTYPES, MasterLinear, SharedRounding, compute_dtype, read_documents
 from sft.model.load import family_model, has_liger, use_liger_kernels
 from sft.model.mixers import documents_set_to, with_globals
@@ -373,13 +374,11 @@ def measure_distance(model, plain: Callable, other: Callable, *, num_rows: int =
 
 def _run_once(model, num_rows: int, packing: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Return hidden states of random embeddings, and a gradient: the embeddings', or the weights' if they have none."""
-    embedding = model.get_input_embeddings()
-    device, random = embedding.weight.device, torch.Generator().manual_seed(0)
-    embedded = (torch.randn(num_rows, PROOF_TOKENS, embedding.embedding_dim, generator=random) * 0.1).to(
-        embedding.weight
-    )
-    # In training the first layer gets them so, and is compiled for it.
-    embedded.requires_grad_(embedding(torch.zeros(1, 1, dtype=torch.long, device=device)).requires_grad)
+    token = embed_token(model)
+    device = token.device
+    random = torch.Generator().manual_seed(0)
+    embedded = (torch.randn(num_rows, PROOF_TOKENS, token.shape[-1], generator=random) * 0.1).to(token)
+    embedded.requires_grad_(token.requires_grad)  # the first layer is compiled for it
     positions = torch.arange(PROOF_TOKENS, device=device).expand(num_rows, -1)
     documents = read_documents(positions, num_rows) if packing else None
     with torch.random.fork_rng([device] if device.type == "cuda" else []), documents_set_to(documents):
@@ -396,4 +395,4 @@ def _distance(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def find_max_distance(model) -> float:
-    return MAX_DISTANCES[compute_dtype(model.get_input_embeddings().weight)]
+    return MAX_DISTANCES[compute_dtype(embed_token(model))]

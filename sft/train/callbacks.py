@@ -202,9 +202,9 @@ def keep_outputs(model, tokens: int, *, room: int) -> str:
     A short step with and without it is compared: call it under the training's autocast.
     """
     layers = find_layers(model)
-    embedding = model.get_input_embeddings()
-    hidden = embedding.embedding_dim
-    element_size = compute_dtype(embedding.weight).itemsize
+    token = adapters.embed_token(model)
+    hidden = token.shape[-1]
+    element_size = compute_dtype(token).itemsize
     sizes = choose_sizes(find_widths(model), hidden=hidden, room=room, tokens=tokens, element_size=element_size)
     chosen = list(zip(layers, sizes, strict=False))
     functions = [layer._gradient_checkpointing_func for layer, _size in chosen]
@@ -239,7 +239,7 @@ def find_layers(model) -> list:
 
 def find_widths(model) -> list[int]:
     """Return how many numbers a token each layer may keep; see `Kept`."""
-    hidden = model.get_input_embeddings().embedding_dim
+    hidden = adapters.embed_token(model).shape[-1]
     widths = []
     for layer in find_layers(model):
         products = [module for module in layer.modules() if isinstance(module, nn.Linear)]

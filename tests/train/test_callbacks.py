@@ -111,7 +111,10 @@ def test_adapters_change_no_width(load):
     model = load("qwen2")
     widths = callbacks.find_widths(model)
     assert widths == [64 + 2 * model.config.intermediate_size] * 2
-    assert callbacks.find_widths(adapters.add_lora(model, rank=4, alpha=8, dropout=0.0)) == widths
+    with_token_rows = adapters.add_lora(model, rank=4, alpha=8, dropout=0.0, untrained_ids=[5, 7])
+    assert callbacks.find_widths(with_token_rows) == widths
+    note = callbacks.keep_outputs(with_token_rows, 80, room=ROOM)
+    assert note.startswith("gradient checkpointing: from now on 2 of 2 layers keep wide products")
 
 
 def test_layers_that_cannot_keep_more_keep_their_inputs(load, monkeypatch):
