@@ -212,8 +212,9 @@ class Guard:
     def _remove_own_files(self, *, keep_rank: bool) -> None:
         if self.folder is not None and not keep_rank:
             own = self.folder / RANKS / str(self.rank)
-            if own.exists() and f'"pid": {os.getpid()},' in own.read_text():
-                own.unlink(missing_ok=True)
+            with suppress(FileNotFoundError):  # rank 0 may remove the files of all ranks meanwhile
+                if f'"pid": {os.getpid()},' in own.read_text():
+                    own.unlink()
         if self.lock:
             lock = self.lock
             self.lock = None

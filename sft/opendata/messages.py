@@ -151,7 +151,7 @@ def _read_call_message(item: dict, key: str, where: str, counts: FieldCounts) ->
     thought = join_thoughts(read_thought(item, f"{where}."), thought, where)
     in_text = [] if is_empty(value) else parse_calls(value, f"{where}.{key}", counts.unread)
     beside = read_calls(item, where, counts.unread)
-    calls = _choose_calls(in_text, beside, f"{where} has other calls beside {key} than in it")
+    calls = _choose_calls(in_text, beside, f"{where} has other calls beside {key} than in it; keep one")
     if not calls:
         raise RecordError("tool_call", f"{where}.{key} holds no call; write it as JSON with name and arguments")
     thoughts = {} if thought is None else {"reasoning_content": thought}
@@ -317,12 +317,12 @@ def read_calls(item: dict, where: str, unread: Counter[str]) -> list[dict]:
     """Return the calls of an assistant message, from `tool_calls` or the older `function_call`."""
     keys = ("tool_calls", "function_call")
     calls = [[] if is_empty(item.get(key)) else parse_calls(item[key], f"{where}.{key}", unread) for key in keys]
-    return _choose_calls(*calls, f"{where} has other calls in tool_calls than in function_call")
+    return _choose_calls(*calls, f"{where} has other calls in tool_calls than in function_call; keep one")
 
 
 def _choose_calls(calls: list[dict], same: list[dict], problem: str) -> list[dict]:
     if calls and same and [call["function"] for call in calls] != [call["function"] for call in same]:
-        raise RecordError("tool_call", f"{problem}; keep one")
+        raise RecordError("tool_call", problem)
     return calls or same
 
 

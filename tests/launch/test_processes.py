@@ -3,12 +3,14 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -261,3 +263,20 @@ def test_a_signal_before_the_first_step_leaves_no_temporary_file(tmp_path):
     process.communicate(timeout=60)
     assert process.returncode == 130
     assert os.listdir(tmp_path) == []
+
+
+def test_a_rank_whose_file_rank_0_removes_ends_without_an_error(tmp_path, monkeypatch):
+    guard = Guard()
+    guard.folder = tmp_path
+    own = tmp_path / RANKS / "0"
+    own.parent.mkdir()
+    own.write_text(json.dumps(this_process()))
+    read = Path.read_text
+
+    def read_after_the_others(path, *arguments, **options):
+        shutil.rmtree(own.parent)
+        return read(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "read_text", read_after_the_others)
+    guard._remove_own_files(keep_rank=False)
+    assert list(tmp_path.iterdir()) == []
