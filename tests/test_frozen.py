@@ -199,6 +199,7 @@ def as_written(value) -> object:
         return value
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", read("launches.json"), ids=lambda case: case["name"])
 def test_a_knob_reaches_train_py(case, help_of, tmp_path):
     """A flag may also be left out where train.py's own default is the same."""

@@ -213,6 +213,7 @@ def test_a_packed_run_of_several_epochs_resumes_in_the_same_bits(step, tiny_base
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.slow
 def test_a_packed_run_is_the_run_of_its_examples_unpacked(tiny_base, data, tmp_path):
     flags = ("--max_steps", "2", "--learning_rate", "1e-3")
     packed = run(tiny_base("falcon"), data, tmp_path / "packed", *flags, "--packing", "true")
@@ -310,6 +311,7 @@ def test_a_hub_token_reaches_no_file(tiny_base, data, tmp_path, monkeypatch):
     assert leaks == []
 
 
+@pytest.mark.slow
 def test_the_finished_folder_is_pushed_and_no_token_stays(tiny_base, data, tmp_path, monkeypatch):
     pushed = []
 

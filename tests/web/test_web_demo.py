@@ -75,6 +75,7 @@ def test_the_newest_finished_run_is_the_default(tmp_path):
     assert find_newest_run(tmp_path) == str(tmp_path / "a" / "model")
 
 
+@pytest.mark.slow
 def test_importing_the_page_loads_no_model_and_no_torch():
     code = "import sys, web_demo; print([name for name in ('torch', 'transformers', 'peft') if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
