@@ -379,9 +379,13 @@ def self_test(model, *, exact: bool = True) -> float:
 
 
 def embed_token(model):
-    """Return what the first layer gets in training for one token: its size, type, device and need of a gradient."""
+    """Return what the first layer gets in training for one token: its size, type, device and need of a gradient.
+
+    Leaves the random state alone: NEFTune adds noise in the embeddings' forward.
+    """
     import torch
 
     embedding = model.get_input_embeddings()  # with trainable token rows peft's wrapper, which has no embedding_dim
     token = torch.zeros(1, 1, dtype=torch.long, device=next(embedding.parameters()).device)
-    return embedding(token)
+    with torch.random.fork_rng([token.device] if token.is_cuda else []):
+        return embedding(token)

@@ -153,3 +153,11 @@ def test_a_saved_config_has_short_names_and_an_empty_list_of_parameters(tmp_path
     saved = json.loads((tmp_path / "adapter_config.json").read_text())
     names = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
     assert (sorted(saved["target_modules"]), saved["target_parameters"]) == (names, [])
+
+
+def test_embedding_a_token_leaves_the_random_state_alone():
+    model = model_of("qwen2")
+    model.get_input_embeddings().register_forward_hook(lambda _module, _inputs, output: output + torch.rand(1))
+    state = torch.get_rng_state()
+    assert adapters.embed_token(model).shape == (1, 1, model.config.hidden_size)
+    assert torch.equal(torch.get_rng_state(), state)
