@@ -14,13 +14,14 @@ from pathlib import Path
 import torch
 
 from sft.base import BASE_RECORD, BaseIdentity, start_thread
-from sft.checkpoint.manifest import hash_files, write_manifest
+from sft.checkpoint.manifest import hash_files
 from sft.checkpoint.save import (
+    complete_checkpoint,
     delete_old_checkpoints,
     explain_error,
     is_full_disk,
     list_files,
-    publish_checkpoint,
+    note_written,
     remove_leftovers,
 )
 from sft.checkpoint.writing import CollectedFiles
@@ -139,6 +140,7 @@ class Save:
                 write_json(self._folder / BASE_RECORD, identity)
             others = [name for name in list_files(self._folder) if name not in self._collected]
             hashes |= hash_files(self._folder, others, sync=True)
+        note_written(self._folder, hashes, rank=self._guard.rank, world_size=self._guard.world_size)
         return hashes
 
     def is_written(self) -> bool:
@@ -146,14 +148,15 @@ class Save:
         return not self._guard.is_set_on_any_rank(not self._written.done())
 
     def give_up(self) -> None:
-        """Leave the checkpoint incomplete, as the other ranks train on; but wait for the thread.
+        """Leave the checkpoint to the next start, as the other ranks train on; but wait for the thread.
 
         A thread that is inside torch when Python exits aborts the process.
         """
         self._files.is_given_up = True
-        self._written.exception()
+        text = f"{self._folder.name} is completed at the next start if all other ranks have written it too"
+        if self._written.exception():
+            text = f"{self._folder.name} is not complete: this process ended while it was written"
         rank = self._guard.rank
-        text = f"{self._folder.name} is not complete: this process ended while it was written"
         print(f"train.py: rank {rank}: {text}", file=sys.stderr, flush=True)
 
     def publish(self) -> str:
@@ -175,17 +178,10 @@ class Save:
 
     def _rename(self, hashes: dict[str, list], began: float) -> str:
         final = self._output / self._folder.name
-        others = [name for name in list_files(self._folder) if name not in hashes]
-        files = hashes | hash_files(self._folder, others, sync=True)
-        for name, (size, _sha256) in files.items():  # a network file system may list another machine's files late
-            if (found := (self._folder / name).stat().st_size) != size:
-                raise ValueError(f"{name} has {found:,} bytes, not {size:,}")
-        write_manifest(self._folder, files, step=self._step, run=self._run)
-        aside = publish_checkpoint(self._folder, final, self._run)
+        size, aside = complete_checkpoint(self._folder, final, hashes, run=self._run)
         delete_old_checkpoints(self._output, keep=self._keep, step=self._step, run=self._run, spare=self._spare)
         remove_leftovers(self._output)
         now = time.monotonic()
-        size = sum(size for size, _sha256 in files.values())
         waited = self._waited + now - began
         seconds = f"in {now - self._began:.2f} s, of which training waited {waited:.2f} s"
         return aside or f"saved {final}: {size:,} bytes {seconds}"

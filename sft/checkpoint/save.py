@@ -1,18 +1,29 @@
 """Save a checkpoint: to a temporary folder, fsynced, hashed, then renamed; and delete old ones.
 
 output_dir/.saving/                 a checkpoint or model while it is written, with the run's identity in run.json
+    written-3.json                  sizes and hashes of what rank 3 has written of the checkpoint, when all of it is
 output_dir/.removed-checkpoint-20/  a checkpoint while it is deleted
 """
 
 import errno
+import json
 import os
 import re
 import shutil
 import stat
 from pathlib import Path
 
-from sft.checkpoint.manifest import MANIFEST, checkpoint_bytes, is_of_run, list_checkpoints, read_manifest, step_of
-from sft.files import PARTIAL, exchange_names, move_files, remove_cut_off, sync_folder, write_json
+from sft.checkpoint.manifest import (
+    MANIFEST,
+    checkpoint_bytes,
+    hash_files,
+    is_of_run,
+    list_checkpoints,
+    read_manifest,
+    step_of,
+    write_manifest,
+)
+from sft.files import PARTIAL, move_files, remove_cut_off, sync_folder, write_json
 from sft.launch.processes import LOCK, RANKS
 
 SAVING = ".saving"
@@ -51,7 +62,8 @@ def check_output_dir(output_dir: str, *, resume: bool) -> str | None:
         return problem
     folder = Path(output_dir).expanduser()
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    foreign = {name for name in names - {LOCK, RANKS, SAVING, PAGE} if not name.endswith(PARTIAL)}
+    leftovers = {LOCK, RANKS, PAGE} if read_written(folder) else {LOCK, RANKS, PAGE, SAVING}
+    foreign = {name for name in names - leftovers if not name.endswith(PARTIAL)}
     if not resume and foreign:
         return (
             f"--output_dir {output_dir}: is not empty, and nothing in it will be overwritten; name a new folder, or "
@@ -78,14 +90,17 @@ def remove_leftovers(output_dir: Path) -> list[str]:
         if not (folder / MARKER).is_file():
             raise ValueError(f"{folder}: this is not of a run of ours; move it away")
         lines = [f"{path}: skipped and removed, its save was cut off" for path in folder.iterdir() if path.is_dir()]
-        for path in folder.iterdir():
+        # What ranks have written first, the marker last: a deletion that is killed is finished at the next start.
+        for path in sorted(set(folder.iterdir()) - {folder / MARKER}, key=Path.is_dir):
             if path.is_dir():
                 shutil.rmtree(path)
-        shutil.rmtree(folder)  # the marker last: a deletion that is killed is finished at the next start
-    for path in output_dir.glob(".removed-*"):
-        _delete_listed_files(path)
+            else:
+                path.unlink()
+        shutil.rmtree(folder)
+    for path in output_dir.glob(".removed-checkpoint-*/"):
+        lines.append(_delete_listed_files(path))
     remove_cut_off(output_dir)
-    return lines
+    return [line for line in lines if line]
 
 
 def list_files(folder: Path) -> list[str]:
@@ -96,23 +111,77 @@ def list_files(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in paths if path.name != MANIFEST)
 
 
+def note_written(folder: Path, hashes: dict[str, list], *, rank: int, world_size: int) -> None:
+    """Store that a rank has written its files of the checkpoint in `folder`, and their [bytes, sha256]."""
+    write_json(folder.parent / f"written-{rank}.json", {"world_size": world_size, "files": hashes}, ensure_ascii=True)
+
+
+def read_written(output_dir: Path) -> tuple[Path, dict[str, list], str] | None:
+    """Return the folder, the hashes and the run of a checkpoint that all ranks have written, and none has renamed."""
+    saving = output_dir / SAVING
+    folders = [path for path in saving.glob("checkpoint-*") if path.is_dir() and step_of(path) is not None]
+    try:
+        run = json.loads((saving / MARKER).read_text(encoding="utf-8"))["run"]
+        world_size = json.loads((saving / "written-0.json").read_text(encoding="utf-8"))["world_size"]
+        ranks = [json.loads((saving / f"written-{rank}.json").read_text("utf-8")) for rank in range(world_size)]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    hashes = {name: found for rank in ranks for name, found in rank["files"].items()}
+    return (folders[0], hashes, run) if len(folders) == 1 else None
+
+
+def recover_checkpoint(output_dir: Path) -> list[str]:
+    """Complete a checkpoint that all ranks had written when their run ended, then `remove_leftovers`; return lines."""
+    lines = []
+    if written := read_written(output_dir):
+        folder, hashes, run = written
+        try:
+            _size, aside = complete_checkpoint(folder, output_dir / folder.name, hashes, run=run)
+            lines = [f"{output_dir / folder.name}: completed; its run ended when its files were written", aside]
+        except (FileNotFoundError, ValueError) as error:
+            lines = [f"{folder}: can't be completed ({error})"]
+        except OSError as error:
+            raise explain_error(error, str(output_dir)) from error
+    return [*filter(None, lines), *remove_leftovers(output_dir)]
+
+
+def complete_checkpoint(folder: Path, final: Path, hashes: dict[str, list], *, run: str) -> tuple[int, str | None]:
+    """Write the manifest of a checkpoint and rename it; `hashes`: [bytes, sha256] of files, by name, that are known.
+
+    Returns its bytes, and a line when `publish_checkpoint` set a folder aside. ValueError for a file of another size.
+    """
+    others = [name for name in list_files(folder) if name not in hashes]
+    files = hashes | hash_files(folder, others, sync=True)
+    for name, (size, _sha256) in files.items():  # a network file system may list another machine's files late
+        if (found := (folder / name).stat().st_size) != size:
+            raise ValueError(f"{name} has {found:,} bytes, not {size:,}")
+    write_manifest(folder, files, step=step_of(folder), run=run)
+    return sum(size for size, _sha256 in files.values()), publish_checkpoint(folder, final, run)
+
+
 def publish_checkpoint(staged: Path, final: Path, run: str) -> str | None:
     """Rename a complete checkpoint to its name; an old one of this run is deleted, any other folder is set aside.
 
-    Returns a line when a folder was set aside.
+    Returns a line when a folder was set aside. `recover_checkpoint` ends what a kill between the renames cut off.
     """
-    if not final.exists():
-        os.rename(staged, final)
-        sync_folder(final.parent)
-        return None
-    exchange_names(staged, final)
+    is_ours = is_of_run(final, run)
+    removed = final.with_name(f".removed-{final.name}")
+    line = None
+    if is_ours:
+        os.rename(final, removed)
+    elif final.exists():
+        line = _set_aside(final, final)
+    os.rename(staged, final)
     sync_folder(final.parent)
-    if is_of_run(staged, run):
-        _delete_listed_files(staged)
-    if not staged.exists():
-        return None
+    if is_ours:
+        line = _delete_listed_files(removed)
+    return line
+
+
+def _set_aside(folder: Path, final: Path) -> str:
+    """Rename a folder with files that are not of the checkpoint `final`, and return a line."""
     aside = next(path for k in range(1, 10**6) if not (path := Path(f"{final}.set-aside-{k}")).exists())
-    os.rename(staged, aside)
+    os.rename(folder, aside)
     return f"{aside}: was {final.name}, with files that this run did not write; it is kept under this name"
 
 
@@ -126,21 +195,28 @@ def delete_old_checkpoints(output_dir: Path, *, keep: int | None, step: int, run
             _delete_listed_files(removed)
 
 
-def _delete_listed_files(folder: Path) -> None:
-    """Delete the files that the folder's manifest names, the manifest last; others stay, under the old name."""
+def _delete_listed_files(removed: Path) -> str | None:
+    """Delete the files that the manifest of `.removed-NAME` names, the manifest last; others stay, under NAME.
+
+    Where NAME is taken they are set aside; returns a line then. Without a manifest its files were all deleted.
+    """
     try:
-        names = read_manifest(folder)["files"]
+        names = [*read_manifest(removed)["files"], MANIFEST]
     except ValueError:
-        return
-    for name in [*names, MANIFEST]:
-        (folder / name).unlink(missing_ok=True)
-    for path in sorted(folder.rglob("*"), reverse=True):
+        names = []
+    for name in names:
+        (removed / name).unlink(missing_ok=True)
+    for path in sorted(removed.rglob("*"), reverse=True):
         if path.is_dir() and not any(path.iterdir()):
             path.rmdir()
-    if not any(folder.iterdir()):
-        folder.rmdir()
-    elif folder.name.startswith(".removed-"):
-        os.rename(folder, folder.with_name(folder.name.removeprefix(".removed-")))
+    final = removed.with_name(removed.name.removeprefix(".removed-"))
+    if not any(removed.iterdir()):
+        removed.rmdir()
+    elif final.exists():
+        return _set_aside(removed, final)
+    else:
+        os.rename(removed, final)
+    return None
 
 
 def publish_model(staged: Path, folder: Path) -> None:

@@ -124,7 +124,8 @@ class SharedRow:
     def _gather_heads(self, states: torch.Tensor) -> torch.Tensor:
         """(tokens of the row, heads of a part, size) -> (tokens of a part, heads, size)."""
         by_receiver = states.unflatten(0, (self.parts, -1))
-        return self.exchange(by_receiver.contiguous()).transpose(0, 1).flatten(1, 2)
+        output = self.exchange(by_receiver.contiguous()).transpose(0, 1).flatten(1, 2)
+        return output.contiguous()  # afmoe and jetmoe call view on it
 
 
 def join_group(parts: int) -> SharedRow:

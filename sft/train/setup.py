@@ -20,7 +20,7 @@ import transformers
 from sft.base import check_base
 from sft.checkpoint.manifest import find_checkpoint, find_damage, has_optimizer
 from sft.checkpoint.resume import make_fingerprint, read_fingerprint
-from sft.checkpoint.save import remove_leftovers
+from sft.checkpoint.save import recover_checkpoint
 from sft.dataset.dataset import Examples, TrainingRows, file_hashes, find_files
 from sft.dataset.mixture import mix
 from sft.format.contract import check_contract, check_saved, pick_conversations
@@ -307,7 +307,7 @@ def open_output_dir(training, guard: Guard) -> str | None:
     found = None
     leftovers = []
     if guard.rank == 0:
-        leftovers = remove_leftovers(Path(training.output_dir))
+        leftovers = recover_checkpoint(Path(training.output_dir))
         found = find_named_checkpoint(training.resume_from_checkpoint, training.output_dir)
     (checkpoint, lines, problem), leftovers = guard.broadcast((found, leftovers))
     for line in [*leftovers, *lines]:

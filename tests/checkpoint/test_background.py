@@ -14,7 +14,7 @@ from transformers.integrations.integration_utils import WandbLogModel
 from sft.checkpoint import background
 from sft.checkpoint.background import BackgroundSaves, free_memory_for_copies
 from sft.checkpoint.manifest import find_checkpoint, find_damage, read_manifest
-from sft.checkpoint.save import open_staging
+from sft.checkpoint.save import open_staging, recover_checkpoint
 from sft.checkpoint.writing import CollectedFiles, collect_files
 from sft.launch.processes import Guard, UserError
 from sft.report.run_page import RunPage
@@ -25,6 +25,10 @@ from tests.checkpoint.test_resume import assert_same, data, run, words_of  # noq
 from tests.conftest import ROOT
 
 OF_RUN = {"run": "a", "keep": 1, "spare": None, "began": 0.0}
+OUTCOMES = {  # of the save of a rank that ends alone, by whether its files were written
+    False: "not complete: this process ended while it was written",
+    True: "completed at the next start if all other ranks have written it too",
+}
 
 
 def start_save(saves: BackgroundSaves, output: Path, step: int, *, max_bytes: int = 1 << 20) -> None:
@@ -91,18 +95,36 @@ def test_an_error_of_the_training_still_completes_the_checkpoint_before_it(tmp_p
     assert find_damage(tmp_path / "checkpoint-1") is None
 
 
-def test_an_error_of_one_rank_alone_waits_for_its_thread_and_no_other_rank(tmp_path, capsys):
+@pytest.mark.parametrize("is_written", [False, True])
+def test_an_error_of_one_rank_alone_waits_for_its_thread_and_no_other_rank(is_written, tmp_path, monkeypatch, capsys):
+    def write_until_given_up(files):
+        while True:
+            files.check_given_up()
+
+    if not is_written:
+        monkeypatch.setattr(CollectedFiles, "write", write_until_given_up)
     guard = Guard()
     with pytest.raises(ZeroDivisionError), BackgroundSaves(tmp_path, guard, print) as saves:
         start_save(saves, tmp_path, 1)
         guard.world_size = 2
+        if is_written:
+            saves._current._written.result()
         raise ZeroDivisionError
-    assert capsys.readouterr().err == (
-        "train.py: rank 0: checkpoint-1 is not complete: this process ended while it was written\n"
-    )
+    assert capsys.readouterr().err == f"train.py: rank 0: checkpoint-1 is {OUTCOMES[is_written]}\n"
     assert find_checkpoint(str(tmp_path)) == (None, [])
     assert "_write" not in [thread.name for thread in threading.enumerate()]
     assert saves._current._files.is_given_up
+
+
+def test_a_checkpoint_whose_run_is_killed_after_its_last_file_is_completed_at_the_next_start(tmp_path):
+    saves = BackgroundSaves(tmp_path, Guard(), print)
+    start_save(saves, tmp_path, 1)
+    saves._current._written.result()
+    assert find_checkpoint(str(tmp_path)) == (None, [])
+    recover_checkpoint(tmp_path)
+    assert find_checkpoint(str(tmp_path)) == (str(tmp_path / "checkpoint-1"), [])
+    assert read_manifest(tmp_path / "checkpoint-1")["files"].keys() == {"config.json", "optimizer.pt"}
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
 
 
 @pytest.fixture

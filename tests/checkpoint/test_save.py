@@ -7,15 +7,18 @@ from pathlib import Path
 
 import pytest
 
-from sft.checkpoint.manifest import find_damage
+from sft.checkpoint.manifest import find_damage, hash_files, read_manifest
 from sft.checkpoint.save import (
     check_disk_space,
     check_output_dir,
     delete_old_checkpoints,
     is_full_disk,
+    note_written,
     open_staging,
     publish_checkpoint,
     publish_model,
+    read_written,
+    recover_checkpoint,
     remove_leftovers,
 )
 from sft.files import open_whole
@@ -52,6 +55,67 @@ def test_a_checkpoint_that_is_saved_again_replaces_this_runs_own_and_sets_others
         assert (line is None) == (not kept)
 
 
+@pytest.mark.parametrize("run", ["a", "another"])
+@pytest.mark.parametrize("num_renamed", [0, 1, 2])
+def test_a_kill_between_the_renames_loses_neither_the_new_checkpoint_nor_files_of_others(
+    num_renamed, run, tmp_path, monkeypatch
+):
+    (saved_checkpoint(tmp_path, 5, run=run, text="old weights") / "notes.txt").write_text("mine")
+    staged = saved_checkpoint(open_staging(tmp_path, "a"), 5, text="new weights")
+    note_written(staged, hash_files(staged, ["model.safetensors"]), rank=0, world_size=1)
+    rename = os.rename
+    renamed = []
+
+    def rename_or_die(old, new):
+        if len(renamed) == num_renamed:
+            raise KeyboardInterrupt
+        renamed.append(rename(old, new))
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(os, "rename", rename_or_die)
+        publish_checkpoint(staged, tmp_path / "checkpoint-5", "a")
+        raise KeyboardInterrupt
+    recover_checkpoint(tmp_path)
+    assert find_damage(tmp_path / "checkpoint-5") is None
+    assert (tmp_path / "checkpoint-5" / "model.safetensors").read_text() == "new weights of step 5"
+    assert names(tmp_path) == ["checkpoint-5", "checkpoint-5.set-aside-1"]
+    assert (tmp_path / "checkpoint-5.set-aside-1" / "notes.txt").read_text() == "mine"
+    assert (tmp_path / "checkpoint-5.set-aside-1" / "model.safetensors").exists() == (run == "another")
+
+
+def test_a_checkpoint_that_all_ranks_had_written_is_completed_at_the_next_start(tmp_path):
+    staged = open_staging(tmp_path, "a") / "checkpoint-5"
+    staged.mkdir()
+    for name in ("rank_0.pt", "rank_1.pt", "config.json"):
+        (staged / name).write_text(name)
+    note_written(staged, hash_files(staged, ["rank_1.pt"]), rank=1, world_size=2)
+    assert read_written(tmp_path) is None
+    assert check_output_dir(str(tmp_path), resume=False) is None
+    note_written(staged, hash_files(staged, ["rank_0.pt"]), rank=0, world_size=2)
+    assert check_output_dir(str(tmp_path), resume=True) is None
+    assert "is not empty" in check_output_dir(str(tmp_path), resume=False)
+    line = f"{tmp_path}/checkpoint-5: completed; its run ended when its files were written"
+    assert recover_checkpoint(tmp_path) == [line]
+    assert names(tmp_path) == ["checkpoint-5"]
+    assert find_damage(tmp_path / "checkpoint-5") is None
+    manifest = read_manifest(tmp_path / "checkpoint-5")
+    assert (manifest["step"], manifest["run"]) == (5, "a")
+    assert manifest["files"].keys() == {"config.json", "rank_0.pt", "rank_1.pt"}
+
+
+def test_a_checkpoint_whose_files_were_cut_after_they_were_written_is_not_completed(tmp_path):
+    staged = open_staging(tmp_path, "a") / "checkpoint-5"
+    staged.mkdir()
+    (staged / "rank_0.pt").write_text("whole")
+    note_written(staged, hash_files(staged, ["rank_0.pt"]), rank=0, world_size=1)
+    (staged / "rank_0.pt").write_text("")
+    assert recover_checkpoint(tmp_path) == [
+        f"{staged}: can't be completed (rank_0.pt has 0 bytes, not 5)",
+        f"{staged}: skipped and removed, its save was cut off",
+    ]
+    assert names(tmp_path) == []
+
+
 def test_leftovers_of_a_killed_save_are_named_and_removed_but_no_other_folder(tmp_path):
     staged = open_staging(tmp_path, "a") / "checkpoint-5"
     staged.mkdir()
@@ -65,12 +129,13 @@ def test_leftovers_of_a_killed_save_are_named_and_removed_but_no_other_folder(tm
     assert names(tmp_path / ".saving") == ["thesis.txt"]
 
 
-@pytest.mark.parametrize("num_deleted", [0, 1, 2, 3])
+@pytest.mark.parametrize("num_deleted", [0, 1, 2, 3, 4])
 def test_a_kill_while_leftovers_are_deleted_or_named_does_not_stop_the_next_start(num_deleted, tmp_path, monkeypatch):
     staged = open_staging(tmp_path, "a") / "checkpoint-5"
     staged.mkdir()
     for name in ("a.pt", "b.pt"):
         (staged / name).write_text("half")
+    note_written(staged, {}, rank=0, world_size=1)
     (staged.parent / ".run.json.0a1b2c3d.partial").write_text("{")
     unlink = os.unlink
     deleted = []
@@ -84,6 +149,7 @@ def test_a_kill_while_leftovers_are_deleted_or_named_does_not_stop_the_next_star
         patched.setattr(os, "unlink", unlink_or_die)
         remove_leftovers(tmp_path)
     assert (tmp_path / ".saving" / "run.json").is_file()
+    assert num_deleted < 2 or read_written(tmp_path) is None
     remove_leftovers(tmp_path)
     assert names(tmp_path) == []
 
@@ -107,6 +173,7 @@ def test_a_file_that_another_thread_is_writing_is_no_leftover(tmp_path):
 def test_a_deletion_that_was_cut_off_is_finished_later(tmp_path):
     os.rename(saved_checkpoint(tmp_path, 5), tmp_path / ".removed-checkpoint-5")
     (tmp_path / ".removed-checkpoint-5" / "model.safetensors").unlink()
+    (tmp_path / ".removed-checkpoint-6" / "global_step6").mkdir(parents=True)
     remove_leftovers(tmp_path)
     assert names(tmp_path) == []
 

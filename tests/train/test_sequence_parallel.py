@@ -14,7 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.families import SETTINGS
 from sft.format.tokens import IGNORE_INDEX
-from sft.model import attention, loss
+from sft.model import attention, kernels, loss
+from sft.model.kernels import read_documents
 from sft.train import sequence_parallel
 from sft.train.losses import SourceLosses, Sources
 from sft.train.sequence_parallel import SharedRow, Shares, check_model, check_processes, cut_part, self_test
@@ -145,6 +146,15 @@ def test_a_shared_row_has_the_gradient_and_the_losses_of_the_whole_row(name, par
     together = torch.cat(losses, dim=1)
     assert torch.equal(together.isnan(), output.losses.isnan())
     assert torch.allclose(together.nan_to_num(), output.losses.nan_to_num(), rtol=1e-5, atol=1e-5)
+
+
+def test_the_output_of_a_shared_row_is_contiguous_where_each_process_has_one_head():
+    """jetmoe and afmoe call `view` on it."""
+    states = torch.ones(3, 4, 8)
+    documents = read_documents(torch.arange(12)[None], 1)
+    output = SharedRow(4, 0, lambda tensor: tensor).attend(kernels.attend, states, states, states, documents, scale=1.0)
+    assert output.shape == (3, 4, 8)
+    assert output.is_contiguous()
 
 
 def test_a_part_has_its_tokens_and_the_label_beyond_its_last_one():
