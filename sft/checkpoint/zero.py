@@ -49,8 +49,11 @@ def load_safely(path: Path, *, mmap: bool = False, known: Sequence = ()):
 
 
 @contextlib.contextmanager
-def safe_deepspeed_loading() -> Iterator[None]:
-    """Let DeepSpeed load its checkpoints through `load_safely`; 0.19 runs code that is pickled in them."""
+def safe_deepspeed_loading(is_used: bool) -> Iterator[None]:
+    """Let DeepSpeed, where it is used, load through `load_safely`; 0.19 runs code that is pickled in checkpoints."""
+    if not is_used:
+        yield
+        return
     from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 
     unsafe = TorchCheckpointEngine.load

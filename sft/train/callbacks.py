@@ -11,6 +11,8 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 from transformers import ProgressCallback, TrainerCallback
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from sft.checkpoint.manifest import find_damage
+from sft.launch.processes import UserError
 from sft.model import adapters, attention, fusion, loss
 from sft.model.kernels import compute_dtype
 from sft.report.text import say
@@ -92,6 +94,16 @@ def find_best_checkpoint(trainer) -> None:
     best = Path(trainer.args.output_dir) / f"checkpoint-{trainer.state.best_global_step}"
     if best.is_dir():
         trainer.state.best_model_checkpoint = str(best)
+
+
+def check_best_checkpoint(trainer) -> None:
+    """Raise UserError on all ranks when the checkpoint that is to become the model differs from its manifest."""
+    best = trainer.state.best_model_checkpoint
+    if problem := trainer.guard.broadcast(find_damage(Path(best)) if trainer.guard.rank == 0 else None):
+        raise UserError(
+            f"{best}: is the best checkpoint, but {problem}; no model was saved: put its files back and resume, or "
+            "resume without --load_best_model_at_end"
+        )
 
 
 def uploads_checkpoints(callbacks: Iterable) -> bool:

@@ -68,7 +68,12 @@ def check_model(config, *, parts: int, max_length: int, options: dict[str, Any])
     with torch.device("meta"), not_sharded():
         model = AutoModelForCausalLM.from_config(copy.deepcopy(config), **options)
     if reason := find_reason_against(model):
-        raise ValueError(f"{FLAG} {parts}: rows of {config.model_type} can't be shared: {reason}")
+        given = options.get("attn_implementation")
+        remedy = f"leave out --attn_implementation {given}, or " if given else ""
+        raise ValueError(
+            f"{FLAG} {parts}: rows of {config.model_type} can't be shared: {reason}; {remedy}leave out {FLAG}, or use "
+            "another model"
+        )
 
 
 def count_heads(config) -> int:
@@ -84,7 +89,7 @@ def find_reason_against(model) -> str | None:
     if mixers:
         return f"{', '.join(mixers)} mix tokens without attention"
     if not attention.has_document_attention(model):
-        return f"{note}; use --attn_implementation sdpa, or another model"
+        return note
     return loss.find_reason_against_chunks(model)
 
 

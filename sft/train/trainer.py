@@ -5,7 +5,6 @@ import math
 import time
 import uuid
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -33,7 +32,14 @@ from sft.dataset.sampler import Updates, WithEmpty
 from sft.files import write_json
 from sft.launch.processes import Guard, Stopped, UserError
 from sft.report.text import say
-from sft.train.callbacks import Progress, ProgressWithSpeed, Restore, find_best_checkpoint, uploads_checkpoints
+from sft.train.callbacks import (
+    Progress,
+    ProgressWithSpeed,
+    Restore,
+    check_best_checkpoint,
+    find_best_checkpoint,
+    uploads_checkpoints,
+)
 from sft.train.losses import FastTrainer, FiniteCheck, RouterLosses, SourceLosses, Sources, statistics_of_rows
 
 
@@ -147,7 +153,7 @@ class Trainer(FastTrainer):
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         """Load a checkpoint as it is; or take it apart, when another number of processes or ZeRO stage wrote it."""
         if resume_from_checkpoint is None or not self._is_laid_out_anew(Path(resume_from_checkpoint)):
-            with zero.safe_deepspeed_loading() if self.is_deepspeed_enabled else nullcontext():
+            with zero.safe_deepspeed_loading(self.is_deepspeed_enabled):
                 return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         folder = Path(resume_from_checkpoint)
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
@@ -317,7 +323,9 @@ class Trainer(FastTrainer):
 
     def _load_best_model(self) -> None:
         self.saves.finish()
-        super()._load_best_model()
+        check_best_checkpoint(self)
+        with zero.safe_deepspeed_loading(self.is_deepspeed_enabled):
+            super()._load_best_model()
 
     def open_staging(self, needed: int, what: str) -> Path:
         """Empty the folder for what is being saved, when the disk has room for `needed` bytes more."""

@@ -21,7 +21,8 @@ from sft.checkpoint.consolidate import consolidate
 from sft.checkpoint.manifest import find_checkpoint, hash_files, write_manifest
 from sft.checkpoint.resume import check_unchanged, compare_fingerprints, describe_resume
 from sft.checkpoint.save import list_files
-from sft.launch.processes import Guard
+from sft.launch.processes import Guard, UserError
+from sft.train import trainer
 from sft.train.losses import RouterLosses
 from sft.train.trainer import Trainer
 from tests.conftest import ROOT
@@ -196,6 +197,24 @@ def test_the_best_checkpoint_is_kept_and_loaded_also_after_the_folder_was_moved(
     assert json.loads((moved / "run.json").read_text())["metrics"]["eval_loss"] == held_out[0]
     best, last = load_file(moved / "checkpoint-2" / "model.safetensors"), weights_of(moved)
     assert all(torch.equal(best[name], last[name]) for name in best)
+
+
+def test_a_best_checkpoint_that_was_damaged_becomes_no_model(tiny_base, data, tmp_path, monkeypatch):
+    flags = {"learning_rate": 0.3, "eval_steps": 2, "save_steps": 2, "load_best_model_at_end": True, "warmup_steps": 0}
+    check = trainer.check_best_checkpoint
+
+    def damage_and_check(of):
+        weights = Path(of.state.best_model_checkpoint) / "model.safetensors"
+        data = bytearray(weights.read_bytes())
+        data[-1] ^= 1
+        weights.write_bytes(data)
+        check(of)
+
+    monkeypatch.setattr(trainer, "check_best_checkpoint", damage_and_check)
+    problem = r"checkpoint-2: is the best checkpoint, but model.safetensors differs from its checksum .*; no model was"
+    with pytest.raises(UserError, match=problem):
+        run(tiny_base("qwen2"), data, tmp_path / "run", **flags, max_steps=4)
+    assert not (tmp_path / "run" / "model.safetensors").exists()
 
 
 def test_every_rank_learns_the_path_of_the_best_checkpoint(tmp_path):
