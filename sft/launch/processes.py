@@ -4,6 +4,7 @@ A thread receives the signals and watches the other ranks, so that a process tha
 Ranks communicate through a gloo group of their own, on the CPU, without waiting for a GPU.
 """
 
+import atexit
 import json
 import os
 import re
@@ -17,6 +18,7 @@ from contextlib import suppress
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 from sft.files import (
     HEARTBEAT_SECONDS,
@@ -113,6 +115,9 @@ class Guard:
         if self.lasting:
             is_of_all_ranks = issubclass(kind or Stopped, (Stopped, UserError)) or getattr(error, "code", 0) == STOPPED
             close_process_groups(abort=not is_of_all_ranks)
+            code = error.code if isinstance(error, SystemExit) else error
+            if self.world_size > 1 and isinstance(code, int | None):
+                end_process(code or 0)
 
     def _reset_in_child(self) -> None:
         """In a forked child (a data loader's worker): its signals are not handled by this process."""
@@ -333,6 +338,16 @@ def close_process_groups(*, abort: bool) -> None:
         distributed.distributed_c10d._abort_process_group()
     else:
         distributed.destroy_process_group()
+
+
+def end_process(code: int) -> NoReturn:
+    """Exit as Python does, but for its finalizers: DeepSpeed keeps process groups, whose threads may abort them."""
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):
+            stream.flush()
+    os._exit(code)
 
 
 def _is_dead(process: dict) -> bool:

@@ -100,6 +100,22 @@ def test_a_process_that_exits_next_has_closed_its_groups_also_after_an_error(tmp
     assert (out, process.returncode) == ("False\nFalse\nFalse\n", 0), errors
 
 
+@pytest.mark.parametrize(("ending", "code"), [("pass", 0), ("sys.exit(75)", 75), ("sys.exit()", 0)])
+def test_a_rank_ends_without_pythons_finalizers_but_with_its_threads_and_what_is_registered(ending, code):
+    """Process groups that DeepSpeed keeps may abort a process in its finalizers."""
+    process = script(
+        "import atexit, threading\n"
+        "class Group:\n    def __del__(self, abort=os.abort): abort()\n"
+        "kept = Group()\n"
+        "atexit.register(print, 'registered')\n"
+        "threading.Thread(target=lambda: (time.sleep(0.1), print('thread'))).start()\n"
+        f"with Guard(lasting=True):\n    {ending}\n",
+        WORLD_SIZE="2",
+    )
+    out, errors = process.communicate(timeout=60)
+    assert (process.returncode, out, errors) == (code, "thread\nregistered\n", "")
+
+
 def test_nccl_waits_only_for_ranks_that_leave_as_well():
     process = script(
         "from sft.launch import processes\n"
