@@ -39,7 +39,7 @@ from sft.preview.report import Report
 from sft.report.text import say
 from sft.train import sequence_parallel
 from sft.train.arguments import fail, flag, parse_arguments
-from sft.train.callbacks import KEEP_CHOICES, KeepOutputs, SelfTest
+from sft.train.callbacks import KEEP_CHOICES, KeepOutputs, SelfTest, offload_activations
 from sft.train.checks import check_held_out_metrics
 from sft.train.losses import group_sources
 from sft.train.setup import (
@@ -277,7 +277,7 @@ def build_trainer(run: Run, data: Data, **options) -> Trainer:
     notes = [attention.isolate_documents(model)] if settings.data.packing else []
     notes.append(loss.use_chunked_loss(model))
     if settings.training.activation_offload:
-        notes.append(models.offload_activations(model))
+        notes.append(offload_activations(model))
     notes += fusion.fuse(model, settings.training.fused_kernels, find_circumstances(run, data, model))
     # On a GPU one length for all packed rows: flex attention compiles for it once.
     packed_length = settings.data.max_length if torch.cuda.is_available() else None

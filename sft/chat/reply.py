@@ -28,6 +28,7 @@ from sft.model.load import (
     DTYPES,
     PASSIVE_OPENMP_WAIT,
     check_model_path,
+    check_weights,
     context_window,
     four_bit,
     from_pretrained,
@@ -283,10 +284,11 @@ def load_chat(
     if (Path(model_path) / ADAPTER).is_file():
         if base := base_of_adapter(model_path):
             check_base(model_path, base)
-        from peft import AutoPeftModelForCausalLM as Model
-
+            check_weights(base, trust_remote_code=trust_remote_code)
         repair_peft()
+        from peft import AutoPeftModelForCausalLM as Model
     else:
+        options["output_loading_info"] = True
         from transformers import AutoModelForCausalLM as Model
     model = from_pretrained(Model, model_path, **options)
     model = model if "device_map" in options else model.to(place)

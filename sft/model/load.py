@@ -8,6 +8,7 @@ import functools
 import importlib.util
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -79,15 +80,46 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False):
 
 
 def from_pretrained(model_class, path: str, **options):
-    """Load a model; any fault of its files is raised as one ValueError that names the path."""
+    """Load a model; any fault of its files is raised as one ValueError that names the path.
+
+    With `output_loading_info` it is a fault too that weights are not in the files: transformers fills them with random
+    numbers. So is a missing weight of an adapter, which peft leaves without an effect.
+    """
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
     wrong = (OSError, ValueError, RuntimeError, ImportError, KeyError, TypeError, AttributeError)
     try:
-        return model_class.from_pretrained(path, **options)
-    except (*wrong, SafetensorError, StrictDataclassError) as error:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="Found missing adapter keys")  # of peft 0.21
+            loaded = model_class.from_pretrained(path, **options)
+    except (*wrong, SafetensorError, StrictDataclassError, UserWarning) as error:
         raise unloadable(path, "model", error) from error
+    if not options.get("output_loading_info"):
+        return loaded
+    model, found = loaded
+    if missing := sorted(found["missing_keys"]):
+        reason = f"{len(missing)} of its weights are not in its files, {missing[0]} for one; fetch them again"
+        raise unloadable(path, "model", ValueError(reason))
+    return model
+
+
+def check_weights(path: str, *, trust_remote_code: bool = False) -> None:
+    """Raise ValueError unless a local folder's files hold all weights, of the sizes that its config says.
+
+    None is read. Hub models are not looked at, nor quantised ones, whose package may want a GPU.
+    """
+    from transformers import AutoModelForCausalLM
+
+    from sft.model.shrink import not_sharded
+
+    if not Path(path).is_dir() or hasattr(
+        load_config(path, trust_remote_code=trust_remote_code), "quantization_config"
+    ):
+        return
+    options = {"device_map": "meta", "output_loading_info": True, "trust_remote_code": trust_remote_code}
+    with not_sharded():
+        from_pretrained(AutoModelForCausalLM, path, **options)
 
 
 def unloadable(path: str, what: str, error: Exception) -> ValueError:
@@ -142,7 +174,7 @@ def load_model(
     if attn_implementation:
         options["attn_implementation"] = attn_implementation
     options |= four_bit(compute) if load_in_4bit else _full_precision(path, trust_remote_code)
-    model = from_pretrained(AutoModelForCausalLM, path, **options)
+    model = from_pretrained(AutoModelForCausalLM, path, output_loading_info=True, **options)
     model.config.use_cache = False
     return model
 
@@ -303,37 +335,6 @@ def family_model(model):
 
 
 # --- made ready ----------------------------------------------------------------------------------------------------
-
-
-def offload_activations(model) -> str:
-    """Let what autograd keeps of (batch, length, hidden size) wait on the CPU for the backward pass; return a note.
-
-    With gradient checkpointing that is the input of each layer, and nearly all that is kept. torch's own `save_on_cpu`
-    moves everything, also the rotary embeddings, which all layers have in common.
-    """
-    import torch
-
-    size, contexts = model.config.get_text_config().hidden_size, []
-
-    def pack(tensor):
-        if tensor.ndim != 3 or tensor.shape[-1] != size:
-            return tensor
-        on_cpu = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=tensor.is_cuda)
-        return tensor.device, on_cpu.copy_(tensor)
-
-    def unpack(kept):
-        return kept if isinstance(kept, torch.Tensor) else kept[1].to(kept[0], non_blocking=True)
-
-    def enter(module, args):
-        contexts.append(torch.autograd.graph.saved_tensors_hooks(pack, unpack))
-        contexts[-1].__enter__()
-
-    def leave(module, args, output):
-        contexts.pop().__exit__(None, None, None)
-
-    model.register_forward_pre_hook(enter)
-    model.register_forward_hook(leave, always_call=True)
-    return "the input of each layer waits on the CPU for the backward pass"
 
 
 def set_generation_config(model, tokenizer, stop_ids: Sequence[int]) -> None:

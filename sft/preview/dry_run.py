@@ -66,7 +66,8 @@ def show_run(report: Report, run: Run, data: Data, guard: Guard, build_trainer: 
     A tiny twin of the model goes through the run, but for one with --probe_steps: its real model does.
     """
     settings = run.settings
-    check_weights(report, run.model_path)
+    if check_files(report, run.model_path):
+        report.check(models.check_weights, run.model_path, trust_remote_code=settings.model.trust_remote_code)
     check_held_out(report, run.files.times, settings.data.data_path)
     report.notes += describe_skipped(run.files.skipped)
     describe_tokenizer(report, run)
@@ -81,15 +82,16 @@ def show_run(report: Report, run: Run, data: Data, guard: Guard, build_trainer: 
     show_report(report, run)
 
 
-def check_weights(report: Report, path: str) -> None:
-    """Look for the weights of a local folder, by name and safetensors header: a run needs them, and a dry run not."""
+def check_files(report: Report, path: str) -> bool:
+    """Say whether a local folder's files of weights are whole, by name and safetensors header; a run needs them."""
     folder = Path(path)
+    num_problems = len(report.problems)
     if not folder.is_dir():
-        return
+        return False
     named = {file.name for file in [*folder.glob("*.safetensors"), *folder.glob("*.bin")]}
     if not named:
         report.notes.append(f"{path}: there are no weights in this folder, and a run needs them")
-        return
+        return False
     index = folder / "model.safetensors.index.json"
     if index.is_file() and "model.safetensors" not in named:
         try:
@@ -104,6 +106,7 @@ def check_weights(report: Report, path: str) -> None:
                 pass
         except SafetensorError as error:
             report.problems.append(f"{file}: is not whole ({error}); fetch it again")
+    return len(report.problems) == num_problems
 
 
 def check_held_out(report: Report, files: Sequence[str], data_path: Sequence[str]) -> None:

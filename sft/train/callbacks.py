@@ -245,6 +245,35 @@ def keep_outputs(model, tokens: int, *, room: int) -> str:
     )
 
 
+def offload_activations(model) -> str:
+    """Let what autograd keeps of (batch, length, hidden size) wait on the CPU for the backward pass; return a note.
+
+    With gradient checkpointing that is the input of each layer, and nearly all that is kept. torch's own `save_on_cpu`
+    moves everything, also the rotary embeddings, which all layers have in common.
+    """
+    size, contexts = model.config.get_text_config().hidden_size, []
+
+    def pack(tensor):
+        if tensor.ndim != 3 or tensor.shape[-1] != size:
+            return tensor
+        on_cpu = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=tensor.is_cuda)
+        return tensor.device, on_cpu.copy_(tensor)
+
+    def unpack(kept):
+        return kept if isinstance(kept, torch.Tensor) else kept[1].to(kept[0], non_blocking=True)
+
+    def enter(module, args):
+        contexts.append(torch.autograd.graph.saved_tensors_hooks(pack, unpack))
+        contexts[-1].__enter__()
+
+    def leave(module, args, output):
+        contexts.pop().__exit__(None, None, None)
+
+    model.register_forward_pre_hook(enter)
+    model.register_forward_hook(leave, always_call=True)
+    return "the input of each layer waits on the CPU for the backward pass"
+
+
 def find_layers(model) -> list:
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 

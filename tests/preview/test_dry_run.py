@@ -176,7 +176,11 @@ def copied(set_up, tmp_path_factory):
         ({"tokenizer.json": None}, "the tokenizer can't be loaded: it encodes no text at all"),
         ({"config.json": {"hidden_size": "32"}}, "for field 'hidden_size': TypeError: Field 'hidden_size' expected"),
         ({"config.json": {"num_hidden_layers": 0}}, "the model can't be loaded: Class validation error"),
-        ({"config.json": {"num_attention_heads": 5}}, "qwen2: a step of a model of this config fails: "),
+        (
+            {"config.json": {"num_attention_heads": 5}, "model.safetensors": None},
+            "qwen2: a step of a model of this config fails: ",
+        ),
+        ({"config.json": {"intermediate_size": 8}}, "the model can't be loaded: You set `ignore_mismatched_sizes`"),
         ({"model.safetensors": b"version https://git-lfs.github.com/spec/v1"}, "model.safetensors: is not whole ("),
         (
             {
@@ -207,7 +211,7 @@ def test_a_base_of_config_and_tokenizer_alone_or_with_code_or_experts_is_none(co
     assert (found, problems) == (0, [])
     assert "there are no weights in this folder, and a run needs them" in text
     experts = {"model_type": "mixtral", "num_local_experts": 4, "architectures": None}
-    found, text, problems = dry_run(capsys, copied({"config.json": experts}))
+    found, text, problems = dry_run(capsys, copied({"config.json": experts, "model.safetensors": None}))
     assert (found, problems) == (0, [])
     assert re.search(r"^activations +\S+ MiB +2 layers", text, re.MULTILINE)
 

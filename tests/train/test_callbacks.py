@@ -155,3 +155,29 @@ def test_runs_that_are_short_of_memory_or_shard_their_weights_keep_inputs_alone(
     training = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": None, "deepspeed": None}
     training |= {"checkpoint_keep": "auto", "activation_offload": False}
     assert callbacks.may_keep(SimpleNamespace(**training | changes)) is may
+
+
+def test_offloaded_activations_give_the_same_gradients(tiny_base, monkeypatch):
+    """Of each layer its input is moved, and the input of the last norm; none of it is a weight or an embedding."""
+    tokens, hooks, moved = torch.arange(3, 43)[None], torch.autograd.graph.saved_tensors_hooks, []
+
+    class Recording(hooks):
+        def __init__(self, pack, unpack):
+            super().__init__(lambda tensor: self.record(tensor, pack(tensor)), unpack)
+
+        def record(self, tensor, kept):
+            moved.extend([tuple(tensor.shape)] if isinstance(kept, tuple) and len(kept) == 2 else [])
+            return kept
+
+    monkeypatch.setattr(torch.autograd.graph, "saved_tensors_hooks", Recording)
+    gradients = []
+    for offload in (False, True):
+        model = AutoModelForCausalLM.from_pretrained(tiny_base("qwen2"), dtype=torch.float32).train()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        if offload:
+            callbacks.offload_activations(model)
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        gradients.append({name: weight.grad for name, weight in model.named_parameters()})
+    assert all(torch.equal(gradients[1][name], gradient) for name, gradient in gradients[0].items())
+    assert len(moved) >= 3
+    assert set(moved) == {(1, 40, 64)}
