@@ -4,11 +4,11 @@
     python benchmarks/prepare_speed.py 200000 --sides ours trl --repeats 1
     python benchmarks/prepare_speed.py 10000 --chat_template qwen3.jinja --sides ours ours_chatml trl
 
-All sides read the same file of canonical conversations and end with rows of at most 2048 tokens. `ours` uses fastokens;
-for `ours_tokenizers` its import is blocked in the process, as on a machine that lacks it. `floor` is the raw encoder of
-the same name on the rendered texts. `alpaca` is stanford_alpaca's method (it does not pack); `trl` is SFTTrainer with
-packing and assistant_only_loss, one process, with our saved template; `llamafactory` is its get_dataset with packing,
-in an environment of its own, as it needs older packages. CPU seconds begin after the imports.
+All sides read the same file of canonical conversations and end with rows of at most 2048 tokens. `ours` uses gigatoken;
+for `ours_tokenizers` the imports of fast encoders are blocked in the process, as on a machine that lacks them. `floor`
+is the raw encoder of the same name on the rendered texts. `alpaca` is stanford_alpaca's method (it does not pack);
+`trl` is SFTTrainer with packing and assistant_only_loss, one process, with our saved template; `llamafactory` is its
+get_dataset with packing, in an environment of its own, as it needs older packages. CPU seconds begin after the imports.
 
 With --chat_template the base carries that template, and `ours` trains it as it is (`--chat_format base`); `ours_chatml`
 stays with chatml. TRL takes the template too, and replaces those that it has a training template for.
@@ -28,7 +28,7 @@ SIDES = (
     "ours",
     "ours_tokenizers",
     "ours_chatml",
-    "floor_fastokens",
+    "floor_gigatoken",
     "floor_tokenizers",
     "trl",
     "alpaca",
@@ -38,7 +38,7 @@ SIDES = (
 
 def ours(base: str, records: str, fast: bool, chat_format: str | None = None) -> None:
     if not fast:
-        sys.modules["fastokens"] = None
+        sys.modules |= {"gigatoken": None, "fastokens": None}
     from sft.dataset.dataset import TrainingRows, prepare
     from sft.format.render import Renderer
     from sft.model.load import load_tokenizer
@@ -65,13 +65,13 @@ def floor(base: str, records: str, fast: bool) -> None:
     texts = [renderer.text(conversation["messages"]) for conversation, *_ in read_conversations([records])]
     tokenizer = renderer.tokenizer.backend_tokenizer
     if fast:
-        from fastokens import Tokenizer
+        from gigatoken.gigatoken_rs import load_hf_json
 
-        tokenizer = Tokenizer.from_json_str(tokenizer.to_str())
+        tokenizer = load_hf_json(tokenizer.to_str())
     clock, tokens = CpuClock(), 0
     for batch in batches(texts, 1000):
         if fast:
-            tokens += len(tokenizer.encode_batch_flat(batch)[0]) // 4
+            tokens += sum(len(tokenizer.encode(text)) for text in batch)
         else:
             tokens += sum(len(found) for found in tokenizer.encode_batch_fast(batch, add_special_tokens=False))
     report(seconds=clock.seconds(), tokens=tokens)

@@ -5,6 +5,7 @@ $PEER_PYTHON, which run_cpu.sh makes. Results are kept in .cache/benchmarks/resu
 from them.
 """
 
+import gc
 import json
 import os
 import resource
@@ -131,6 +132,7 @@ class CpuClock:
     """CPU seconds of this process and its ended children since it was made."""
 
     def __init__(self):
+        gc.freeze()  # as train.py does after its imports: a collection would walk through all modules
         self.began = self._now()
 
     def seconds(self) -> float:

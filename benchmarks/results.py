@@ -18,7 +18,7 @@ from records import FOLDER, RESULTS, median, peer_python
 
 FILE = Path(__file__).with_name("RESULTS.md")
 NOTES = "## Notes\n"
-PACKAGES = ("torch", "transformers", "tokenizers", "fastokens", "datasets", "accelerate", "numpy")
+PACKAGES = ("torch", "transformers", "tokenizers", "gigatoken", "fastokens", "datasets", "accelerate", "numpy")
 # (numerator, denominator, bar): how many times as many tokens per CPU second.
 PREPARE = [
     ("ours_tokenizers", "trl", 2.3),
@@ -28,7 +28,7 @@ PREPARE = [
     ("ours", "trl", None),
     ("ours", "llamafactory", 15),
     ("ours", "alpaca", None),
-    ("ours", "floor_fastokens", None),
+    ("ours", "floor_gigatoken", None),
 ]
 FAST_BESIDE_TRL = {10_000: 12, 200_000: 20}  # the bars of ours / trl, by the number of records
 STEP = {"qwen2-32k": (4, 3.3), "qwen2-152k": (6, 4), "bloom-251k": (8, 3.5), "falcon-65k": (8, 3.5)}

@@ -28,7 +28,7 @@ TASKS_PER_WORKER = 2  # sent to a worker at a time: one is done while the next w
 AHEAD_PER_WORKER = 3  # tasks of which the results were not taken yet, for each worker
 EXIT_SECONDS = 5.0  # to wait for the exit code of a worker that closed its socket
 HANDLED_BY_PARENT = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-# A worker computes in one thread. fastokens' second one has a cache of its own, and so does each of glibc's arenas.
+# A worker computes in one thread. Another one of fastokens has a cache of its own, and so does each of glibc's arenas.
 ONE_THREAD = {
     "RAYON_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",

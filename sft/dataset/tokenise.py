@@ -123,6 +123,8 @@ def _read(
     """Yield (line, conversation) of each readable conversation, and count the others."""
     source = Path(task.name).name
     options = {"source": source, "counts": counts, **reading_options(renderer, reading)}
+    ignores_definitions = renderer.ignores_definitions
+    has_thinking_switch = renderer.thinking_switch is not None
     for raw in task.split():
         ledger["files"][task.name]["in"] += 1
         try:
@@ -134,9 +136,9 @@ def _read(
                 ledger["rejected"][error.reason] += 1
             count_outcome(ledger, task.name, raw.line, source, lost, why=str(error))
             continue
-        if conversation.get("tools") and renderer.ignores_definitions:
+        if ignores_definitions and conversation.get("tools"):
             counts.notes["tools_not_written_by_the_template"] += 1
-        if renderer.thinking_switch:
+        if has_thinking_switch:
             _count_thoughts(conversation["messages"], counts.notes)
         yield raw.line, conversation
 

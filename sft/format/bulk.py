@@ -8,11 +8,10 @@ with one that puts a space in front of each segment, keep the slower way, which 
 
 import contextlib
 import itertools
-import json
 import os
 import re
 import secrets
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -25,11 +24,21 @@ from sft.opendata.fields import RecordError
 if TYPE_CHECKING:
     from sft.format.own_template import Turn
 
-MIN_FAST_BYTES = 2 << 20  # of data: for less, making the fastest encoder takes longer than it saves
+MIN_FAST_BYTES = 1 << 20  # of data: for less, making a fast encoder takes longer than it saves
+# gigatoken keeps each word that it met. After so many characters it begins anew: 0.1 s for 60 MiB (dev/LOG.md).
+MAX_REMEMBERED_CHARACTERS = 40_000_000
+# Code points that gigatoken 0.10.0 normalises or splits by Unicode 17, and tokenizers 0.23 by older tables.
+_NEW_TO_TOKENIZERS = (
+    *((0x7FD, 0x7FD), (0x88F, 0x88F), (0x897, 0x89F), (0x8CA, 0x8D3), (0x9FE, 0x9FE), (0xC3C, 0xC3C), (0xC5C, 0xC5C)),
+    *((0xCDC, 0xCDC), (0xD3B, 0xD3C), (0xEBA, 0xEBA), (0x1715, 0x1715), (0x1ABF, 0x1ADD), (0x1AE0, 0x1AEB)),
+    *((0x1DF6, 0x1DFA), (0xA7CE, 0xA7CF), (0xA7D2, 0xA7D2), (0xA7D4, 0xA7D4), (0xA7F1, 0xA7F1), (0xA82C, 0xA82C)),
+    *((0x105C9, 0x11F42), (0x1611E, 0x16FF6), (0x187F8, 0x18DF2), (0x1E08F, 0x1E6FF), (0x2B73A, 0x2B73F)),
+    *((0x2CEA2, 0x2CEAD), (0x323B0, 0x33479)),
+)
 NUM_AT_ONCE = 100  # conversations encoded at a time where offsets are kept: these take many times the ids' memory
 PROOF_EXTRA_TOKENS = (8, 21)  # behind a short prompt: lengths at which a bulk encoder must cut as `render` does
 
-# Texts to token ids of all, and the number of tokens of each.
+# Texts to token ids of all, (tokens,) int32, and the number of tokens of each, (texts,) int64.
 Encode = Callable[[list[str]], tuple[np.ndarray, np.ndarray]]
 
 
@@ -196,41 +205,93 @@ def are_same_rows(found: Rows, expected: Rows) -> bool:
     return all(np.array_equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
 
 
-def bulk_encoders(backend: Tokenizer, num_bytes: int) -> Iterable[tuple[str, Encode]]:
-    """Yield (name, encoder) for the encoders that may be right for a tokenizer, the fastest first."""
+# --- Encoders ------------------------------------------------------------------------------------------------------
+
+
+def bulk_encoders(backend: Tokenizer, seam: str, num_bytes: int) -> Iterator[tuple[str, Encode]]:
+    """Yield (name, encoder) for the encoders that may be right for a tokenizer, the fastest first.
+
+    `seam` is the name of a token of the backend that no text contains.
+    """
+    for name in ENCODERS if num_bytes >= MIN_FAST_BYTES else ["tokenizers"]:
+        if encode := make_encoder(name, backend, seam):
+            yield name, encode
+
+
+def make_encoder(name: str, backend: Tokenizer, seam: str) -> Encode | None:
+    """Return the encoder of that name, a key of ENCODERS; None where it isn't installed or can't be right."""
+    if not _splits_words(backend):
+        return None
+    with contextlib.suppress(ImportError, ValueError, RuntimeError, NotImplementedError):
+        return ENCODERS[name](backend, seam)
+    return None
+
+
+def _splits_words(backend: Tokenizer) -> bool:
+    """Say whether a pattern splits text into words, so that a segment's beginning doesn't depend on what is before."""
+    parts = [part.__getstate__().decode() for part in (backend.normalizer, backend.pre_tokenizer) if part]
+    return (
+        type(backend.model).__name__ == "BPE"
+        and '"ByteLevel"' in "".join(parts)
+        and not re.search(r'"(Metaspace|Prepend)"|"add_prefix_space":true', "".join(parts))
+    )
+
+
+def _make_gigatoken(backend: Tokenizer, seam: str) -> Encode:
+    """Encode all texts as one, with the token `seam` between them."""
+    from gigatoken.gigatoken_rs import load_hf_json
+
     spec = backend.to_str()
-    if not _splits_words(json.loads(spec)):
-        return
-    fast = None
-    if num_bytes >= MIN_FAST_BYTES:
-        with contextlib.suppress(ImportError, ValueError, RuntimeError, NotImplementedError):
-            # A second thread has a cache of its own, which at 200,000 records takes 65 MiB (dev/LOG.md).
-            os.environ.setdefault("FASTOKENS_BPE_THREADS", "1")
-            from fastokens import Tokenizer as FastTokenizer
+    fast = load_hf_json(spec)
+    num_encoded = 0
+    seam_id = backend.token_to_id(seam)
+    if backend.id_to_token(seam_id) != seam:
+        raise ValueError("two tokens have one id")
+    is_new = np.zeros(0x110000, dtype=bool)
+    for first, last in _NEW_TO_TOKENIZERS:
+        is_new[first : last + 1] = True
+    encode_slowly = _make_tokenizers(backend, seam)
 
-            fast = FastTokenizer.from_json_str(spec)
-    if fast is not None:
+    def encode(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        nonlocal fast, num_encoded
+        beyond_ascii = "".join([text for text in texts if not text.isascii()])
+        if is_new[np.frombuffer(beyond_ascii.encode("utf-32-le"), dtype=np.uint32)].any():
+            return encode_slowly(texts)
+        joined = seam.join(texts)
+        num_encoded += len(joined)
+        if num_encoded > MAX_REMEMBERED_CHARACTERS:
+            fast = load_hf_json(spec)
+            num_encoded = len(joined)
+        ids = fast.encode(joined).view(np.int32)
+        seams = np.flatnonzero(ids == seam_id)
+        return np.delete(ids, seams), (np.diff(seams, prepend=-1, append=len(ids)) - 1)[: len(texts)]
 
-        def encode_fast(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-            ids, starts = fast.encode_batch_flat(texts)
-            return np.frombuffer(ids, dtype=np.uint32).astype(np.int32), np.diff(np.frombuffer(starts, dtype=np.int64))
+    return encode
 
-        yield "fastokens", encode_fast
 
+def _make_fastokens(backend: Tokenizer, _seam: str) -> Encode:
+    # A second thread has a cache of its own, which at 200,000 records takes 65 MiB (dev/LOG.md).
+    os.environ.setdefault("FASTOKENS_BPE_THREADS", "1")
+    from fastokens import Tokenizer as FastTokenizer
+
+    fast = FastTokenizer.from_json_str(backend.to_str())
+
+    def encode(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        ids, starts = fast.encode_batch_flat(texts)
+        return np.frombuffer(ids, dtype=np.uint32).astype(np.int32), np.diff(np.frombuffer(starts, dtype=np.int64))
+
+    return encode
+
+
+def _make_tokenizers(backend: Tokenizer, _seam: str) -> Encode:
     def encode(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         lists = [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
         lengths = np.fromiter(map(len, lists), dtype=np.int64, count=len(lists))
         flat = itertools.chain.from_iterable(lists)
         return np.fromiter(flat, dtype=np.int32, count=int(lengths.sum())), lengths
 
-    yield "tokenizers", encode
+    return encode
 
 
-def _splits_words(spec: dict) -> bool:
-    """Say whether a pattern splits text into words, so that a segment's beginning doesn't depend on what is before."""
-    names = json.dumps([spec["normalizer"], spec["pre_tokenizer"]])
-    return (
-        spec["model"]["type"] == "BPE"
-        and '"ByteLevel"' in names
-        and not re.search(r'"(Metaspace|Prepend)"|"add_prefix_space": true', names)
-    )
+# The fastest first. gigatoken knows the patterns of many models by name, fastokens any pattern (bloom's).
+ENCODERS = {"gigatoken": _make_gigatoken, "fastokens": _make_fastokens, "tokenizers": _make_tokenizers}

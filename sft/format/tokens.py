@@ -194,10 +194,11 @@ def any_of(texts: Iterable[str]) -> re.Pattern:
     return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or r"(?!)")
 
 
-def unforgeable_backend(tokenizer) -> tuple[Tokenizer, dict[str, str]]:
+def unforgeable_backend(tokenizer) -> tuple[Tokenizer, dict[str, str], str]:
     """Copy the Rust tokenizer with every control token renamed to a random private-use string, ids unchanged.
 
-    Returns the copy and the new names. `split_special_tokens` is not enough: it leaves added tokens such as `<think>`
+    Returns the copy, the new names, and the name of a further token, which stands between texts.
+    `split_special_tokens` is not enough: it leaves added tokens such as `<think>`
     live (transformers 5.23). Added words and runs of whitespace keep their names; they are ordinary text.
     """
     spec = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -208,12 +209,14 @@ def unforgeable_backend(tokenizer) -> tuple[Tokenizer, dict[str, str]]:
             names[token["content"]] = f"\ue000{nonce}{token['id']}\ue001"
             token["content"] = names[token["content"]]
     spec["model"] = _rename_in_model(spec["model"], names)
+    seam = f"\ue000{nonce}\ue001"
+    spec["added_tokens"].append(_describe_token(seam, _find_free_id(spec)))
     spec.update(post_processor=None, truncation=None, padding=None)
     backend = Tokenizer.from_str(json.dumps(spec))
     for token, name in names.items():
         if backend.token_to_id(name) != tokenizer.convert_tokens_to_ids(token):
             raise ValueError(f"the tokenizer gives its token {token!r} an id that it can't be loaded with")
-    return backend, names
+    return backend, names, seam
 
 
 class BareTokenizer:
@@ -251,15 +254,27 @@ class BareTokenizer:
 def _rename_in_model(model: dict, names: dict[str, str]) -> dict:
     vocab = model["vocab"]
     if isinstance(vocab, dict):
-        model["vocab"] = {names.get(token, token): index for token, index in vocab.items()}
+        renamed = names.keys() & vocab.keys()
+        vocab.update({names[token]: vocab.pop(token) for token in renamed})
+        if renamed and "merges" in model:
+            pairs = (merge if isinstance(merge, list) else merge.split(" ") for merge in model["merges"])
+            model["merges"] = [pair for pair in pairs if not renamed & {*pair, "".join(pair)}]
     else:
         model["vocab"] = [[names.get(token, token), score] for token, score in vocab]
     if model.get("unk_token") in names:
         model["unk_token"] = names[model["unk_token"]]
-    pairs = (merge if isinstance(merge, list) else merge.split(" ") for merge in model.get("merges") or [])
-    if "merges" in model:
-        model["merges"] = [pair for pair in pairs if not names.keys() & {*pair, "".join(pair)}]
     return model
+
+
+def _find_free_id(spec: dict) -> int:
+    vocab = spec["model"]["vocab"]
+    in_model = vocab.values() if isinstance(vocab, dict) else [len(vocab) - 1]
+    return 1 + max([*in_model, *(token["id"] for token in spec["added_tokens"])])
+
+
+def _describe_token(name: str, token_id: int) -> dict:
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {"id": token_id, "content": name, **flags, "special": True}
 
 
 def label_parts(parts: list[Part], encoding, max_length: int | None) -> Rendered:

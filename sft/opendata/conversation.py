@@ -193,10 +193,9 @@ def check_messages(messages: list[Message]) -> None:
     check_calls(messages)
     _check_order(messages)
     for number, message in enumerate(messages):
-        read_text(message["content"], f"messages[{number}].content")
         if is_blank(message):
             raise RecordError("empty", f"messages[{number}].content is empty; give a text or leave the record out")
-    if not any(message["role"] == "assistant" and message.get("train") is not False for message in messages):
+    if not any([message["role"] == "assistant" and message.get("train") is not False for message in messages]):
         raise RecordError("nothing_learned", "no reply is to be learned; set train for one, or leave the record out")
 
 

@@ -148,7 +148,10 @@ SEPARATORS = re.compile(r"[ \t\r\n,\ufeff]*")
 
 
 class TextWindow:
-    """A window on decoded text: `buffer[start:]` is unread, `start` is on line `line` of the file."""
+    """A window on decoded text: `buffer[start:]` is unread, `start` is on line `line` of the file.
+
+    `has_bad_bytes`: the buffer has bytes that were not decoded.
+    """
 
     def __init__(self, chunks: Iterator[str], line: int = 1):
         self.chunks = chunks
@@ -159,6 +162,7 @@ class TextWindow:
         self.fault = None
         self.last_line = 0
         self.num_on_line = 0
+        self.has_bad_bytes = False
 
     def grow(self) -> bool:
         """Read on, at least as much as is unread: trying again stays linear. False, and no change, at the end."""
@@ -177,6 +181,7 @@ class TextWindow:
         if num_new:
             self.buffer = "".join(parts)
             self.start = 0
+            self.has_bad_bytes = has_lone_surrogate(self.buffer)
         return num_new > 0
 
     def skip(self) -> str:

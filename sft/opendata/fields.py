@@ -239,6 +239,8 @@ def name_type(value: object) -> str:
 
 def has_lone_surrogate(text: str) -> bool:
     """Whether there is a lone surrogate, which no encoding can write."""
+    if text.isascii():
+        return False
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -303,7 +303,7 @@ def _parse_at_once(text: TextWindow) -> tuple[int, object]:
     usual = (
         type(record) is dict
         and length <= MAX_RECORD_CHARACTERS
-        and not has_lone_surrogate(text.buffer[text.start : end])
+        and not (text.has_bad_bytes and has_lone_surrogate(text.buffer[text.start : end]))
     )
     return (length, record) if usual else (0, None)
 

@@ -357,7 +357,7 @@ def test_byte_level_families_take_the_fast_encoder_and_the_others_the_safe_one(t
     chosen = {
         family: Renderer(tokenizer_of(family), "blossom").use_bulk_encoder() for family in ("qwen2", "falcon", "yi")
     }
-    assert chosen == {"qwen2": "fastokens", "falcon": "tokenizers", "yi": "tokenizers, with offsets"}
+    assert chosen == {"qwen2": "gigatoken", "falcon": "tokenizers", "yi": "tokenizers, with offsets"}
 
 
 def test_packed_rows_hold_every_example_once_and_none_predicts_its_neighbour():
