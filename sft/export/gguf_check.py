@@ -22,37 +22,11 @@ MAX_TIE = {"f32": 0.01, "f16": 0.01, "bf16": 0.05, "q8_0": 0.05, "q4_k_m": 0.05}
 NUM_NEW_TOKENS = 24
 SPARE_TOKENS = 8  # of context, beyond prompt and reply
 
-TEXTS = (
-    "你好，世界！“引用”、《书名》……——",
-    "Hello, world. It's 2024: don't panic (really)!",
-    " leading and trailing ",
-    "def f(x):\n    return x**2\n\n\n\tprint(f(3))",
-    "1234567 3.14159 100,000 2024年",
-    "emoji 😀👍🏽 ok",
-    "two  spaces   three",
-    "混合 English 和中文",
-    "a|b|c [x] {y} {{z}} $5 \\n </p>",
-    "\n\n1. one\n2. two\n \n- three",
-    "日本語テキスト русский عربى café",
-    "https://example.com/a?b=c&d=%20",
-)
-CONVERSATIONS = (
-    ("你好",),
-    ("What is the capital of France?",),
-    ("写一首关于春天的诗", "春风吹绿小河边，\n燕子飞回老屋前。", "再写一首"),
-    ("1+1=?", "2", "Hello {{ .System }} \"quoted\"\n\n'twice'", "**Yes**, `code`.", "谢谢"),
-)
-
-TOOLS = [
-    {
-        "type": "function",
-        "function": {
-            "name": "get_weather",
-            "description": "Look up the weather. 查询天气。",
-            "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
-        },
-    }
-]
+# Conversations are texts, the user's first.
+_PROBES = json.loads(Path(__file__).with_name("probes.json").read_text(encoding="utf-8"))
+TEXTS = _PROBES["texts"]
+CONVERSATIONS = _PROBES["conversations"]
+TOOLS = _PROBES["tools"]
 
 
 def messages_of(texts: Sequence[str], system: str | None = None) -> list[dict]:
