@@ -26,52 +26,12 @@ from sft.model.load import check_dtype, check_model_path, check_window, load_con
 from sft.opendata.decoding import check_encoding
 from sft.opendata.fields import check_choices
 
-# Flags of transformers that would change nothing here, or break: the values that are refused (None: any), and why.
-NO_EFFECT = {
-    "do_train": ((False,), "train.py always trains; to measure a model use python -m sft.evaluate"),
-    "do_eval": ((False,), "the evaluations are chosen by --eval_strategy; use --eval_strategy no"),
-    "do_predict": ((True,), "train.py predicts nothing; use python -m sft.evaluate"),
-    "auto_find_batch_size": ((True,), "the rows of an update must stay the same; --dry_run tells which batch fits"),
-    "ignore_data_skip": ((True,), "a resumed run continues at its place in the data"),
-    "batch_eval_metrics": ((True,), "the metrics of train.py are summed over all held-out rows; leave it out"),
-    "remove_unused_columns": ((True,), "a row holds only what the model takes; leave it out"),
-    "label_names": (None, "the labels of a row are named labels; leave it out"),
-    "hub_strategy": (("checkpoint", "all_checkpoints"), "the model is pushed once, after training; leave it out"),
-    "hub_always_push": ((True,), "the model is pushed once, after training; leave it out"),
-    "enable_jit_checkpoint": ((True,), "a signal saves a checkpoint anyway; leave it out"),
-    "parallelism_config": (None, "is not read; to share rows among GPUs use --sequence_parallel_size"),
-    "fsdp": (None, "checkpoints of train.py are plain or DeepSpeed's; use --deepspeed ds_zero3.json"),
-    "fsdp_config": (None, "checkpoints of train.py are plain or DeepSpeed's; use --deepspeed ds_zero3.json"),
-    "include_for_metrics": (None, "the metrics of train.py are made of losses and guesses; leave it out"),
-    "prediction_loss_only": ((True,), "three numbers are kept of a held-out row anyway; leave it out"),
-    "eval_do_concat_batches": ((False,), "the metrics of train.py are summed over all held-out rows; leave it out"),
-    "eval_use_gather_object": ((True,), "the metrics of train.py are tensors; leave it out"),
-    "bf16_full_eval": ((True,), "the evaluations of a training compute as it does; leave it out"),
-    "fp16_full_eval": ((True,), "the evaluations of a training compute as it does; leave it out"),
-    "use_cache": ((True,), "a training has no use for a KV cache; leave it out"),
-    "save_on_each_node": ((True,), "all machines save into one folder; leave it out"),
-    "restore_callback_states_from_checkpoint": ((True,), "no callback of train.py has a state; leave it out"),
-    "accelerator_config": (None, "batches, their shares and accumulation have flags of their own; leave it out"),
-    "dataloader_persistent_workers": ((True,), "the rows of each epoch are new to the workers; leave it out"),
-    "dataloader_in_order": ((False,), "a resumed run continues at its place in the data; leave it out"),
-    "torch_compile_backend": (None, "the parts that are compiled are chosen by --fused_kernels compile; leave it out"),
-    "torch_compile_mode": (None, "the parts that are compiled are chosen by --fused_kernels compile; leave it out"),
-    "length_column_name": (None, "rows are not grouped by length; leave it out"),
-}
-# Flags that change something only beside another one; a launcher may give both, and a user take the other one back.
-NEEDS = {
-    **dict.fromkeys(("lora_rank", "lora_alpha", "lora_dropout", "lora_variant", "lora_router"), "lora"),
-    **dict.fromkeys(("hub_model_id", "hub_private_repo", "hub_revision", "hub_strategy"), "push_to_hub"),
-    **dict.fromkeys(("run_name", "project", "trackio_space_id", "trackio_bucket_id"), "report_to"),
-    "trackio_static_space_id": "report_to",
-    "gradient_checkpointing_kwargs": "gradient_checkpointing",
-    "activation_checkpointing_kwargs": "activation_checkpointing",
-    "dataloader_multiprocessing_context": "dataloader_num_workers",
-    "greater_is_better": "metric_for_best_model",
-    "optim_target_modules": "optim",
-    "eval_steps": "eval_strategy",
-    "allow_changed": "resume_from_checkpoint",
-}
+# "no_effect": flags of transformers that would change nothing here, or break: the values that are refused (null: any),
+# and why. "needs": flags that change something only beside another one; a launcher may give both, and a user take the
+# other one back.
+_FLAGS = json.loads(Path(__file__).with_name("flags.json").read_text(encoding="utf-8"))
+NO_EFFECT = _FLAGS["no_effect"]
+NEEDS = _FLAGS["needs"]
 TOKEN_COUNTS = ("all", "non_padding", "no", "true", "false")
 METRICS = ("loss", "perplexity", "token_accuracy")  # of the held-out rows; and loss/SOURCE for each source
 NEEDS_THE_MODEL = ("lomo", "adalomo")  # optimizers that can't be built without it
