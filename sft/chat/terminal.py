@@ -14,7 +14,7 @@ import select
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import closing, suppress
-from dataclasses import asdict
+from dataclasses import KW_ONLY, asdict, dataclass
 from pathlib import Path
 
 from sft.chat.answer_file import check_output, check_questions, reply_to_file
@@ -35,23 +35,18 @@ from sft.chat.token_probabilities import to_printable, to_terminal
 from sft.tables import has_colour
 
 
+@dataclass
 class Dialogue:
     """A conversation in the terminal with one model or several, each with its own history."""
 
-    def __init__(
-        self,
-        chats: dict[str, Chat],
-        *,
-        system: str | None = None,
-        sampling: Sampling = BLOSSOM,
-        show_probabilities: bool = False,
-        interruptible: bool = False,
-    ):
-        self.chats = chats
-        self.system = system
-        self.sampling = sampling
-        self.show_probabilities = show_probabilities
-        self.interruptible = interruptible
+    chats: dict[str, Chat]
+    _: KW_ONLY
+    system: str | None = None
+    sampling: Sampling = BLOSSOM
+    show_probabilities: bool = False
+    interruptible: bool = False
+
+    def __post_init__(self):
         self.clear()
 
     def clear(self) -> None:

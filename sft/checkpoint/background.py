@@ -9,6 +9,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -96,6 +97,7 @@ class BackgroundSaves:
             self.finish()
 
 
+@dataclass
 class Save:
     """A checkpoint in `folder`, complete but for `files`, which a thread writes; `publish` moves it to `output`.
 
@@ -103,94 +105,80 @@ class Save:
     `delete_old_checkpoints`.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        output: Path,
-        files: CollectedFiles,
-        guard: Guard,
-        *,
-        base: BaseIdentity | None,
-        began: float,
-        step: int,
-        run: str,
-        keep: int | None,
-        spare: str | None,
-    ):
-        self._folder = folder
-        self._output = output
-        self._files = files
-        self._guard = guard
-        self._base = base
-        self._began = began
-        self._step = step
-        self._run = run
-        self._keep = keep
-        self._spare = spare
-        names = guard.all_gather(files.names())  # after this no rank's main thread writes into the folder
+    folder: Path
+    output: Path
+    files: CollectedFiles
+    guard: Guard
+    base: BaseIdentity | None
+    began: float
+    step: int
+    run: str
+    keep: int | None
+    spare: str | None
+
+    def __post_init__(self):
+        names = self.guard.all_gather(self.files.names())  # after this no rank's main thread writes into the folder
         self._collected = {name for of_rank in names for name in of_rank}
         self._written = start_thread(self._write)
-        self._waited = time.monotonic() - began
+        self._waited = time.monotonic() - self.began
 
     def _write(self) -> dict[str, list]:
         """Write this rank's files; rank 0 also stores the base, and hashes what was written at once without a hash."""
-        hashes = self._files.write()
-        if self._guard.rank == 0:
-            if identity := self._base and self._base.wait():
-                write_json(self._folder / BASE_RECORD, identity)
-            others = [name for name in list_files(self._folder) if name not in self._collected]
-            hashes |= hash_files(self._folder, others, sync=True)
-        note_written(self._folder, hashes, rank=self._guard.rank, world_size=self._guard.world_size)
+        hashes = self.files.write()
+        if self.guard.rank == 0:
+            if identity := self.base and self.base.wait():
+                write_json(self.folder / BASE_RECORD, identity)
+            others = [name for name in list_files(self.folder) if name not in self._collected]
+            hashes |= hash_files(self.folder, others, sync=True)
+        note_written(self.folder, hashes, rank=self.guard.rank, world_size=self.guard.world_size)
         return hashes
 
     def is_written(self) -> bool:
         """Whether the threads of all ranks are done, the same on all ranks."""
-        return not self._guard.is_set_on_any_rank(not self._written.done())
+        return not self.guard.is_set_on_any_rank(not self._written.done())
 
     def give_up(self) -> None:
         """Leave the checkpoint to the next start, as the other ranks train on; but wait for the thread.
 
         A thread that is inside torch when Python exits aborts the process.
         """
-        self._files.is_given_up = True
-        text = f"{self._folder.name} is completed at the next start if all other ranks have written it too"
+        self.files.is_given_up = True
+        text = f"{self.folder.name} is completed at the next start if all other ranks have written it too"
         if self._written.exception():
-            text = f"{self._folder.name} is not complete: this process ended while it was written"
-        rank = self._guard.rank
+            text = f"{self.folder.name} is not complete: this process ended while it was written"
+        rank = self.guard.rank
         print(f"train.py: rank {rank}: {text}", file=sys.stderr, flush=True)
 
     def publish(self) -> str:
         """Wait for all ranks, write the manifest and rename; return a line. UserError on all ranks when it failed."""
         began = time.monotonic()
         error = self._written.exception()
-        hashes = self._guard.all_gather({} if error else self._written.result())
-        problems = self._guard.all_gather(self._explain(error) if error else None)
+        hashes = self.guard.all_gather({} if error else self._written.result())
+        problems = self.guard.all_gather(self._explain(error) if error else None)
         line = None
-        if self._guard.rank == 0 and not any(problems):
+        if self.guard.rank == 0 and not any(problems):
             try:
                 line = self._rename({name: found for of_rank in hashes for name, found in of_rank.items()}, began)
             except (OSError, ValueError) as failed:
                 problems = [self._explain(failed)]
-        line, problems = self._guard.broadcast((line, problems))
+        line, problems = self.guard.broadcast((line, problems))
         if problem := next(filter(None, problems), None):
             raise UserError(problem) from error
         return line
 
     def _rename(self, hashes: dict[str, list], began: float) -> str:
-        final = self._output / self._folder.name
-        size, aside = complete_checkpoint(self._folder, final, hashes, run=self._run)
-        delete_old_checkpoints(self._output, keep=self._keep, step=self._step, run=self._run, spare=self._spare)
-        remove_leftovers(self._output)
+        final = self.output / self.folder.name
+        size, aside = complete_checkpoint(self.folder, final, hashes, run=self.run)
+        delete_old_checkpoints(self.output, keep=self.keep, step=self.step, run=self.run, spare=self.spare)
+        remove_leftovers(self.output)
         now = time.monotonic()
         waited = self._waited + now - began
-        seconds = f"in {now - self._began:.2f} s, of which training waited {waited:.2f} s"
+        seconds = f"in {now - self.began:.2f} s, of which training waited {waited:.2f} s"
         return aside or f"saved {final}: {size:,} bytes {seconds}"
 
     def _explain(self, error: BaseException) -> str:
-        explained = str(explain_error(error, str(self._output)))
-        return (
-            explained if is_full_disk(error) else f"{self._output}: {self._folder.name} can't be written ({explained})"
-        )
+        explained = str(explain_error(error, str(self.output)))
+        return explained if is_full_disk(error) else f"{self.output}: {self.folder.name} can't be written ({explained})"
 
 
 def growth_in_a_step() -> tuple[int, int]:

@@ -5,6 +5,7 @@ So a run resumes with another number of processes, or another batch, without rep
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import KW_ONLY, dataclass
 
 import numpy as np
 
@@ -13,6 +14,7 @@ from sft.format.tokens import IGNORE_INDEX
 EMPTY = -1  # the number of a row with nothing to learn
 
 
+@dataclass(eq=False)
 class Updates:
     """Batch sampler of one process: `accumulation` batches of row numbers for each update, over one epoch.
 
@@ -26,35 +28,26 @@ class Updates:
     A run that resumes in `first_epoch` after `taken` rows has its remaining rows in that epoch's last updates.
     """
 
-    def __init__(
-        self,
-        num_rows: int,
-        *,
-        batch_size: int,
-        accumulation: int,
-        world_size: int,
-        rank: int,
-        seed: int,
-        shuffle: bool = True,
-        drop_last: bool = False,
-        on_epoch: Callable[[int], None] | None = None,
-    ):
-        self.num_rows = num_rows
-        self.batch_size = batch_size
-        self.accumulation = accumulation
-        self.world_size = world_size
-        self.rank = rank
-        self.seed = seed
-        self.shuffle = shuffle
-        self.rows_per_update = batch_size * accumulation * world_size
-        self.drop_last = drop_last and num_rows >= self.rows_per_update
-        self.per_epoch = self._updates_in(num_rows)
+    num_rows: int
+    _: KW_ONLY
+    batch_size: int
+    accumulation: int
+    world_size: int
+    rank: int
+    seed: int
+    shuffle: bool = True
+    drop_last: bool = False
+    on_epoch: Callable[[int], None] | None = None
+
+    def __post_init__(self):
+        self.rows_per_update = self.batch_size * self.accumulation * self.world_size
+        self.drop_last &= self.num_rows >= self.rows_per_update
+        self.per_epoch = self._updates_in(self.num_rows)
         self.epoch = 0
         self.first_epoch = 0
         self.taken = 0
-        self._on_epoch = on_epoch
         self._ordered = None
-        self._rows = np.arange(num_rows)
+        self._rows = np.arange(self.num_rows)
 
     def _updates_in(self, rows: int) -> int:
         return rows // self.rows_per_update if self.drop_last else -(-rows // self.rows_per_update)
@@ -69,8 +62,8 @@ class Updates:
         return max(0, self.in_all(epochs, max_steps) - behind)
 
     def set_epoch(self, epoch: int) -> None:
-        if self._on_epoch and epoch != self.epoch:
-            self._on_epoch(epoch)
+        if self.on_epoch and epoch != self.epoch:
+            self.on_epoch(epoch)
         self.epoch = epoch
 
     def start_at(self, epoch: int, taken: int) -> int:

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -85,31 +86,27 @@ def find_url_problem(flag: str, base_url: str) -> str | None:
     return openai_client.find_url_problem(flag, base_url)
 
 
+@dataclass(eq=False)
 class Endpoint:
     """A chat model behind `base_url`/chat/completions; `model` is its name there. Times are in seconds."""
 
-    def __init__(
-        self,
-        base_url: str,
-        model: str,
-        *,
-        key: str | None = None,
-        concurrency: int,
-        requests_per_minute: float | None,
-        timeout: float,
-        retries: int,
-        backoff: float,
-    ):
-        self.base_url = base_url.rstrip("/")
-        self.model = model
-        self.concurrency = concurrency
-        self.interval = 60 / requests_per_minute if requests_per_minute else 0.0
+    base_url: str
+    model: str
+    _: KW_ONLY
+    key: str | None = field(default=None, repr=False)
+    concurrency: int
+    requests_per_minute: float | None
+    timeout: float
+    retries: int
+    backoff: float
+
+    def __post_init__(self):
+        self.base_url = self.base_url.rstrip("/")
+        self.interval = 60 / self.requests_per_minute if self.requests_per_minute else 0.0
         self.num_retries = 0
-        self._key = key
         self._next = 0.0  # the moment at which the next request may be sent
         self._lock = threading.Lock()
         self._stop = threading.Event()
-        self._options = {"timeout": timeout, "retries": retries, "backoff": backoff}
         self._client = None
 
     def asked(self, messages: Sequence[dict], attempt: int = 0, **parameters) -> dict:
@@ -164,13 +161,15 @@ class Endpoint:
 
         return new_client(
             self.base_url,
-            key=self._key,
-            limits=ResponseLimits(self._options["timeout"], MAX_BYTES),
+            key=self.key,
+            limits=ResponseLimits(self.timeout, MAX_BYTES),
             stop=self._stop,
             before=self._wait_for_turn,
             check=self._check_response,
             num_connections=self.concurrency,
-            **self._options,
+            timeout=self.timeout,
+            retries=self.retries,
+            backoff=self.backoff,
         )
 
     def _complete(self, payload: dict) -> dict:
@@ -226,7 +225,7 @@ class Endpoint:
         return self._without_key(" ".join(text.split()))[:300]
 
     def _without_key(self, text: str) -> str:
-        return text.replace(self._key, "***") if self._key else text
+        return text.replace(self.key, "***") if self.key else text
 
 
 def read_answer(body: bytes) -> dict:

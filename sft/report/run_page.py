@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 
 from transformers import TrainerCallback
@@ -17,6 +18,7 @@ from sft.report.templates import load_template
 PAGE_SECONDS = 30  # between two pages that are written at log lines
 
 
+@dataclass(eq=False)
 class RunPage(TrainerCallback):
     """Keeps report.html up to date: at evaluations and saves, and at log lines, but not more often than PAGE_SECONDS.
 
@@ -25,26 +27,17 @@ class RunPage(TrainerCallback):
     second.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        record: dict,
-        *,
-        before: dict | None,
-        questions: Sequence[str] = (),
-        reply: Callable[[], list[Reply]] | None = None,
-        mfu: float | None = None,
-    ):
-        self.path = Path(folder) / PAGE
-        self.record = record
-        self.before = before
-        self.questions = questions
-        self.reply = reply
-        self.mfu = mfu
-        self.training = False
-        self.written = 0.0
-        self.tokens_seen = 0  # when the speed was last measured
-        self.began = 0.0
+    folder: Path
+    record: dict
+    _: KW_ONLY
+    before: dict | None
+    questions: Sequence[str] = ()
+    reply: Callable[[], list[Reply]] | None = None
+    mfu: float | None = None
+    training: bool = False
+    written: float = 0.0
+    tokens_seen: int = 0  # when the speed was last measured
+    began: float = 0.0
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.training = state.is_world_process_zero
@@ -83,7 +76,8 @@ class RunPage(TrainerCallback):
         if self.training:
             run = {**self.record, "log_history": state.log_history}
             with suppress(OSError):  # a full disk: no reason to end a run, and its save will say so
-                write_text(self.path, render_page(run, self.path.parent, step=state.global_step, steps=state.max_steps))
+                page = render_page(run, self.folder, step=state.global_step, steps=state.max_steps)
+                write_text(self.folder / PAGE, page)
             self.written = time.monotonic()
         self._restart_clock(state)
 

@@ -10,8 +10,9 @@ import logging
 import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from functools import partial
+from typing import ClassVar
 
 from sft.chat.batching import MAX_ACTIVE, MAX_CACHED_TOKENS, MAX_WAITING, BusyError
 from sft.chat.reply import Chat, encodable, split_thought
@@ -199,31 +200,27 @@ class RemoteReply:
         known["arguments"] += encodable(function.get("arguments") or "")
 
 
+@dataclass(eq=False)
 class RemoteModel:
     """A model on a server. `max_active` replies are requested at a time, `max_waiting` more wait here."""
 
-    has_thinking_switch = False
-    takes_tools = True
-    thinks_by_default = True
+    base_url: str
+    _: KW_ONLY
+    model: str | None = None
+    key: str | None = field(default=None, repr=False)
+    max_active: int = MAX_ACTIVE
+    max_waiting: int = MAX_WAITING
+    has_thinking_switch: ClassVar = False
+    takes_tools: ClassVar = True
+    thinks_by_default: ClassVar = True
 
-    def __init__(
-        self,
-        base_url: str,
-        *,
-        model: str | None = None,
-        key: str | None = None,
-        max_active: int = MAX_ACTIVE,
-        max_waiting: int = MAX_WAITING,
-    ):
+    def __post_init__(self):
         from sft.chat import openai_client
 
-        if problem := openai_client.find_url_problem("--base_url", base_url):
+        if problem := openai_client.find_url_problem("--base_url", self.base_url):
             raise ValueError(problem)
-        self.base_url = base_url.rstrip("/")
-        self.key = key
-        self.model = model or self._first_model()
-        self.max_active = max_active
-        self.max_waiting = max_waiting
+        self.base_url = self.base_url.rstrip("/")
+        self.model = self.model or self._first_model()
         self.active: set[RemoteReply] = set()
         self.waiting: list[RemoteReply] = []
         self._takes_extras = True

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import gradio as gr
 
-# [English, Chinese] by key: "page" are the page's fixed parts, whose language the browser chooses; "labels" are those of
-# the conversation, which the server renders in the language of each request.
+# [English, Chinese] by key. "page": the page's fixed parts, whose language the browser chooses; "labels": the
+# conversation, which the server renders in the language of each request.
 _TABLE = json.loads(Path(__file__).with_name("texts.json").read_text(encoding="utf-8"))
 TEXTS = _TABLE["page"]
 LABELS = _TABLE["labels"]

@@ -113,7 +113,7 @@ def test_an_error_of_one_rank_alone_waits_for_its_thread_and_no_other_rank(is_wr
     assert capsys.readouterr().err == f"train.py: rank 0: checkpoint-1 is {OUTCOMES[is_written]}\n"
     assert find_checkpoint(str(tmp_path)) == (None, [])
     assert "_write" not in [thread.name for thread in threading.enumerate()]
-    assert saves._current._files.is_given_up
+    assert saves._current.files.is_given_up
 
 
 def test_a_checkpoint_whose_run_is_killed_after_its_last_file_is_completed_at_the_next_start(tmp_path):
