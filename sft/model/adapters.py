@@ -361,18 +361,14 @@ def self_test(model, *, exact: bool = True) -> float:
     """Return how far fresh adapters move the logits; raise ValueError when they do. `exact`: it computes in fp32."""
     import torch
 
-    device, was_training = next(model.parameters()).device, model.training
-    size = min(model.config.get_text_config().vocab_size, 1000)
-    tokens = torch.randint(3, size, (1, 24), generator=torch.Generator().manual_seed(0)).to(device)
-    model.eval()
-    try:
-        with torch.no_grad():
-            fresh = model(input_ids=tokens).logits.float()
-            with model.disable_adapter():
-                base = model(input_ids=tokens).logits.float()
-    finally:
-        model.train(was_training)
-    apart = ((fresh - base).norm() / base.norm()).item()
+    from sft.model.shrink import in_mode, random_texts, relative_distance
+
+    tokens = random_texts(model, [24])[0][None]
+    with in_mode(model, training=False), torch.no_grad():
+        fresh = model(input_ids=tokens).logits
+        with model.disable_adapter():
+            base = model(input_ids=tokens).logits
+    apart = relative_distance(fresh, base)
     if not apart < (1e-6 if exact else 1e-2):
         raise ValueError(f"fresh adapters change the logits of {type(model.get_base_model()).__name__} by {apart:.1e}")
     return apart

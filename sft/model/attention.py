@@ -16,7 +16,14 @@ from transformers.masking_utils import sdpa_mask
 
 from sft.model.kernels import Documents, attend, current_documents, read_documents
 from sft.model.mixers import carry_documents, find_mixers, leave_out_kernels, mixers_with_kernels, run_by_document
-from sft.model.shrink import build_twin, describe_twin, family_class
+from sft.model.shrink import (
+    build_twin,
+    describe_twin,
+    family_class,
+    in_mode,
+    random_texts,
+    relative_distance,
+)
 
 # The name of our attention among transformers' own.
 IMPLEMENTATION = "documents"
@@ -94,7 +101,7 @@ def _find_mixers_of_twin(twin, isolate) -> set[type] | None:
     twin.register_forward_pre_hook(_enter, with_kwargs=True)
     twin.register_forward_hook(_leave, always_call=True)
     try:
-        mixers = find_mixers(twin, _packed(_test_texts(twin, TEST_LENGTHS, seed=0)), TEST_LENGTHS)
+        mixers = find_mixers(twin, _packed(random_texts(twin, TEST_LENGTHS)), TEST_LENGTHS)
         run_by_document([module for module in twin.modules() if type(module) in mixers], with_kernels=False)
         distances = [compare_gradients(twin, lengths) for lengths in (TEST_LENGTHS, MORE_LENGTHS)]
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError):
@@ -345,27 +352,16 @@ def _try_packing(model, lengths: tuple[int, ...]) -> tuple[float, float]:
 
 
 def _measure_packing(model, lengths: tuple[int, ...]) -> tuple[float, float]:
-    was_training = model.training
-    texts, others = (_test_texts(model, lengths, seed=seed) for seed in (0, 1))
+    texts, others = (random_texts(model, lengths, seed=seed) for seed in (0, 1))
     pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
-    model.eval()
-    for mixer in mixers_with_kernels(model):
-        mixer.training = True  # Mamba has other kernels in training
-    try:
+    with in_mode(model, training=False):
+        for mixer in mixers_with_kernels(model):
+            mixer.training = True  # Mamba has other kernels in training
         alone = model(input_ids=pad(texts), attention_mask=pad([torch.ones_like(text) for text in texts])).logits
         packed = model(**_packed(texts)).logits[0].split(lengths)
         moved = model(**_packed([*others[:-1], texts[-1]])).logits[0].split(lengths)
-    finally:
-        model.train(was_training)
-    apart = max(_distance(row, alone[index, : len(row)]) for index, row in enumerate(packed))
-    return apart, _distance(moved[-1], packed[-1])
-
-
-def _test_texts(model, lengths: tuple[int, ...], *, seed: int) -> list[torch.Tensor]:
-    device = next(model.parameters()).device
-    size = min(model.config.get_text_config().vocab_size, 1000)
-    random = torch.Generator().manual_seed(seed)
-    return [torch.randint(3, size, (length,), generator=random).to(device) for length in lengths]
+    apart = max(relative_distance(row, alone[index, : len(row)]) for index, row in enumerate(packed))
+    return apart, relative_distance(moved[-1], packed[-1])
 
 
 def _packed(texts: list[torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -373,13 +369,9 @@ def _packed(texts: list[torch.Tensor]) -> dict[str, torch.Tensor]:
     return {"input_ids": torch.cat(texts)[None], "position_ids": positions[None]}
 
 
-def _distance(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return ((found.float() - expected.float()).norm() / expected.float().norm()).item()
-
-
 def compare_gradients(model, lengths: tuple[int, ...] = TEST_LENGTHS, *, seed: int = 0) -> float:
     """Return the relative distance of a packed row's gradient, over all weights, from that of its documents alone."""
-    texts = _test_texts(model, lengths, seed=seed)
+    texts = random_texts(model, lengths, seed=seed)
     alone = _gradients(model, [{"input_ids": text[None]} for text in texts])
     packed = _gradients(model, [_packed(texts)])
     apart = sum(((packed[name] - alone[name]).double().norm() ** 2).item() for name in alone)

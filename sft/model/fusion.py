@@ -19,6 +19,7 @@ from sft.model.adapters import embed_token
 from sft.model.kernels import HALF_DTYPES, MasterLinear, SharedRounding, compute_dtype, read_documents
 from sft.model.load import family_model, has_liger, use_liger_kernels
 from sft.model.mixers import documents_set_to, with_globals
+from sft.model.shrink import in_mode, relative_distance
 
 CHOICES = ("auto", "liger", "compile", "none")
 BACKEND = "inductor"
@@ -362,14 +363,12 @@ def _switch(model, is_fused: bool) -> None:
 
 def measure_distance(model, plain: Callable, other: Callable, *, num_rows: int = 1, packing: bool = True) -> float:
     """Return the relative distance of the model after `other()` from itself after `plain()`, in training."""
-    was_training, found = model.training, []
-    try:
+    found = []
+    with in_mode(model, training=True):
         for switch in (plain, other):
             switch()
-            found.append(_run_once(model.train(), min(num_rows, 2), packing))
-    finally:
-        model.train(was_training)
-    return max(_distance(of_other, of_plain) for of_plain, of_other in zip(*found, strict=True))
+            found.append(_run_once(model, min(num_rows, 2), packing))
+    return max(relative_distance(of_other, of_plain) for of_plain, of_other in zip(*found, strict=True))
 
 
 def _run_once(model, num_rows: int, packing: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -388,10 +387,6 @@ def _run_once(model, num_rows: int, packing: bool) -> tuple[torch.Tensor, torch.
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     found = torch.autograd.grad(hidden, [embedded] if embedded.requires_grad else trained, weights, allow_unused=True)
     return hidden.detach(), torch.cat([gradient.flatten() for gradient in found if gradient is not None])
-
-
-def _distance(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return ((found.float() - expected.float()).norm() / expected.float().norm()).item()
 
 
 def find_max_distance(model) -> float:

@@ -20,6 +20,7 @@ from sft.format.tokens import IGNORE_INDEX
 from sft.model import kernels
 from sft.model.load import family_model
 from sft.model.mixers import mask_labelled_documents
+from sft.model.shrink import in_mode, random_texts, relative_distance
 
 FULL_LOGIT_BYTES = 12  # that a plain loss takes for each logit: logits, log-softmax and gradient in fp32
 FP32_SLICE = 1024  # rows of the head on which the self-test compares gradients in fp32
@@ -348,20 +349,18 @@ def self_test(model, *, exact: bool = True) -> float:
     `exact` says that the model computes in fp32. From the same hidden states the chunks must make the model's logits,
     and in fp32 their gradient, on a slice of the head's rows.
     """
-    device, was_training, base = next(model.parameters()).device, model.training, family_model(model)
-    is_chunked, hidden = isinstance(base, _ChunkedLoss), []
-    size = min(model.config.get_text_config().vocab_size, 1000)
-    tokens = torch.randint(3, size, (1, 24), generator=torch.Generator().manual_seed(0)).to(device)
-    model.eval()
+    base = family_model(model)
+    is_chunked = isinstance(base, _ChunkedLoss)
+    hidden = []
+    tokens = random_texts(model, [24])[0][None]
     handle = _layers_of(base).register_forward_hook(lambda _module, _inputs, output: hidden.append(output[0]))
     try:
-        with torch.no_grad():
+        with in_mode(model, training=False), torch.no_grad():
             output = model(input_ids=tokens, labels=tokens)
             logits = model(input_ids=tokens).logits.float()
             of_chunks = _own_logits(base, hidden[-1]).logits.float() if is_chunked else logits
     finally:
         handle.remove()
-        model.train(was_training)
     if not is_chunked and output.get("aux_loss") is not None:
         return 0.0
     found = output.losses[0, :-1].mean() if is_chunked else output.loss.float()  # without the loss of routers
@@ -369,7 +368,7 @@ def self_test(model, *, exact: bool = True) -> float:
     apart = float((found - expected).abs() / expected)
     if not apart < (1e-5 if exact else 1e-2):
         raise ValueError(f"{type(model).__name__}: the loss in chunks is {apart:.1e} from the plain one")
-    distance = float((of_chunks - logits).norm() / logits.norm())
+    distance = relative_distance(of_chunks, logits)
     if not distance < (1e-5 if exact else 1e-3):
         raise ValueError(f"{type(model).__name__}: the loss in chunks has logits {distance:.1e} from the plain ones")
     if is_chunked and (distance := _gradient_distance(base)) > 1e-4:
@@ -397,4 +396,4 @@ def _gradient_distance(base) -> float:
             else:
                 loss = kernels.SummedLoss.apply(leaf, weight, bias, targets, head.shape)[0]
             gradients += torch.autograd.grad(loss, leaf)
-    return ((gradients[0] - gradients[1]).norm() / gradients[0].norm()).item()
+    return relative_distance(gradients[1], gradients[0])

@@ -1,9 +1,12 @@
-"""Builds a tiny twin of a model: its class, a few layers of each kind, small sizes, random weights, on the CPU."""
+"""Builds a tiny twin of a model: its class, a few layers of each kind, small sizes, random weights, on the CPU.
+
+And what the proofs on twins and on real models have in common: random texts, a mode, a distance.
+"""
 
 import copy
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 WIDTH = 64
@@ -68,13 +71,21 @@ def build_twin(model_class: type, config, attn_implementation: str):
 
     config = without_dropout(shrink_config(config))
     config.use_cache = config.get_text_config().use_cache = False
+    options = {"dtype": torch.float32, "attn_implementation": attn_implementation}
+    return make_random(lambda: model_class._from_config(config, **options)).eval()
+
+
+def make_random(make: Callable):
+    """Return the model that `make` makes, on the CPU with random weights; the random state is left alone."""
+    import torch
+
     with torch.device("cpu"), torch.random.fork_rng(devices=[]), not_sharded():
         torch.manual_seed(0)
-        twin = model_class._from_config(config, dtype=torch.float32, attn_implementation=attn_implementation)
+        model = make()
         with torch.no_grad():
-            for weight in twin.parameters():  # no weight is 0, and none hides what another does
+            for weight in model.parameters():  # no weight is 0, and none hides what another does
                 weight.add_(torch.randn_like(weight), alpha=0.05)
-    return twin.eval()
+    return model
 
 
 def describe_twin(config) -> str:
@@ -304,3 +315,33 @@ def _shrink_rope(rope: dict) -> dict:
         small["mrope_section"] = [1, 1, 0]
     half = int(8 * rope.get("partial_rotary_factor", 1))
     return small | {name: small[name][:half] for name in ("long_factor", "short_factor") if name in small}
+
+
+# --- proofs -------------------------------------------------------------------------------------------------------
+
+
+def random_texts(model, lengths: Sequence[int], *, seed: int = 0) -> list:
+    """Return texts of ordinary tokens, each (length,), on the device of the model."""
+    import torch
+
+    device = next(model.parameters()).device
+    size = min(model.config.get_text_config().vocab_size, 1000)
+    random = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, size, (length,), generator=random).to(device) for length in lengths]
+
+
+@contextmanager
+def in_mode(model, *, training: bool) -> Iterator[None]:
+    """Put a model into training or evaluation, and back into its own mode at the end."""
+    was_training = model.training
+    model.train(training)
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def relative_distance(found, expected) -> float:
+    """Return the norm of the difference of two tensors over that of the expected one, in fp32."""
+    expected = expected.float()
+    return ((found.float() - expected).norm() / expected.norm()).item()

@@ -29,7 +29,7 @@ from sft.format.contract import probe_tool_conversations
 from sft.format.tokens import IGNORE_INDEX
 from sft.launch.processes import Guard, Stopped
 from sft.model import load as models
-from sft.model.shrink import not_sharded, shrink_config
+from sft.model.shrink import make_random, relative_distance, shrink_config
 from sft.opendata.fields import RecordError
 from sft.preview.report import Report, Section
 from sft.preview.shape import build_model
@@ -113,12 +113,7 @@ def write_twin(run: Run, config, folder: Path) -> str:
     for part in (config, config.get_text_config()):
         if hasattr(part, "quantization_config"):
             del part.quantization_config
-    with torch.device("cpu"), torch.random.fork_rng(devices=[]), not_sharded():
-        torch.manual_seed(0)
-        model = build_model(config, torch.float32, run.settings.model.trust_remote_code)
-        with torch.no_grad():
-            for weight in model.parameters():  # no weight is 0, and none hides what another does
-                weight.add_(torch.randn_like(weight), alpha=0.05)
+    model = make_random(lambda: build_model(config, torch.float32, run.settings.model.trust_remote_code))
     model.save_pretrained(folder)
     for file in _files_beside(run.model_path):
         shutil.copy(file, folder / file.name)
@@ -225,8 +220,8 @@ def _go_through(run: Run, data: Data, guard: Guard, build_trainer: Callable, par
 def _compare_logits(trained, reopened, ids: np.ndarray, *, exact: bool) -> None:
     """Raise ValueError when the saved model is another one than the one that was trained."""
     tokens = torch.from_numpy(ids.astype(np.int64))[None]
-    expected, found = (model.eval()(input_ids=tokens).logits.float() for model in (trained, reopened))
-    apart = ((found - expected).norm() / expected.norm()).item()
+    expected, found = (model.eval()(input_ids=tokens).logits for model in (trained, reopened))
+    apart = relative_distance(found, expected)
     if not apart < (MAX_LOGIT_DISTANCE if exact else MAX_LOGIT_DISTANCE_BF16):
         name = type(reopened).__name__
         raise ValueError(f"{name}: the saved model's logits are {apart:.1e} from those of the trained one")

@@ -26,7 +26,7 @@ from sft.model import attention, loss
 from sft.model.kernels import Documents, current_documents
 from sft.model.load import context_window
 from sft.model.mixers import RunByDocument
-from sft.model.shrink import not_sharded
+from sft.model.shrink import in_mode, not_sharded, random_texts, relative_distance
 
 FLAG = "--sequence_parallel_size"
 TEST_LENGTHS = (37, 5, 64, 22)  # tokens of the documents of the self-test; their number is no multiple of most groups
@@ -222,23 +222,16 @@ def self_test(model, *, exact: bool = True, lengths: Sequence[int] = TEST_LENGTH
     """
     inner = model.module if hasattr(model, "module") else model
     shared = inner.shared_row
-    was_training = model.training
-    device = next(model.parameters()).device
-    size = min(inner.config.get_text_config().vocab_size, 1000)
     padded = (*lengths, -sum(lengths) % shared.parts)
-    random = torch.Generator().manual_seed(0)
-    tokens = torch.randint(3, size, (1, sum(padded)), generator=random).to(device)
-    positions = torch.cat([torch.arange(length, device=device) for length in padded])[None]
+    tokens = random_texts(inner, [sum(padded)])[0][None]
+    positions = torch.cat([torch.arange(length, device=tokens.device) for length in padded])[None]
     batch = {"input_ids": tokens, "labels": tokens, "position_ids": positions}
     part = cut_part(batch, shared.parts, shared.part)
-    model.eval()
-    try:
-        whole = model(input_ids=tokens, position_ids=positions).logits.float()
-        found = model(input_ids=part["input_ids"], position_ids=positions).logits.float()
-    finally:
-        model.train(was_training)
+    with in_mode(model, training=False):
+        whole = model(input_ids=tokens, position_ids=positions).logits
+        found = model(input_ids=part["input_ids"], position_ids=positions).logits
     expected = whole.chunk(shared.parts, dim=1)[shared.part]
-    apart = ((found - expected).norm() / expected.norm()).reshape(1)
+    apart = torch.tensor([relative_distance(found, expected)], device=tokens.device)
     torch.distributed.all_reduce(apart, torch.distributed.ReduceOp.MAX)
     if not float(apart) < (1e-4 if exact else 5e-2):
         raise ValueError(
