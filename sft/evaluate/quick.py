@@ -14,11 +14,9 @@ from pathlib import Path
 from statistics import fmean
 
 from sft.chat.reply import Chat, Reply
-from sft.dataset.collate import Collator
 from sft.dataset.dataset import find_files, prepare
 from sft.files import CACHE_DIR
 from sft.format.tokens import IGNORE_INDEX
-from sft.model.loss import use_chunked_loss
 from sft.opendata.cleaning import HAN, count_han
 from sft.report.markdown import table
 from sft.report.measures import repetition
@@ -272,6 +270,9 @@ def _shown(measure: str, numbers: Sequence[float]) -> str:
 def held_out_losses(chat: Chat, paths: Sequence[str], *, max_length: int, cache_dir: str = CACHE_DIR) -> list[tuple]:
     """Return (summed loss in nats, trained tokens) of each conversation, evenly spaced if there are too many."""
     import torch
+
+    from sft.dataset.collate import Collator
+    from sft.model.loss import use_chunked_loss
 
     files = find_files([], paths)[1]
     length = min(max_length, chat.context_window or max_length)

@@ -5,8 +5,6 @@ import resource
 import statistics
 from collections.abc import Sequence
 
-import torch
-
 from sft.chat.reply import Reply
 from sft.model.load import count_parameters
 from sft.opendata.cleaning import HAN
@@ -76,6 +74,8 @@ def mfu_of_a_token(model, *, device: str, world_size: int) -> float | None:
 
 def peak_memory() -> float:
     """Return the most GiB that this process has held: on its GPU, or without one, in main memory."""
+    import torch
+
     if torch.cuda.is_available():
         return round(torch.cuda.max_memory_allocated() / 2**30, 3)
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3)

@@ -364,3 +364,9 @@ def test_a_killed_evaluation_resumes_and_repeats_no_request(serve, tmp_path):
     assert len(server.requests) - killed == 320 - kept
     # Only what was on its way when it was killed was sent again: two at a time, three times.
     assert 320 <= len(server.requests) <= 320 + 3 * 2
+
+
+def test_a_mistake_is_reported_without_torch():
+    code = "import sys, sft.evaluate.command; print({'torch', 'transformers'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
