@@ -151,6 +151,8 @@ def _check_sequence_parallel(arguments: dict[str, Any]) -> list[str]:
         problems.append(f"{name}: works with --deepspeed ds_zero2.json or ds_zero3.json only")
     if not arguments["packing"]:
         problems.append(f"{name}: only packed rows are shared; leave out --packing false")
+    if not arguments["average_tokens_across_devices"]:
+        problems.append(f"{name}: needs one mean over all processes; leave out --average_tokens_across_devices false")
     if arguments["label_smoothing_factor"]:
         problems.append(f"{name}: --label_smoothing_factor needs the logits of whole rows; leave one of them out")
     if arguments["neftune_noise_alpha"]:

@@ -257,6 +257,10 @@ def test_a_wrong_value_for_the_chat_template_is_one_line(flag, value, problem, t
             "--sequence_parallel_size 2: only packed rows are shared; leave out --packing false",
         ),
         (
+            "--sequence_parallel_size 2 --deepspeed ds_zero3.json --average_tokens_across_devices false",
+            "--sequence_parallel_size 2: needs one mean over all processes; leave out --average_tokens_across_devices",
+        ),
+        (
             "--sequence_parallel_size 2 --deepspeed ds_zero3.json --neftune_noise_alpha 5",
             "--sequence_parallel_size 2: --neftune_noise_alpha scales by the length of whole rows",
         ),
