@@ -41,6 +41,10 @@ fi
 
 # An update takes BATCH_SIZE x ACCUMULATION rows, however many processes there are: each does its part of the steps, of
 # smaller ones if need be, and more than its part only where nothing else is left.
+case "${SEQUENCE_PARALLEL:-1}:${NUM_PROCESSES:-}" in
+1:* | *:?*) ;;
+*) echo "base_run.sh: SEQUENCE_PARALLEL=$SEQUENCE_PARALLEL: one process can't share rows; use ds_all.sh" >&2; exit 2 ;;
+esac
 : "${NUM_PROCESSES:=1}"
 num_groups=$((NUM_PROCESSES / ${SEQUENCE_PARALLEL:-1})) # of processes that share their rows (ds_all.sh)
 if [ "$num_groups" -gt 1 ]; then

@@ -117,6 +117,13 @@ def test_a_wrong_knob_is_one_line(knob, said):
     assert (done.returncode, done.stdout, done.stderr) == (2, "", f"ds_all.sh: {said}\n")
 
 
+@pytest.mark.parametrize("value", ["2", "x"])
+def test_rows_that_base_run_can_not_share_are_one_line(value):
+    done = sh("base_run.sh", MODEL="m", SEQUENCE_PARALLEL=value)
+    line = f"base_run.sh: SEQUENCE_PARALLEL={value}: one process can't share rows; use ds_all.sh\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", line)
+
+
 def test_under_slurm_the_output_folder_is_the_jobs(show, tmp_path):
     fake = tmp_path / "python"
     fake.write_text(f'#!/bin/sh\n[ "$3" = --processes ] && echo 16 && exit\nexec {show} "$@"\n')
