@@ -231,8 +231,12 @@ def last_evaluation(trainer: Trainer) -> dict[str, float]:
     if trainer.eval_dataset is None or trainer.args.eval_strategy == "no":
         return {}
     step = trainer.state.global_step
-    if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint:
-        step = step_of(Path(trainer.state.best_model_checkpoint))
+    if trainer.args.load_best_model_at_end:
+        best = trainer.state.best_model_checkpoint
+        step = step_of(Path(best)) if best else step
+        say(f"the model is that of step {step}")
+        if step != trainer.state.best_global_step:
+            say(f"the best evaluation was at step {trainer.state.best_global_step}, of which no checkpoint was saved")
     evaluations = [entry for entry in trainer.state.log_history if "eval_loss" in entry and entry["step"] == step]
     return evaluations[-1] if evaluations else trainer.evaluate()
 

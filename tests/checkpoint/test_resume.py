@@ -24,6 +24,7 @@ from sft.checkpoint.save import list_files
 from sft.launch.processes import Guard, UserError
 from sft.train import trainer
 from sft.train.losses import RouterLosses
+from sft.train.summary import last_evaluation
 from sft.train.trainer import Trainer
 from tests.conftest import ROOT
 
@@ -215,6 +216,21 @@ def test_a_best_checkpoint_that_was_damaged_becomes_no_model(tiny_base, data, tm
     with pytest.raises(UserError, match=problem):
         run(tiny_base("qwen2"), data, tmp_path / "run", **flags, max_steps=4)
     assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_a_best_evaluation_without_a_checkpoint_is_named(capsys):
+    logs = [{"step": step, "eval_loss": loss} for step, loss in ((2, 1.0), (4, 2.0), (6, 3.0))]
+    state = SimpleNamespace(global_step=6, best_global_step=2, best_model_checkpoint=None, log_history=logs)
+    args = SimpleNamespace(eval_strategy="steps", load_best_model_at_end=True)
+    of = SimpleNamespace(eval_dataset=[1], args=args, state=state)
+    assert last_evaluation(of) == logs[2]
+    state.best_global_step, state.best_model_checkpoint = 4, "runs/a/checkpoint-4"
+    assert last_evaluation(of) == logs[1]
+    assert capsys.readouterr().out.splitlines() == [
+        "the model is that of step 6",
+        "the best evaluation was at step 2, of which no checkpoint was saved",
+        "the model is that of step 4",
+    ]
 
 
 def test_every_rank_learns_the_path_of_the_best_checkpoint(tmp_path):
