@@ -239,8 +239,9 @@ def preview(run: Run, data: Data, report: Report, guard: Guard) -> None:
 def train(run: Run, data: Data, checkpoint: str | None, guard: Guard, *, started: float) -> None:
     """Train from the base or from a checkpoint, and save the model; `guard` handles signals and lost ranks."""
     set_seed(run.seed)
-    guard.wait_for_all()  # on the CPU: preparing may take longer than NCCL waits in the next collective
     fingerprint = fingerprint_of(run)
+    # On the CPU: preparing may take longer than NCCL waits in the next collective.
+    guard.check_same({**fingerprint["exact"], "held-out data": run.files.held_out_hashes})
     check_base_unchanged(run, checkpoint, guard)
     changed = check_unchanged(checkpoint, fingerprint, run.settings.training.allow_changed, say)
     if checkpoint:
@@ -344,6 +345,6 @@ if __name__ == "__main__":
         if not (isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)):
             raise
         remedies = "lower --per_device_train_batch_size or --max_length, add --gradient_checkpointing, or use ds_all.sh"
-        fail([f"out of memory ({str(error).splitlines()[0]}); {remedies}"], everywhere=True)
+        fail([f"out of memory ({str(error).splitlines()[0]}); {remedies}"], printed_by="all")
     except (ValueError, OSError) as error:
-        fail(str(error).splitlines(), everywhere=getattr(error, "alone", False))
+        fail(str(error).splitlines(), printed_by=getattr(error, "printed_by", "machines"))

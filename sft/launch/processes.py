@@ -14,11 +14,12 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from sft.files import (
     HEARTBEAT_SECONDS,
@@ -100,7 +101,7 @@ class Guard:
     def __exit__(self, kind, error, trace) -> None:
         is_of_this_rank = self.stage == "training" and kind is not None and not issubclass(kind, (Stopped, UserError))
         if error is not None:
-            error.alone = is_of_this_rank
+            error.printed_by = "first rank" if issubclass(kind, UserError) else "all" if is_of_this_rank else "machines"
         self.stage = "done"
         self._active = False
         signal.set_wakeup_fd(self._wakeup)
@@ -308,6 +309,16 @@ class Guard:
         """Return when every rank has called this; a rank may take GROUP_TIMEOUT; --ddp_timeout has no effect."""
         self.all_gather(None)
 
+    def check_same(self, settings: Mapping[str, Any]) -> None:
+        """Wait for all ranks; UserError on all where one has other `settings` than rank 0, as on another machine."""
+        (_host, first), *others = self.all_gather((this_process()["host"], settings))
+        for rank, (host, found) in enumerate(others, start=1):
+            if different := _name_differences(first, found):
+                raise UserError(
+                    f"rank {rank} on {host} has not the {', '.join(different)} of rank 0; "
+                    "all machines must see the same files and get the same flags"
+                )
+
     def stop_requested(self) -> int | None:
         """Return the signal that any rank received, the same on all, or None; called at the end of a step."""
         return self._all_reduce_max(self.requested or 0) or None
@@ -348,6 +359,18 @@ def end_process(code: int) -> NoReturn:
         with suppress(OSError):
             stream.flush()
     os._exit(code)
+
+
+def _name_differences(first: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """Return the keys in which two dictionaries differ, and those of dictionaries in them in brackets."""
+    names = []
+    for name in sorted(first.keys() | other.keys()):
+        values = first.get(name), other.get(name)
+        if values[0] == values[1]:
+            continue
+        is_nested = all(isinstance(value, dict) for value in values)
+        names.append(f"{name} ({', '.join(_name_differences(*values))})" if is_nested else name)
+    return names
 
 
 def _is_dead(process: dict) -> bool:

@@ -172,10 +172,14 @@ class Parser(HfArgumentParser):
         fail([*self.problems, message])
 
 
-def fail(problems: Sequence[str], *, everywhere: bool = False) -> NoReturn:
-    """Print each problem on a line, from the first process or from `everywhere`, and exit with code 2."""
+def fail(problems: Sequence[str], *, printed_by: str = "machines") -> NoReturn:
+    """Print each problem on a line, and exit with code 2.
+
+    `printed_by`: the "first rank" for a problem that all have, the first one of all "machines", or "all" ranks.
+    """
     rank = int(os.environ.get("RANK", 0))
-    if rank == 0 or everywhere:
+    number = {"first rank": rank, "machines": int(os.environ.get("LOCAL_RANK", rank)), "all": 0}[printed_by]
+    if number == 0:
         for problem in problems:
             print(f"train.py: {f'rank {rank}: ' if rank else ''}{problem}", file=sys.stderr, flush=True)
     sys.exit(2)

@@ -1,6 +1,8 @@
 """train.py under torchrun, the deepspeed launcher and accelerate launch; and ranks that wait for a slow preparation."""
 
+import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -113,3 +115,19 @@ def test_a_rank_with_a_full_cache_waits_for_one_that_prepares_on_another_file_sy
     done = start(TORCHRUN, tiny_base, tmp_path / "run", "--ddp_timeout", "5", script=script, **slow)
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "builds").read_text().split() == ["0", "0", "1", "1"]
+
+
+def test_a_rank_that_reads_other_data_than_rank_0_ends_the_run(tiny_base, tmp_path):
+    """As on a second machine with an older copy of the data: each rank would train on its own."""
+    flags = f'"--data_path", {str(tmp_path)!r} + "/" + os.environ["RANK"]'
+    run = f'import os, runpy, sys\nsys.argv += [{flags}]\nrunpy.run_path("train.py", run_name="__main__")\n'
+    (tmp_path / "run.py").write_text(run)
+    for rank in ("0", "1"):
+        (tmp_path / rank).mkdir()
+        (tmp_path / rank / "train.json").write_text(json.dumps({"instruction": "Rank?", "output": f"Rank {rank}."}))
+    cache = ("--cache_dir", str(tmp_path / "cache"))
+    done = start(TORCHRUN, tiny_base, tmp_path / "out", *cache, script=str(tmp_path / "run.py"))
+    lines = [line for line in done.stderr.splitlines() if line.startswith("train.py: ")]
+    problem = f"train.py: rank 1 on {socket.gethostname()} has not the data (train.json) of rank 0; all machines must "
+    assert lines == [problem + "see the same files and get the same flags"], done.stderr[-3000:]
+    assert done.returncode == 1

@@ -296,3 +296,32 @@ def test_a_rank_whose_file_rank_0_removes_ends_without_an_error(tmp_path, monkey
     monkeypatch.setattr(Path, "read_text", read_after_the_others)
     guard._remove_own_files(keep_rank=False)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_rank_with_other_files_than_rank_0_is_named_on_every_rank(monkeypatch):
+    guard = Guard()
+    ours = {"seed": 1, "data": {"a.json": "1", "b.json": "2"}, "held-out data": {}}
+    theirs = {"seed": 1, "data": {"a.json": "1", "b.json": "3"}, "held-out data": {}, "lora_router": True}
+    monkeypatch.setattr(guard, "all_gather", lambda own: [own, own, ("node2", theirs)])
+    with pytest.raises(
+        UserError, match=r"^rank 2 on node2 has not the data \(b\.json\), lora_router of rank 0; all machines"
+    ):
+        guard.check_same(ours)
+    monkeypatch.setattr(guard, "all_gather", lambda own: [own, own])
+    guard.check_same(ours)
+
+
+@pytest.mark.parametrize(
+    ("stage", "error", "printed_by"),
+    [
+        ("loading", OSError(), "machines"),
+        ("training", OSError(), "all"),
+        ("loading", UserError(), "first rank"),
+        ("training", UserError(), "first rank"),
+    ],
+)
+def test_an_error_is_printed_by_each_machine_or_rank_that_may_have_it_alone(stage, error, printed_by):
+    with pytest.raises(type(error)), Guard() as guard:
+        guard.stage = stage
+        raise error
+    assert error.printed_by == printed_by

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import train
-from sft.train.arguments import OF_TRANSFORMERS, Settings, flag, is_within, parse_arguments
+from sft.train.arguments import OF_TRANSFORMERS, Settings, fail, flag, is_within, parse_arguments
 from sft.train.checks import (
     GIB,
     NEEDS,
@@ -397,3 +397,21 @@ def test_quantised_weights_are_trained_under_adapters_alone(tmp_path):
     for further in ({"quantization_config": {"quant_method": "mxfp4"}}, {}):
         (tmp_path / "config.json").write_text(json.dumps({**config, **further}))
         check_quantised(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("printed_by", "rank", "local_rank", "printed"),
+    [
+        ("machines", "0", "0", "train.py: no such file\n"),
+        ("machines", "8", "0", "train.py: rank 8: no such file\n"),
+        ("machines", "1", "1", ""),
+        ("first rank", "8", "0", ""),
+        ("all", "1", "1", "train.py: rank 1: no such file\n"),
+    ],
+)
+def test_a_problem_of_one_machine_alone_is_printed(printed_by, rank, local_rank, printed, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
+    with pytest.raises(SystemExit):
+        fail(["no such file"], printed_by=printed_by)
+    assert capsys.readouterr().err == printed
