@@ -14,6 +14,7 @@ import numpy as np
 from sft.base import find_folder
 from sft.embeddings import find_untrained
 from sft.format.own_template import PROBE_TOOL
+from sft.format.reply import find_trained
 from sft.format.table import CHAT_FORMATS, FORMAT_NAMES, saved_format
 from sft.format.tokens import IGNORE_INDEX
 from sft.opendata.conversation import read_conversations
@@ -155,19 +156,20 @@ def _check_conversation(renderer: "Renderer", messages: list[dict], tools: list[
     whole = renderer.text(messages, tools=tools)
     if not is_named and _render_as_server(renderer, messages, tools, add_generation_prompt=False) != whole:
         yield f"the chat template renders other text than training does (reply {example})"
-    for index, message in enumerate(messages):
+    trained = find_trained(messages)
+    for index in trained[-1:] if renderer.train_turns == "last" else trained:
+        message = messages[index]
         history = messages[:index]
-        trains = message["role"] == "assistant" and message.get("train", True)
-        if not trains or not history or history[-1]["role"] not in ("user", "tool"):
+        if not history or history[-1]["role"] not in ("user", "tool"):
             continue
         thinking = bool(message.get("reasoning_content"))
         prompt = renderer.prompt(history, tools=tools, thinking=thinking)
         if not is_named and prompt != _served_ids(renderer, history, tools, thinking=thinking):
             yield f"the chat template gives other ids than training does (reply {example})"
         holding = [row for row in rows if row.input_ids[: len(prompt)].tolist() == prompt]
-        if renderer.train_turns == "all" and not any(len(row.input_ids) > len(prompt) for row in holding):
+        if not any(len(row.input_ids) > len(prompt) for row in holding):
             yield f"the prompt is not a prefix of the training ids (reply {example})"
-        elif holding and all(row.labels[len(prompt) :][:1].tolist() == [IGNORE_INDEX] for row in holding):
+        elif all(row.labels[len(prompt) :][:1].tolist() == [IGNORE_INDEX] for row in holding):
             yield f"the first token of a reply is not trained (reply {example})"
     for row in rows:
         trained = row.labels[row.labels != IGNORE_INDEX]

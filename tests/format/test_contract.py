@@ -1,5 +1,6 @@
 """Train = serve with tools and thoughts, and on a folder that was saved; which format `auto` takes."""
 
+import copy
 import json
 import shutil
 
@@ -41,6 +42,14 @@ def problems_of(saved, conversations=()) -> list[str]:
 
 def test_a_folder_saved_as_it_was_trained_has_no_problem(saved):
     assert problems_of(saved, list(probe_tool_conversations())) == []
+
+
+@pytest.mark.parametrize("chat_format", ["blossom", "chatml", "alpaca", "base"])
+def test_a_renderer_that_trains_the_last_reply_alone_has_no_problem(chat_format, tokenizer_of):
+    tokenizer = copy.deepcopy(tokenizer_of("qwen2"))
+    tokenizer.chat_template = Renderer(tokenizer, "chatml").chat_template
+    renderer = Renderer(tokenizer, chat_format, train_turns="last")
+    assert check_contract(renderer, [[USER, ASSISTANT, USER, ASSISTANT]]) == []
 
 
 def test_a_template_that_changed_on_the_way_to_the_disk_is_named(saved):

@@ -67,6 +67,17 @@ def test_one_conversation_and_empty_files_beside_it_train_to_the_end(tiny_base, 
     assert f"data: not read, as their names are not those of data files: {tmp_path}/notes.txt" in said
 
 
+def test_a_run_trains_the_last_reply_of_each_conversation_alone(tiny_base, tmp_path, capfd):
+    turns = [("user", "one"), ("assistant", "two"), ("user", "three"), ("assistant", "four")]
+    record = {"messages": [{"role": role, "content": text} for role, text in turns]}
+    (tmp_path / "data.jsonl").write_text(json.dumps(record))
+    run(tiny_base("qwen2"), tmp_path / "data.jsonl", tmp_path / "run", "--max_steps", "1", "--train_turns", "last")
+    said = capfd.readouterr().out
+    assert "two" in said and "⟦" in said
+    assert "⟦ two" not in said
+    assert re.search("⟦ four.*⟧", said)
+
+
 SWITCH_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n"
