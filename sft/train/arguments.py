@@ -28,16 +28,30 @@ OF_TRANSFORMERS = {
     "per_device_train_batch_size": {"at_least": 1, RESUME: "same"},
     "gradient_accumulation_steps": {"at_least": 1, RESUME: "same"},
     "per_device_eval_batch_size": {"at_least": 1},
+    "seed": {"at_least": 0, "below": 2**32, RESUME: "same"},
+    "data_seed": {"at_least": 0, "below": 2**32, RESUME: "same"},
+    "max_steps": {"at_least": -1, RESUME: "same"},
+    "weight_decay": {"at_least": 0, RESUME: "same"},
+    "max_grad_norm": {"at_least": 0, RESUME: "same"},
+    "label_smoothing_factor": {"at_least": 0, "below": 1, RESUME: "same"},
+    "neftune_noise_alpha": {"at_least": 0, RESUME: "same"},
     **{
         name: {RESUME: "same"}
         for name in (
-            *("seed", "data_seed", "train_sampling_strategy", "dataloader_drop_last", "num_train_epochs", "max_steps"),
-            *("lr_scheduler_kwargs", "optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2"),
-            *("adam_epsilon", "max_grad_norm", "label_smoothing_factor", "neftune_noise_alpha", "bf16", "fp16"),
-            *("tf32", "use_liger_kernel"),
+            *("train_sampling_strategy", "dataloader_drop_last", "num_train_epochs", "lr_scheduler_kwargs"),
+            *("optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "bf16", "fp16", "tf32"),
+            "use_liger_kernel",
         )
     },
     "full_determinism": {RESUME: "same unless default"},
+    "save_steps": {"above": 0},
+    "eval_steps": {"above": 0},
+    "eval_delay": {"at_least": 0},
+    "eval_accumulation_steps": {"at_least": 1},
+    "dataloader_num_workers": {"at_least": 0},
+    "dataloader_prefetch_factor": {"at_least": 1},
+    "ddp_timeout": {"at_least": 1},
+    "torch_empty_cache_steps": {"at_least": 1},
 }
 
 
@@ -193,7 +207,9 @@ def _check_limits(arguments: dict[str, Any], groups: Sequence[type]) -> list[str
         if limits and arguments[name] is not None and not is_within(arguments[name], limits):
             words = " and ".join(f"{key.replace('_', ' ')} {limit}" for key, limit in limits.items())
             problems.append(f"--{name} {arguments[name]}: must be {words}")
-    if not 0 < arguments["num_train_epochs"] < float("inf") and arguments["max_steps"] <= 0:
+    if arguments["max_steps"] == 0:  # transformers would train --num_train_epochs
+        problems.append("--max_steps 0: trains nothing; give a number above 0, or leave it out")
+    elif not 0 < arguments["num_train_epochs"] < float("inf") and arguments["max_steps"] < 0:
         problems.append("--num_train_epochs must be above 0 (or give --max_steps)")
     return problems
 

@@ -155,6 +155,19 @@ def test_limits_of_shares_and_of_flags_of_transformers_are_said(capsys, tiny_bas
     ]
 
 
+def test_numbers_that_transformers_reads_as_off_or_fails_on_late_are_refused(capsys, tiny_base, data, tmp_path):  # noqa: F811
+    base = flags_of(tiny_base("qwen2"), data, tmp_path / "r")
+    off = {"max_grad_norm": "nan", "save_total_limit": "0", "logging_steps": "-1", "save_steps": "-1", "max_steps": "0"}
+    late = {"seed": "-1", "weight_decay": "nan", "neftune_noise_alpha": "-5", "warmup_steps": "nan"}
+    late |= {"dataloader_num_workers": "-1", "dataloader_prefetch_factor": "0", "eval_accumulation_steps": "0"}
+    odd = {"label_smoothing_factor": "2", "lora": "true", "lora_dropout": "1"}
+    given = {**off, **late, **odd}
+    lines = problems_of(capsys, *base, *(word for name, value in given.items() for word in (f"--{name}", value)))
+    assert {line.split()[1].removeprefix("--") for line in lines} == given.keys() - {"lora"}
+    assert "train.py: --max_steps 0: trains nothing; give a number above 0, or leave it out" in lines
+    assert "train.py: --lora_dropout 1.0: must be at least 0 and below 1" in lines
+
+
 def test_a_resume_must_match_in_the_flags_that_change_what_is_computed():
     """As checkpoints of 37c5ef9 hold them: other fields would not be found in those, and missing ones be refused."""
     names = {entry.name for group in (train.ModelArguments, train.DataArguments) for entry in fields(group)}
