@@ -4,56 +4,21 @@ And what the proofs on twins and on real models have in common: random texts, a 
 """
 
 import copy
+import csv
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
-WIDTH = 64
+with open(Path(__file__).with_name("twin_sizes.csv"), encoding="utf-8", newline="") as stream:
+    # Settings of a config that size or count something, by a pattern of their whole name: their value in a twin, and
+    # whether it is the largest one. The first that matches is taken.
+    SIZES = {row["setting"]: (int(row["twin"]), row["rule"] == "at most") for row in csv.DictReader(stream)}
+WIDTH = SIZES["hidden_size"][0]
 VOCABULARY = 512
 VOCABULARY_SIZES = r"(unpadded_|decoder_)?vocab_size(_per_layer_input)?"
 TOKEN_IDS = ("token_id", "token_ids")
-# Settings of a config that size something, by a pattern of their whole name, and their value in a twin.
-SIZES = (
-    (
-        r"hidden_size|d_model|n_embd|hidden_dim|embedding_dim|dim_model|lru_width|word_embed_proj_dim"
-        r"|(input_|output_)?embedding_size|ple_embed_dim",
-        WIDTH,
-    ),
-    (r"mamba_d_ssm", 2 * WIDTH),
-    (rf"{VOCABULARY_SIZES}|ngram_vocab_size_base", VOCABULARY),
-    (r"(swa_|global_)?num_attention_heads|n_heads?|num_heads|num_query_groups|linear_num_(value_)?heads", 4),
-    (r"mamba_n(um)?_heads|n_mamba_heads", 8),
-    (r"linear_num_key_heads|index(er)?_n_heads|o_groups|heads_per_ngram|split_ngram_parts", 2),
-    (
-        r"((swa_|global_)?v_|swa_|global_)?head_dim|qk_nope_head_dim|dim_head|attention_head_size|mamba_d_head"
-        r"|mamba_head_?dim|linear_(key_|value_)?head_dim|kv_channels|query_pre_attn_scalar",
-        16,
-    ),
-    (r"attention_head_dim|index(er)?_head_dim", 32),
-    (r"qk_rope_head_dim|rotary_dim|time_step_rank|mamba_dt_rank", 8),
-    (r"qk_head_dim", 24),
-    (
-        r"(q_|kv_|o_)lora_rank|hc_lowrank|gated_norm_rank|laurel_rank|adapter_rank|d_rel|hidden_size_per_layer_input"
-        r"|(mamba_)?d_state|(ssm_)?state_size|(mamba_)?chunk_size|block_size",
-        16,
-    ),
-    (
-        r".*intermediate_size(_mlp)?|.*ffn_hidden_size|.*ffn_dim|n_inner|dff|dim_ff|moe_latent_size|feed_forward_size",
-        96,
-    ),
-)
-# Settings that count something, and their largest value in a twin.
-COUNTS = (
-    (r"n(um)?_(local_|routed_)?experts|moe_num_experts", 8),
-    (r"num_experts_per_tok(en)?|moe_top_?k|moe_k|top_k_experts|n_group|num_expert_group|(mamba_)?n_?groups", 2),
-    (
-        r"topk_group|(num_|n_|moe_num_)shared_experts|num_dense_layers|first_k_dense_replace|moe_layer_start_index"
-        r"|zero_expert_num|num_kv_shared_layers",
-        1,
-    ),
-    (r"max_position_embeddings|n_positions|n_ctx|max_seq_len|model_max_length", 2048),
-)
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_blocks")
 LAYER_NUMBERS = r"moe_layers|.*_idxs|.*_indices|.*layer_ids|cross_attention_layers|mlp_only_layers"
 DENSE_COUNTS = ("first_k_dense_replace", "num_dense_layers")  # the first layers, without experts
@@ -259,9 +224,11 @@ def _shrink_setting(name: str, value, num_heads: int, window: int):
         return max(1, 4 * value // num_heads)
     if "window" in name and not re.search("layers|pattern|keep", name):  # doge's keep_window_size is no window
         return min(value, window)
-    sizes = [size for pattern, size in SIZES if re.fullmatch(pattern, name)]
-    counts = [min(value, count) for pattern, count in COUNTS if re.fullmatch(pattern, name)]
-    return [*sizes, *counts, value][0]
+    if re.fullmatch(VOCABULARY_SIZES, name):
+        return VOCABULARY
+    twins = (twin for pattern, twin in SIZES.items() if re.fullmatch(pattern, name))
+    size, is_largest = next(twins, (value, False))
+    return min(value, size) if is_largest else size
 
 
 def _shrink_layer(own: dict, num_heads: int, window: int) -> dict:
