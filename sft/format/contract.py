@@ -13,7 +13,7 @@ import numpy as np
 
 from sft.base import find_folder
 from sft.embeddings import find_untrained
-from sft.format.own_template import PROBE_TOOL
+from sft.format.own_template import PROBE_TOOL, PROBES
 from sft.format.reply import find_trained
 from sft.format.table import CHAT_FORMATS, FORMAT_NAMES, saved_format
 from sft.format.tokens import IGNORE_INDEX
@@ -23,19 +23,7 @@ from sft.opendata.fields import RecordError
 if TYPE_CHECKING:
     from sft.format.render import Renderer
 
-REPLY_STARTS = (
-    "你好！",
-    "Hello.",
-    "\n1. one",
-    "**bold**",
-    " spaced",
-    "😀 ok",
-    "7 days",
-    "(a)",
-    "“引用”",
-    "- item",
-    "```\ncode\n```",
-)
+REPLY_STARTS = PROBES["reply_starts"]
 NUM_PLAIN_PROBES = 2 * len(REPLY_STARTS) + 1
 MAX_READ = 1000  # records among which the conversations to check are picked
 MIN_READ_OF_A_FILE = 20

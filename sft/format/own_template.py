@@ -12,6 +12,7 @@ import itertools
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from sft.format.reply import OPENED_AT_THE_END, OPENERS, Frame, check_prompt, check_reply, find_frame, texts_of
@@ -337,30 +338,16 @@ class OwnTemplate:
         return (written[-1], True) if written else (self.stop, self.stop_is_written)
 
 
+PROBES = json.loads(Path(__file__).with_name("probes.json").read_text(encoding="utf-8"))
 PROBE_QUESTION = {"role": "user", "content": "probe of user 0."}
 PROBE_NEXT_QUESTION = {"role": "user", "content": "probe of user 1."}
 PROBE_ANSWER = {"role": "assistant", "content": "probe of assistant 0."}
 PROBE_RESULT = {"role": "tool", "content": "probe of tool 0."}
 PROBE_THOUGHT = "probe of thought 0."
-PROBE_VALUE = "Zürich 7"
 PROBE_ID = "call00000"
-PROBE_CALL = {
-    "role": "assistant",
-    "content": "",
-    "tool_calls": [{"type": "function", "function": {"name": "probe_weather", "arguments": {"city": PROBE_VALUE}}}],
-}
-PROBE_TOOL = {
-    "type": "function",
-    "function": {
-        "name": "probe_weather",
-        "description": "Look the weather up.",
-        "parameters": {
-            "type": "object",
-            "properties": {"city": {"type": "string", "description": "A city."}},
-            "required": ["city"],
-        },
-    },
-}
+PROBE_CALL = PROBES["call"]
+PROBE_TOOL = PROBES["tool"]
+PROBE_VALUE = PROBE_CALL["tool_calls"][0]["function"]["arguments"]["city"]
 
 
 def _has_probe_call(text: str) -> bool:

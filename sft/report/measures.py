@@ -1,30 +1,20 @@
 """Measures of replies and of speed, and the summary of a run's log."""
 
+import csv
 import re
 import resource
 import statistics
 from collections.abc import Sequence
+from pathlib import Path
 
 from sft.chat.reply import Reply
 from sft.model.load import count_parameters
 from sft.opendata.cleaning import HAN
 from sft.report.charts import points_of
 
-# Dense bf16 or fp16 with fp32 sums, FLOP/s, from NVIDIA's data sheets and (GeForce) architecture whitepapers.
-PEAK_FLOPS = {
-    r"H[18]00 PCIe": 756e12,
-    r"H100 NVL": 835e12,
-    r"H[12]00|H800|GH200": 989e12,
-    r"A[18]00\b": 312e12,
-    r"L40S": 362e12,
-    r"L4\b": 121e12,
-    r"A10\b": 125e12,
-    r"V100-SXM": 125e12,
-    r"V100": 112e12,
-    r"T4\b": 65e12,
-    r"RTX 4090\b(?! D| Laptop)": 165e12,
-    r"RTX 3090\b(?! Ti| Laptop)": 71e12,
-}
+with open(Path(__file__).with_name("gpus.csv"), encoding="utf-8", newline="") as stream:
+    # Dense bf16 or fp16 with fp32 sums, from NVIDIA's data sheets and (GeForce) architecture whitepapers.
+    PEAK_FLOPS = {row["gpu"]: float(row["teraflops"]) * 1e12 for row in csv.DictReader(stream)}
 
 
 def repetition(text: str) -> float:
