@@ -18,7 +18,7 @@ from torch import nn
 from sft.model.adapters import embed_token
 from sft.model.kernels import HALF_DTYPES, MasterLinear, SharedRounding, compute_dtype, read_documents
 from sft.model.load import family_model, has_liger, use_liger_kernels
-from sft.model.mixers import documents_set_to, with_globals
+from sft.model.mixers import documents_set_to, subclass, with_globals
 from sft.model.shrink import in_mode, relative_distance
 
 CHOICES = ("auto", "liger", "compile", "none")
@@ -120,21 +120,24 @@ def use_master_products(model, *, accumulation: int, alone: bool) -> int:
 
     `alone`: one process without DeepSpeed, so that no other code waits for each gradient.
     """
-    rounding, head, changed = SharedRounding(), model.get_output_embeddings(), 0
+    rounding = SharedRounding()
+    head = model.get_output_embeddings()
+    changed = 0
     for module in model.modules():
         is_plain = type(module) is nn.Linear or (type(module).__name__ == "FalconLinear" and module.bias is None)
         if module is head or not is_plain or "forward" in vars(module):
             continue
         module.__class__ = _master_class(type(module))
-        module.rounding, module.keeps_rounded, module.adds_gradients = rounding, accumulation > 1, alone
+        module.rounding = rounding
+        module.keeps_rounded = accumulation > 1
+        module.adds_gradients = alone
         changed += 1
     return changed
 
 
 @functools.cache
 def _master_class(plain_class: type) -> type:
-    names = {"__module__": plain_class.__module__, "__qualname__": plain_class.__qualname__}
-    return type(plain_class.__name__, (MasterLinear, plain_class), {"plain_class": plain_class, **names})
+    return subclass(plain_class, MasterLinear, plain_class=plain_class)
 
 
 # --- compiled functions -----------------------------------------------------------------------------------------------
@@ -173,7 +176,7 @@ def _compiled_by_token(module_class: type) -> type:
         rows = hidden_states.flatten(0, -2).contiguous()  # strides of a slice would be guarded
         return _run_compiled(module_class.forward, self, rows, dynamic={1: (0,)}).view(hidden_states.shape)
 
-    return _subclass(module_class, forward)
+    return subclass(module_class, Compiled, forward=forward)
 
 
 @functools.cache
@@ -190,7 +193,7 @@ def _compiled_gate(module_class: type) -> type:
         product = _run_compiled(_gated, self.act_fn, *rows, dynamic={1: (0,), 2: (0,)})
         return self.down_proj(product.view(up.shape))
 
-    return _subclass(module_class, forward)
+    return subclass(module_class, Compiled, forward=forward)
 
 
 def _gated(activation, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
@@ -205,7 +208,7 @@ def _compiled_rotary(module_class: type) -> type:
     """
     plain = module_class.forward
     if hasattr(module_class, "rotate"):  # our own attention of falcon
-        return _subclass(module_class, plain, rotate=_choose_rotation)
+        return subclass(module_class, Compiled, forward=plain, rotate=_choose_rotation)
     rotate = plain.__globals__["apply_rotary_pos_emb"]
     fused = with_globals(plain, apply_rotary_pos_emb=functools.partial(rotate_compiled, rotate))
 
@@ -213,7 +216,7 @@ def _compiled_rotary(module_class: type) -> type:
     def forward(self, *args, **kwargs):
         return (fused if self.runs_compiled() else plain)(self, *args, **kwargs)
 
-    return _subclass(module_class, forward)
+    return subclass(module_class, Compiled, forward=forward)
 
 
 def _choose_rotation(self, *states, **options):
@@ -237,11 +240,6 @@ def _rotated(rotate: Callable, query, key, cos, sin, unsqueeze_dim: int):
         return rotated
     pairs = zip(rotated, (query, key), strict=True)
     return tuple(new.to(old.dtype) if old.dtype in HALF_DTYPES else new for new, old in pairs)
-
-
-def _subclass(module_class: type, forward: Callable, **members) -> type:
-    members |= {"forward": forward, "__module__": module_class.__module__, "__qualname__": module_class.__qualname__}
-    return type(module_class.__name__, (Compiled, module_class), members)
 
 
 # --- what is compiled in a model ------------------------------------------------------------------------------------
@@ -279,7 +277,8 @@ def _kind_of(module: nn.Module) -> str | None:
         return None
     if _is_gated_mlp(module):
         return "gated MLPs"
-    names, name = getattr(getattr(type(module).forward, "__code__", None), "co_names", ()), type(module).__name__
+    name = type(module).__name__
+    names = getattr(getattr(type(module).forward, "__code__", None), "co_names", ())
     if ("apply_rotary_pos_emb" in names or hasattr(type(module), "rotate")) and _has_usual_rotary(module):
         return "rotary positions"
     if any(True for _ in module.children()) or not _takes_states_alone(module):
@@ -334,7 +333,8 @@ def prove_fused(model, *, num_rows: int = 1, packing: bool = True) -> str:
     is_sharded = any(hasattr(parameter, "ds_id") for parameter in model.parameters())  # hooks gather, for a whole step
     if is_sharded or not (has_liger_kernels or any(isinstance(module, Compiled) for module in model.modules())):
         return ""
-    began, kind = time.monotonic(), "Liger's kernels" if has_liger_kernels else "compiled functions"
+    began = time.monotonic()
+    kind = "Liger's kernels" if has_liger_kernels else "compiled functions"
     switches = (functools.partial(_switch, model, on) for on in (False, True))
     try:
         distance = measure_distance(model, *switches, num_rows=num_rows, packing=packing)

@@ -57,7 +57,8 @@ def attend(query, key, value, documents: Documents, *, scale, dropout: float = 0
 
     `alibi` (heads, positions) is added to the scores by the key's position in its document.
     """
-    query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast, rotary embeddings leave them in fp32
+    query = query.to(value.dtype)  # under autocast, rotary embeddings leave them in fp32
+    key = key.to(value.dtype)
     if documents.shared is not None:
         return documents.shared.attend(attend, query, key, value, documents, scale=scale, dropout=dropout, alibi=alibi)
     way = choose_attention(value.device.type, value.dtype, dropout=dropout, alibi=alibi is not None)
@@ -131,8 +132,8 @@ def attend_varlen(query, key, value, documents: Documents, *, scale):
         else:  # torch 2.11
             groups = query.shape[1] // key.shape[1]
             key, value = (states.repeat_interleave(groups, dim=1) for states in (key, value))
-    edges, longest = documents.edges, max(documents.lengths)
-    output = kernel(query, key, value, edges, edges, longest, longest, **options)
+    longest = max(documents.lengths)
+    output = kernel(query, key, value, documents.edges, documents.edges, longest, longest, **options)
     return output[0] if isinstance(output, tuple) else output
 
 
@@ -188,7 +189,8 @@ def _block_mask(documents: Documents):
     total = sum(documents.lengths)
     token = torch.arange(total, device=edges.device)
     document = torch.bucketize(token, edges[1:], right=True)
-    first, last = document[::BLOCK_TOKENS], document[(token[::BLOCK_TOKENS] + BLOCK_TOKENS - 1).clamp(max=total - 1)]
+    first = document[::BLOCK_TOKENS]
+    last = document[(token[::BLOCK_TOKENS] + BLOCK_TOKENS - 1).clamp(max=total - 1)]
     earlier = torch.ones(len(first), len(first), dtype=torch.bool, device=edges.device).tril(-1)
     window = documents.window or total
     block = torch.arange(len(first), device=edges.device)
@@ -224,8 +226,8 @@ class SummedLoss(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, targets, shape):
         dtype = compute_dtype(weight)
         with torch.autocast(hidden.device.type, enabled=False):
-            leaves, wanted = (hidden, weight, bias), ctx.needs_input_grad[:3]
-            losses, ctx.gradients = _losses_with_gradients(leaves, targets, shape, wanted, dtype)
+            leaves = (hidden, weight, bias)
+            losses, ctx.gradients = _losses_with_gradients(leaves, targets, shape, ctx.needs_input_grad[:3], dtype)
         ctx.mark_non_differentiable(losses)
         return losses.sum(), losses
 
@@ -239,9 +241,7 @@ class SummedLoss(torch.autograd.Function):
 def _losses_with_gradients(leaves, targets, shape, wanted, dtype) -> tuple[torch.Tensor, list]:
     """Return the losses (tokens,), and the gradients of their sum by hidden (tokens, size), weight and bias.
 
-    `shape`, a LogitShape of sft.model.loss, changes the logits.
-
-    The gradients are fp32 while they grow.
+    `shape`, a LogitShape of sft.model.loss, changes the logits. The gradients are fp32 while they grow.
     """
     hidden, weight, bias = leaves
     pairs = list(zip(leaves, wanted, strict=True))
@@ -274,7 +274,8 @@ def _losses_and_gradient(logits: torch.Tensor, targets: torch.Tensor) -> tuple[t
     if logits.device.type == "cuda":
         losses, gradient = _fused_softmax()(logits, targets[:, None])
         return losses.squeeze(-1), gradient
-    found, rows = [], max(1, TILE_BYTES // (4 * logits.shape[1]))
+    found = []
+    rows = max(1, TILE_BYTES // (4 * logits.shape[1]))
     for tile, target in zip(logits.split(rows), targets[:, None].split(rows), strict=True):
         probability = tile.softmax(-1, dtype=torch.float32)
         # The largest logit and its probability give the normalizer without a second exp of every logit.
@@ -343,7 +344,8 @@ class MasterLinear(nn.Linear):
     kept: torch.Tensor | None = None
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
-        weight, device = self.weight, states.device.type
+        weight = self.weight
+        device = states.device.type
         is_master = weight.dtype == torch.float32 and weight.requires_grad and weight.is_leaf
         if not (is_master and torch.is_grad_enabled() and torch.is_autocast_enabled(device)):
             return self.plain_class.forward(self, states)
@@ -369,7 +371,8 @@ class MasterProduct(torch.autograd.Function):
     def forward(ctx, states, weight, bias, rounded, layer):
         cast = layer.rounded_weight(rounded.dtype)
         ctx.save_for_backward(rounded, cast)
-        ctx.layer, ctx.dtype = layer, states.dtype
+        ctx.layer = layer
+        ctx.dtype = states.dtype
         with torch.autocast(states.device.type, enabled=False):
             return nn.functional.linear(rounded, cast, None if bias is None else bias.to(rounded.dtype))
 
@@ -377,7 +380,8 @@ class MasterProduct(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         rounded, cast = ctx.saved_tensors
-        wanted, weight = ctx.needs_input_grad, ctx.layer.weight
+        wanted = ctx.needs_input_grad
+        weight = ctx.layer.weight
         by_states = _product(grad, cast, ctx.dtype) if wanted[0] else None
         by_bias = grad.sum(0, dtype=torch.float32) if wanted[2] else None
         by_weight = None

@@ -8,6 +8,7 @@ import copy
 import functools
 import inspect
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -19,7 +20,7 @@ from transformers.utils import ModelOutput
 from sft.format.tokens import IGNORE_INDEX
 from sft.model import kernels
 from sft.model.load import family_model
-from sft.model.mixers import mask_labelled_documents
+from sft.model.mixers import mask_labelled_documents, subclass
 from sft.model.shrink import in_mode, random_texts, relative_distance
 
 FULL_LOGIT_BYTES = 12  # that a plain loss takes for each logit: logits, log-softmax and gradient in fp32
@@ -76,9 +77,9 @@ def use_chunked_loss(model) -> str:
     measured on the model's own forward; any other change of them is made by that forward, chunk by chunk.
     """
     base = family_model(model)
+    if reason := find_reason_against_chunks(model):
+        return _note_of_full_logits(base, reason)
     if not isinstance(base, _ChunkedLoss):
-        if reason := _reason_against(base):
-            return _note_of_full_logits(base, reason)
         shape = measure_logit_shape(base)
         base.__class__ = _with_chunked_loss(type(base))
         head = base.get_output_embeddings()
@@ -92,7 +93,16 @@ def use_chunked_loss(model) -> str:
 def find_reason_against_chunks(model) -> str | None:
     """Return why the loss of a model can't be computed in chunks, or None."""
     base = family_model(model)
-    return None if isinstance(base, _ChunkedLoss) else _reason_against(base)
+    if isinstance(base, _ChunkedLoss):
+        return None
+    if base.get_output_embeddings() is None or _layers_of(base) is base or base.loss_function is not ForCausalLMLoss:
+        return f"{type(base).__name__} has no plain head and loss"
+    hidden, raw = _probes(base)
+    try:
+        _own_logits(base, hidden, raw=raw)
+    except Exception as error:  # the forward of a family that needs more than hidden states
+        return f"{type(base).__name__} makes its logits of more than its last states ({type(error).__name__})"
+    return None
 
 
 def _note_of_full_logits(base, reason: str) -> str:
@@ -111,17 +121,6 @@ def use_full_logits(model, reason: str) -> str:
     return _note_of_full_logits(base, reason)
 
 
-def _reason_against(base) -> str | None:
-    if base.get_output_embeddings() is None or _layers_of(base) is base or base.loss_function is not ForCausalLMLoss:
-        return f"{type(base).__name__} has no plain head and loss"
-    hidden, raw = _probes(base)
-    try:
-        _own_logits(base, hidden, raw=raw)
-    except Exception as error:  # the forward of a family that needs more than hidden states
-        return f"{type(base).__name__} makes its logits of more than its last states ({type(error).__name__})"
-    return None
-
-
 def _layers_of(base) -> nn.Module:
     """Return the part of a model that makes the hidden states of its head; the model itself where it has none."""
     return base.base_model if base.base_model is not base else getattr(base, "model", base)
@@ -136,7 +135,8 @@ class _Given(nn.Module):
     def __init__(self, part, output, record: list | None = None):
         super().__init__()
         self.__dict__["part"] = part  # hidden from the list of modules
-        self.output, self.record = output, record
+        self.output = output
+        self.record = record
 
     def __getattr__(self, name: str):
         found = getattr(self.__dict__["part"], name)
@@ -152,7 +152,8 @@ class _Hidden:
     """Stands in for any family's output of the base model: the hidden states, and None for all else."""
 
     def __init__(self, hidden: torch.Tensor, others=None):
-        self.last_hidden_state, self.others = hidden, others
+        self.last_hidden_state = hidden
+        self.others = others
 
     def __getitem__(self, index):
         return (self.last_hidden_state,)[index]
@@ -168,7 +169,8 @@ def _own_logits(base, hidden: torch.Tensor, *, raw=None, others=None, record: li
     """
     part = copy.copy(base)
     part.__dict__ = {**base.__dict__, "_modules": dict(base._modules)}
-    layers, head = _layers_of(base), base.get_output_embeddings()
+    layers = _layers_of(base)
+    head = base.get_output_embeddings()
     names = {id(module): name for name, module in base.named_children()}
     part._modules[names[id(layers)]] = _Given(layers, _Hidden(hidden, others))
     if raw is not None:
@@ -180,7 +182,8 @@ def _own_logits(base, hidden: torch.Tensor, *, raw=None, others=None, record: li
 
 def _probes(base) -> tuple[torch.Tensor, torch.Tensor]:
     """Return hidden states (1, 1, size), exact in bf16, and logits (1, 1, vocabulary) from -50 to 50."""
-    head, config = base.get_output_embeddings(), base.config.get_text_config()
+    head = base.get_output_embeddings()
+    config = base.config.get_text_config()
     is_linear = isinstance(head, nn.Linear)
     sizes = (head.in_features, head.out_features) if is_linear else (config.hidden_size, config.vocab_size)
     device = next(base.parameters()).device
@@ -203,7 +206,8 @@ def measure_logit_shape(base) -> LogitShape | None:
 
 def _changes_head_input(base) -> bool:
     """Whether the family's forward changes the hidden states on their way to the head, as minicpm3 and inkling do."""
-    (hidden, raw), inputs = _probes(base), []
+    hidden, raw = _probes(base)
+    inputs = []
     _own_logits(base, hidden, raw=raw, record=inputs)
     return not inputs or not torch.equal(inputs[0].float(), hidden)
 
@@ -230,8 +234,7 @@ def _with_chunked_loss(model_class: type) -> type:
         _add_router_loss(self, result, output, labels, num_items_in_batch, kwargs)
         return result
 
-    members = {"forward": forward, "__module__": model_class.__module__, "__qualname__": model_class.__qualname__}
-    return type(model_class.__name__, (_ChunkedLoss, model_class), members)
+    return subclass(model_class, _ChunkedLoss, forward=forward)
 
 
 @functools.cache
@@ -269,7 +272,8 @@ def _loss_of(model, hidden: torch.Tensor, labels: torch.Tensor, num_items) -> Lo
     shape = hidden.shape[:2]
     targets = nn.functional.pad(targets, (0, shape[1] - targets.shape[1]), value=IGNORE_INDEX).flatten()
     labelled = (targets != IGNORE_INDEX).nonzero().squeeze(-1)
-    head, predict = model.get_output_embeddings(), not model.training
+    head = model.get_output_embeddings()
+    predict = not model.training
     chosen = hidden.flatten(0, 1).index_select(0, labelled), targets[labelled]
     if isinstance(head, LossHead) and kernels.compute_dtype(head.weight) != torch.float16:
         total, losses, predicted = head(*chosen, predict)
@@ -305,11 +309,11 @@ class LossHead(nn.Linear):
 # --- any other head: adapters on it, trainable token rows, fp16's loss scale, logits that the family shapes itself ---
 
 
-class _OwnHead:
+class _OwnHead(NamedTuple):
     """Calls the family's own forward on hidden states (tokens, size) for the logits; the layers are left out."""
 
-    def __init__(self, model, head):
-        self.model, self.head = model, head
+    model: nn.Module
+    head: nn.Module
 
     def parameters(self):
         return self.head.parameters()
@@ -326,11 +330,9 @@ def _sum_through_module(head, hidden, targets, predict: bool, vocab_size: int):
     rows = kernels.rows_at_a_time(vocab_size * 4, hidden.device.type)
     if hasattr(head, "parameters") and any(hasattr(parameter, "ds_id") for parameter in head.parameters()):
         rows = max(1, len(hidden))
-    losses, predictions = [], []
-    for states, target in zip(hidden.split(rows), targets.split(rows), strict=True):
-        loss, predicted = checkpoint(_chunk_loss, head, states, target, predict, use_reentrant=False)
-        losses.append(loss)
-        predictions.append(predicted)
+    chunks = zip(hidden.split(rows), targets.split(rows), strict=True)
+    found = [checkpoint(_chunk_loss, head, *chunk, predict, use_reentrant=False) for chunk in chunks]
+    losses, predictions = zip(*found, strict=True)
     losses = torch.cat(losses)
     return losses.sum(), losses.detach(), torch.cat(predictions) if predict else None
 
@@ -363,9 +365,8 @@ def self_test(model, *, exact: bool = True) -> float:
         handle.remove()
     if not is_chunked and output.get("aux_loss") is not None:
         return 0.0
-    found = output.losses[0, :-1].mean() if is_chunked else output.loss.float()  # without the loss of routers
-    expected = cross_entropy(logits[0, :-1], tokens[0, 1:])
-    apart = float((found - expected).abs() / expected)
+    found = output.losses[0, :-1].mean() if is_chunked else output.loss  # without the loss of routers
+    apart = relative_distance(found, cross_entropy(logits[0, :-1], tokens[0, 1:]))
     if not apart < (1e-5 if exact else 1e-2):
         raise ValueError(f"{type(model).__name__}: the loss in chunks is {apart:.1e} from the plain one")
     distance = relative_distance(of_chunks, logits)

@@ -61,8 +61,7 @@ def by_document(module_class: type) -> type:
         is_shared = any(hasattr(parameter, "ds_id") for parameter in self.parameters())
         return run_on_groups(run, args, kwargs, documents, document_groups(documents, one_group=is_shared))
 
-    members = {"forward": forward, "__module__": module_class.__module__, "__qualname__": module_class.__qualname__}
-    return type(module_class.__name__, (RunByDocument, module_class), members)
+    return subclass(module_class, RunByDocument, forward=forward)
 
 
 @contextmanager
@@ -312,7 +311,13 @@ def is_changed(output, other, lengths: Sequence[int]) -> bool:
     return False
 
 
-# --- functions with other globals -----------------------------------------------------------------------------------
+# --- classes and functions made of others ---------------------------------------------------------------------------
+
+
+def subclass(module_class: type, marker: type, **members) -> type:
+    """Return a subclass of the same name, of which `marker` is a base too."""
+    names = {"__module__": module_class.__module__, "__qualname__": module_class.__qualname__}
+    return type(module_class.__name__, (marker, module_class), names | members)
 
 
 def rotate_with(model, rotate: Callable, modeling: str) -> None:

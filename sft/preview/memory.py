@@ -7,7 +7,7 @@ No file is downloaded or read and no memory allocated: the parameters are counte
 from collections.abc import Sequence
 from dataclasses import replace
 
-from sft.model.kernels import CHUNK_BYTES, CHUNK_ROWS
+from sft.model.kernels import rows_at_a_time
 from sft.model.load import context_window
 from sft.preview.activations import Activations, count_activations
 from sft.preview.shape import FULL, LORA, ONE, QLORA, ZERO2, ZERO3, Part, Plan, Shape, Step
@@ -121,9 +121,8 @@ def loss_part(shape: Shape, step: Step, plan: Plan) -> Part:
     compute = 2 if step.half else 4
     kept = 2 if step.half and (plan.launcher != ONE or plan.method != FULL) else 4
     head = shape.embedding if plan.method == FULL else 0
-    chunk_rows = max(1, CHUNK_BYTES[step.device] // (shape.vocabulary * compute))
     trained = min(step.trained, step.tokens)  # all of them may be in one part of a shared row
-    rows = min(trained, chunk_rows, CHUNK_ROWS.get(step.device, 2**20))
+    rows = min(trained, rows_at_a_time(shape.vocabulary * compute, step.device))
     copies = 2 if step.device == "cuda" else 1
     chunk = copies * rows * shape.vocabulary * compute
     cast = compute * head if compute != kept else 0

@@ -34,7 +34,7 @@ WRITERS = {
     ),
     "base.py": ("find_difference",),
     "model/attention.py": ("isolate_documents", "_isolate_attention", "_use_masks_with_positions"),
-    "model/loss.py": ("use_chunked_loss", "_reason_against"),
+    "model/loss.py": ("use_chunked_loss", "find_reason_against_chunks"),
     "train/callbacks.py": ("on_train_begin",),
     "model/load.py": ("check_window", "check_rows"),
     "opendata/conversation.py": (),
