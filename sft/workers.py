@@ -1,8 +1,12 @@
 """Worker processes that share the work on data files: results come back in the order of their tasks, in bounded memory.
 
-A worker is a fresh Python process that imports only what its function needs: neither torch nor the threads of this
-process. It ignores the signals that a terminal or a scheduler sends to all processes; it exits when this process closes
-its end of their socket, which the kernel does however this process ends.
+A fresh Python process imports only what the function needs, neither torch nor the threads of this process, makes the
+function once and forks the workers, which share its memory. They ignore the signals that a terminal or a scheduler
+sends to all processes; they exit when this process closes its end of a socket, which the kernel does however it ends.
+
+    this process --- control socket --- forking process
+         |                                   | fork
+         '------- a socket each ------- workers
 """
 
 import contextlib
@@ -19,9 +23,9 @@ import subprocess
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 BYTES_PER_WORKER = 32 << 20  # of data; for less, starting a worker takes longer than it saves
 TASKS_PER_WORKER = 2  # sent to a worker at a time: one is done while the next waits
@@ -94,6 +98,7 @@ class _Channel:
         end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
         self._socket = end
         self.fileno = end.fileno
+        self.set_timeout = end.settimeout
         self.close = end.close
 
     def send(self, message: object) -> None:
@@ -121,38 +126,66 @@ class _Channel:
 
 
 class _Worker:
-    """A worker process; `tasks` are the numbers and names of those whose results it still owes."""
+    """This process's end of a worker; `tasks` are the numbers and names of those whose results it still owes."""
 
-    def __init__(self, setup: bytes):
-        ours, theirs = socket.socketpair()
+    def __init__(self, channel: _Channel):
+        self.channel = channel
+        self.tasks: deque[tuple[int, str]] = deque()
+
+
+class _WorkerProcesses:
+    """The forking process and its workers. Call `end`."""
+
+    def __init__(self, num_workers: int, setup: bytes):
+        pairs = [socket.socketpair() for _end in range(1 + num_workers)]
+        theirs = [end.fileno() for _ours, end in pairs]
         root = str(Path(__file__).resolve().parent.parent)
         path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-        command = [sys.executable, "-P", "-c", f"from sft.workers import serve_tasks; serve_tasks({theirs.fileno()})"]
+        command = [sys.executable, "-P", "-c", f"from sft.workers import fork_workers; fork_workers({theirs})"]
         # A process that is started while signals are blocked never gets them.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED_BY_PARENT)
         try:
             environment = os.environ | ONE_THREAD | {"PYTHONPATH": path}
             options = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}
-            self.process = subprocess.Popen(command, env=environment, pass_fds=[theirs.fileno()], **options)
+            self._process = subprocess.Popen(command, env=environment, pass_fds=theirs, **options)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
-            theirs.close()
-        self.channel = _Channel(ours)
-        self.tasks = deque()
+            for _ours, end in pairs:
+                end.close()
+        self._control, *channels = [_Channel(ours) for ours, _end in pairs]
+        self.workers = [_Worker(channel) for channel in channels]
         with contextlib.suppress(OSError):  # it has ended already; the first task says so
-            self.channel.send_bytes(setup)
+            self._control.send_bytes(setup)
 
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        self.channel.close()
+    def find_exit_code(self, worker: _Worker) -> int:
+        """Return the exit code of a worker that closed its socket, negative for a signal."""
+        ended = None
+        with contextlib.suppress(EOFError, OSError):  # also the forking process has ended, or takes too long
+            self._control.set_timeout(EXIT_SECONDS)
+            while ended != self.workers.index(worker):
+                ended, code = self._control.receive()
+            return code
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return self._process.wait(EXIT_SECONDS)
+        return 0
+
+    def end(self) -> None:
+        """Kill the workers and wait for their end."""
+        self._control.close()  # the forking process kills them and exits
+        try:
+            self._process.wait(EXIT_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        for worker in self.workers:
+            worker.channel.close()
 
 
 class Workers:
     """`num_workers` processes that apply a function; with one, the function is applied in this process.
 
-    `make_function` is called once in each process, and returns the function of a task; it is pickled, as are tasks and
-    results. A worker is started when there is a task for it. A context, which kills the workers on leaving.
+    `make_function` is called in a process without threads, and returns the function of a task; it is pickled, as are
+    tasks and results. The workers are started for the first task. A context, which kills the workers on leaving.
     """
 
     def __init__(self, num_workers: int, make_function: Callable[[], Callable[[Task], Any]]):
@@ -160,7 +193,7 @@ class Workers:
         self._make_function = make_function
         self._setup = pickle.dumps(make_function) if num_workers > 1 else b""
         self._function: Callable | None = None
-        self._workers: list[_Worker] = []
+        self._processes: _WorkerProcesses | None = None
         self._results: dict[int, tuple[Any, BaseException | None]] = {}
         self._num_sent = 0
 
@@ -168,8 +201,8 @@ class Workers:
         return self
 
     def __exit__(self, *_error) -> None:
-        for worker in self._workers:
-            worker.kill()
+        if self._processes:
+            self._processes.end()
 
     def map(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, Any]]:
         """Yield each task with its result, in order; TaskError where one failed or its worker was killed.
@@ -201,12 +234,10 @@ class Workers:
         return self._num_sent
 
     def _find_worker(self) -> _Worker:
-        """Return a worker without a task, else a new one, else the one with the fewest when it has room."""
+        """Return the worker with the fewest tasks when it has room."""
+        self._processes = self._processes or _WorkerProcesses(self.num_workers, self._setup)
         while True:
-            idlest = min(self._workers, key=lambda worker: len(worker.tasks), default=None)
-            if (idlest is None or idlest.tasks) and len(self._workers) < self.num_workers:
-                self._workers.append(_Worker(self._setup))
-                return self._workers[-1]
+            idlest = min(self._processes.workers, key=lambda worker: len(worker.tasks))
             if len(idlest.tasks) < TASKS_PER_WORKER:
                 return idlest
             self._receive_some()
@@ -221,7 +252,7 @@ class Workers:
 
     def _receive_some(self) -> None:
         with selectors.DefaultSelector() as selector:
-            for worker in self._workers:
+            for worker in self._processes.workers:
                 if worker.tasks:
                     selector.register(worker.channel, selectors.EVENT_READ, worker)
             for key, _events in selector.select():
@@ -236,10 +267,7 @@ class Workers:
         self._results[number] = result, error
 
     def _describe_exit(self, worker: _Worker) -> str:
-        try:
-            code = worker.process.wait(EXIT_SECONDS)
-        except subprocess.TimeoutExpired:
-            code = 0
+        code = self._processes.find_exit_code(worker)
         if code >= 0:
             return f"the worker that read it ended with code {code}; its own words are above"
         name = signal.Signals(-code).name
@@ -247,22 +275,65 @@ class Workers:
         return f"a worker was killed by {name} while it read them, {cause}; try --preprocessing_num_workers 1"
 
 
-# --- in a worker --------------------------------------------------------------------------------------------------
+# --- in the forking process ---------------------------------------------------------------------------------------
 
 
-def serve_tasks(descriptor: int) -> None:
-    """Receive a function, apply it to each task that comes, and send (number, result, error) back."""
-    if sys.platform == "linux":  # at once, also inside a call that lasts; elsewhere `_receive_tasks` ends the process
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    parent = _Channel(socket.socket(fileno=descriptor))
-    tasks = queue.SimpleQueue()
-    setup = parent.receive_bytes()
+def fork_workers(descriptors: Sequence[int]) -> None:
+    """Receive what makes the function, make it, fork a worker for each socket but the first, and report exit codes.
+
+    The first is the control socket: when it is closed, the workers are killed.
+    """
+    _end_with_parent()
+    control = _Channel(socket.socket(fileno=descriptors[0]))
+    setup = control.receive_bytes()
     gc.set_threshold(OBJECTS_BETWEEN_COLLECTIONS)
-    threading.Thread(target=_receive_tasks, args=(parent, tasks), daemon=True).start()
     try:
         function = pickle.loads(setup)()
     except Exception as error:
         function = functools.partial(_raise_error, error)
+    gc.freeze()  # a collection would write to the memory that the workers share
+    sys.stderr.flush()
+    numbers = {}
+    for number, descriptor in enumerate(descriptors[1:]):
+        pid = os.fork()
+        if pid == 0:
+            control.close()
+            for other in descriptors[2 + number :]:
+                os.close(other)
+            _serve_tasks(socket.socket(fileno=descriptor), function)
+        numbers[pid] = number
+        os.close(descriptor)
+    threading.Thread(target=_kill_workers, args=(control, numbers), daemon=True).start()
+    while numbers:
+        pid, status = os.wait()
+        with contextlib.suppress(OSError):  # the parent is gone
+            control.send((numbers.pop(pid), os.waitstatus_to_exitcode(status)))
+
+
+def _end_with_parent() -> None:
+    """Have the kernel kill this process when its parent ends, also inside a call that lasts."""
+    if sys.platform == "linux":  # elsewhere the end of a socket tells
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _kill_workers(control: _Channel, running: dict[int, int]) -> None:
+    """Wait until the parent closes its end, or is gone, and kill the workers that still run, by their process ids."""
+    with contextlib.suppress(EOFError, OSError):
+        control.receive_bytes()
+    for pid in list(running):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+# --- in a worker --------------------------------------------------------------------------------------------------
+
+
+def _serve_tasks(end: socket.socket, function: Callable[[Task], Any]) -> NoReturn:
+    """Apply the function to each task that comes, and send (number, result, error) back."""
+    _end_with_parent()
+    parent = _Channel(end)
+    tasks = queue.SimpleQueue()
+    threading.Thread(target=_receive_tasks, args=(parent, tasks), daemon=True).start()
     while True:
         number, task = tasks.get()
         try:

@@ -3,6 +3,7 @@
 import os
 import signal
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -44,10 +45,9 @@ def refuse() -> None:
 
 def is_running(pid: int) -> bool:
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
         return False
-    return True
 
 
 def test_results_come_in_order_from_as_many_processes_as_asked():
@@ -122,9 +122,20 @@ def test_a_worker_ends_when_its_parent_closes_the_socket():
     """The kernel closes it however the parent ends."""
     with Workers(2, partial(partial, times, 1)) as started:
         list(started.map([Number(0)]))
-        (worker,) = started._workers
+        worker = started._processes.workers[0]
         worker.channel.close()
-        assert worker.process.wait(timeout=60) == 0
+        assert started._processes.find_exit_code(worker) == 0
+
+
+def test_workers_end_with_the_process_that_forked_them():
+    with Workers(2, partial(partial, times, 1)) as started:
+        pids = {pid for _task, (_number, pid, _bytes) in started.map(map(Number, range(4)))}
+        started._processes._process.kill()
+        with pytest.raises(TaskError, match=r"data\.json line \d: a worker was killed by SIGKILL"):
+            list(started.map(map(Number, range(100_000))))
+    assert len(pids) == 2
+    while any(map(is_running, pids)):  # the kernel kills them
+        pass
 
 
 def test_signals_to_all_processes_are_left_to_the_parent():

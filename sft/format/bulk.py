@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from sft.format.own_template import Turn
 
 MIN_FAST_BYTES = 1 << 20  # of data: for less, making a fast encoder takes longer than it saves
-# gigatoken keeps each word that it met. After so many characters it begins anew: 0.1 s for 60 MiB (dev/LOG.md).
-MAX_REMEMBERED_CHARACTERS = 40_000_000
+# gigatoken keeps each word that it met: 50 MiB after so many characters. Then it begins anew, in 0.1 s (dev/LOG.md).
+MAX_REMEMBERED_CHARACTERS = 30_000_000
 # Code points that gigatoken 0.10.0 normalises or splits by Unicode 17, and tokenizers 0.23 by older tables.
 _NEW_TO_TOKENIZERS = (
     *((0x7FD, 0x7FD), (0x88F, 0x88F), (0x897, 0x89F), (0x8CA, 0x8D3), (0x9FE, 0x9FE), (0xC3C, 0xC3C), (0xC5C, 0xC5C)),
@@ -260,6 +260,7 @@ def _make_gigatoken(backend: Tokenizer, seam: str) -> Encode:
         joined = seam.join(texts)
         num_encoded += len(joined)
         if num_encoded > MAX_REMEMBERED_CHARACTERS:
+            fast = None  # before the new one is made, or the memory of both is held
             fast = load_hf_json(spec)
             num_encoded = len(joined)
         ids = fast.encode(joined).view(np.int32)

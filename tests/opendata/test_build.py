@@ -224,6 +224,7 @@ def running(parent: int | None = None) -> list[int]:
     ("receiver", "number", "code", "said"),
     [
         ("worker", signal.SIGKILL, 2, "{path} line "),
+        ("forking process", signal.SIGKILL, 2, "{path} line "),
         ("parent", signal.SIGINT, 130, "interrupted; nothing was changed"),
         ("parent", signal.SIGTERM, 143, "stopped by SIGTERM; nothing was changed"),
         ("parent", signal.SIGKILL, -9, ""),
@@ -236,17 +237,18 @@ def test_a_run_that_is_stopped_leaves_no_process_and_no_file(tmp_path, receiver,
     draft = out / ".opendata.tmp/train.json"
     while started.poll() is None and not (draft.exists() and draft.stat().st_size > 200_000):
         pass
-    workers = running(started.pid)
+    (forking,) = running(started.pid)
+    workers = running(forking)
     assert len(workers) == 2
-    os.kill(workers[0] if receiver == "worker" else started.pid, number)
+    os.kill({"worker": workers[0], "forking process": forking, "parent": started.pid}[receiver], number)
     _out, error = started.communicate()
     assert started.returncode == code
     assert error.startswith(said.format(path=path))
     assert len(error.splitlines()) == (1 if said else 0)
-    while set(workers) & set(running()):  # their parent's end closes their sockets
+    while {forking, *workers} & set(running()):  # their parent's end closes their sockets
         pass
     assert out.exists() == (code == -9)
-    if receiver == "worker":
+    if receiver != "parent":
         assert re.fullmatch(rf"{path} line \d+ to \d+: a worker was killed by SIGKILL while it read them, .*\n", error)
 
 
