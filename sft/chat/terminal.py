@@ -32,6 +32,7 @@ from sft.chat.reply import (
 )
 from sft.chat.sampling import BLOSSOM, Sampling
 from sft.chat.token_probabilities import to_printable, to_terminal
+from sft.format.contract import check_variables
 from sft.tables import has_colour
 
 
@@ -284,6 +285,7 @@ def _run_command(options: argparse.Namespace) -> None:
     model_path = options.model_path or find_model()
     tools = load_tools(options.tools) if options.tools else None
     chat = load_chat(model_path, **model_options(options))
+    check_variables(chat.renderer, options.template_kwargs)
     if tools and not chat.renderer.takes_tools:
         raise ValueError(f"--tools: chat format {chat.renderer.name!r} has no place for tools; use chatml or base")
     chat.tools = tools

@@ -4,7 +4,7 @@ import itertools
 import json
 import random
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -78,6 +78,14 @@ def check_saved(tokenizer, renderer: "Renderer", conversations: Sequence[dict | 
     if any(not np.array_equal(one, other) for one, other in zip(ours, theirs, strict=True)):
         problems.append("it gives other ids or labels than training did")
     return problems + check_contract(saved, conversations)
+
+
+def check_variables(renderer: "Renderer", given: Mapping | None) -> None:
+    """Raise ValueError for variables of the chat template, typed by a user, that it doesn't read."""
+    read = renderer.readable_variables
+    if unread := [name for name in given or () if name not in read]:
+        known = f"it reads {', '.join(sorted(read))}" if read else "it has none; leave it out"
+        raise ValueError(f"--template_kwargs: chat format {renderer.name!r} doesn't read {', '.join(unread)}; {known}")
 
 
 def pick_conversations(files: Sequence[str], num_of_a_kind: int, **reading) -> list[dict]:

@@ -26,7 +26,7 @@ from sft.format.contract import choose_format, odd_conversations, probe_conversa
 from sft.format.own_template import OwnTemplate
 from sft.format.reply import NO_FRAME, field_beyond_text, find_trained, split_reply
 from sft.format.table import CHAT_FORMATS, TURNS_TO_TRAIN, Part, bind_format, is_bos_added, table_layout
-from sft.format.template import ChatTemplate, in_call_form, jinja_template, texts_in
+from sft.format.template import OF_A_CONVERSATION, ChatTemplate, in_call_form, jinja_template, texts_in
 from sft.format.tokens import (
     Rendered,
     Rows,
@@ -151,12 +151,14 @@ class Renderer:
 
     @property
     def thinking_switch(self) -> str | None:
-        """The template's variable that turns thoughts on and off, such as enable_thinking.
-
-        None without one, and where `template_kwargs` sets it.
-        """
+        """The template's variable that turns thoughts on and off; None without one, and where a user has set it."""
         switch = self._own.switch if self._own else None
         return None if switch in self.template_kwargs else switch
+
+    @property
+    def readable_variables(self) -> set[str]:
+        """The names of the template's variables beside those of a conversation."""
+        return self._own.template.undeclared - OF_A_CONVERSATION if self._own else set()
 
     @property
     def writes_date(self) -> bool:

@@ -18,6 +18,7 @@ from sft.format.table import ChatFormat
 from sft.format.tokens import any_of
 from sft.opendata.fields import RecordError
 
+OF_A_CONVERSATION = {"messages", "tools", "documents", "add_generation_prompt"}  # variables
 LENGTH_FILTERS = {"length", "count", "wordcount"}
 MAY_BE_TEXT = re.compile(r"\A\Z|content|text|reason|think|thought|\Am\Z|\Ac\Z")  # names of what is measured
 

@@ -23,7 +23,7 @@ from sft.checkpoint.resume import make_fingerprint, read_fingerprint
 from sft.checkpoint.save import recover_checkpoint
 from sft.dataset.dataset import Examples, TrainingRows, file_hashes, find_files
 from sft.dataset.mixture import mix
-from sft.format.contract import check_contract, check_saved, pick_conversations
+from sft.format.contract import check_contract, check_saved, check_variables, pick_conversations
 from sft.format.render import Renderer
 from sft.launch.processes import Guard, UserError
 from sft.model import fusion
@@ -135,8 +135,8 @@ def load_renderer(model_path: str, chat_format: str, *, trust_remote_code: bool,
     """Load the tokenizer, bind the chat format to it, and stop if training and serving would differ."""
     tokenizer = models.load_tokenizer(model_path, trust_remote_code=trust_remote_code)
     renderer = Renderer(tokenizer, chat_format, **options)
-    problems = check_contract(renderer)
-    if problems:
+    check_variables(renderer, options["template_kwargs"])
+    if problems := check_contract(renderer):
         raise ValueError(
             f"chat format {renderer.name!r} doesn't fit this tokenizer: {'; '.join(problems[:3])}; "
             "choose another --chat_format"

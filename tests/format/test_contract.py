@@ -13,6 +13,7 @@ from sft.embeddings import find_untrained
 from sft.format.contract import (
     check_contract,
     check_saved,
+    check_variables,
     choose_format,
     pick_conversations,
     probe_tool_conversations,
@@ -187,6 +188,20 @@ def test_rows_are_read_in_each_precision_and_a_cut_file_counts_as_none(kind, cho
     path = tmp_path / "base" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:3000])
     assert find_untrained(str(path.parent), [5, 6], num_tokens=2000) is None
+
+
+def test_variables_that_a_template_does_not_read_are_named(tokenizer_of):
+    tokenizer = copy.deepcopy(tokenizer_of("qwen2"))
+    plain = Renderer(tokenizer, "chatml").chat_template
+    tokenizer.chat_template = "{% if not effort is defined %}{% set effort = 'low' %}{% endif %}{{ effort }}" + plain
+    renderer = Renderer(tokenizer, "base", template_kwargs={"effort": "high"})
+    check_variables(renderer, {"effort": "high"})
+    with pytest.raises(ValueError, match=r"chat format 'base' doesn't read efort, messages; it reads effort$"):
+        check_variables(renderer, {"efort": "high", "messages": [], "effort": "high"})
+    for chat_format in ("chatml", "blossom"):
+        check_variables(Renderer(tokenizer, chat_format), None)
+        with pytest.raises(ValueError, match=f"chat format '{chat_format}' doesn't read effort; it has none; leave it"):
+            check_variables(Renderer(tokenizer, chat_format), {"effort": "high"})
 
 
 def test_conversations_of_each_kind_are_picked_from_a_file(tmp_path):
