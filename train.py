@@ -6,6 +6,7 @@ base_run.sh and ds_all.sh call this file with the usual settings. `python train.
 """
 
 import math
+import operator
 import os
 import sys
 import time
@@ -39,7 +40,7 @@ from sft.preview.report import Report
 from sft.report.text import say
 from sft.train import sequence_parallel
 from sft.train.arguments import fail, flag, parse_arguments
-from sft.train.callbacks import KEEP_CHOICES, KeepOutputs, SelfTest, offload_activations
+from sft.train.callbacks import KEEP_CHOICES, KeepOutputs, SelfTest, is_checkpointing, offload_activations
 from sft.train.checks import check_held_out_metrics
 from sft.train.losses import group_sources
 from sft.train.setup import (
@@ -53,7 +54,6 @@ from sft.train.setup import (
     lay_out_rows,
     open_output_dir,
     prepare_run,
-    raise_problems,
     trainer_arguments,
 )
 from sft.train.summary import (
@@ -184,7 +184,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with Guard(lasting=__name__ == "__main__") as guard:
         settings = parse_arguments((ModelArguments, DataArguments, TrainingArguments), arguments)
         report = Report() if settings.training.dry_run else None
-        check = raise_problems if report is None else report.check
+        check = operator.call if report is None else report.check
         try:
             checkpoint = open_output_dir(settings.training, guard)
             run = prepare_run(settings, check, checkpoint=checkpoint, today=guard.broadcast(date.today()))
@@ -319,7 +319,6 @@ def build_model(run: Run):
         trust_remote_code=flags.trust_remote_code,
     )
     if flags.lora:
-        activation_checkpointing = getattr(training, "activation_checkpointing", False)
         how = {"variant": flags.lora_variant, "dropout": flags.lora_dropout}
         plan = adapters.plan_adapters(model, router=flags.lora_router, **how)
         say("\n".join(plan.lines()))
@@ -329,7 +328,7 @@ def build_model(run: Run):
             rank=flags.lora_rank,
             alpha=flags.lora_alpha,
             untrained_ids=adapters.untrained_ids(renderer.tokenizer, renderer),
-            gradient_checkpointing=bool(training.gradient_checkpointing or activation_checkpointing),
+            gradient_checkpointing=is_checkpointing(training),
             **how,
         )
     models.set_generation_config(model, renderer.tokenizer, renderer.stop_ids)

@@ -18,7 +18,7 @@ from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
 
-from sft.files import CACHE_DIR, write_json
+from sft.files import CACHE_DIR, hash_file, write_json
 
 BASE_RECORD = "base.json"
 RUN_RECORD = "run.json"
@@ -102,11 +102,11 @@ def hash_in_threads(files: Sequence[Path], cache: Path) -> list[str]:
     """Return the sha256 of each file, several at a time."""
     free_threads = threading.Semaphore(min(MAX_HASH_THREADS, max(2, os.cpu_count() or 2)))
 
-    def hash_file(file: Path) -> str:
+    def hash_in_turn(file: Path) -> str:
         with free_threads:
             return hash_once(file, cache)
 
-    return [future.result() for future in [start_thread(hash_file, file) for file in files]]
+    return [future.result() for future in [start_thread(hash_in_turn, file) for file in files]]
 
 
 def start_thread(function: Callable, *arguments, **options) -> Future:
@@ -134,8 +134,7 @@ def hash_once(file: Path, cache: Path) -> str:
         if known["state"] == state_of(real):
             return known["sha256"]
     state = state_of(real)
-    with open(real, "rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    digest = hash_file(real)
     is_settled = time.time_ns() - max(state[2:4]) > SETTLED_NS
     if state[0] >= MIN_CACHED_BYTES and is_settled and state == state_of(real):
         with suppress(OSError):  # a cache that can't be written only costs time

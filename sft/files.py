@@ -152,6 +152,12 @@ class LinesFile:
         return {"records": self.num_records, "bytes": self.num_bytes, "sha256": self.sha256.hexdigest()}
 
 
+def hash_file(path: str | Path) -> str:
+    """Return the sha256 of a file's bytes."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
 def exchange_names(left: Path, right: Path) -> None:
     """Swap two names in one step (Linux's renameat2), so that neither is ever missing; elsewhere in three."""
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)

@@ -21,7 +21,7 @@ from sft.dataset import packing
 from sft.dataset.ledger import add_up, merge_ledger, new_ledger
 from sft.dataset.mixture import Mixture
 from sft.dataset.tokenise import ORIGIN, Part, make_tokeniser, pack_renderer, reading_options
-from sft.files import CACHE_DIR, hold_lock, remove_abandoned, stage_folder, write_text
+from sft.files import CACHE_DIR, hash_file, hold_lock, remove_abandoned, stage_folder, write_text
 from sft.format.render import Renderer
 from sft.format.tokens import IGNORE_INDEX
 from sft.opendata.conversation import Conversation, read_conversations
@@ -393,8 +393,4 @@ def _count_fields(ledger: dict, counts: dict[str, FieldCounts], renderer: Render
 
 def file_hashes(files: Sequence[str]) -> dict[str, str]:
     """Return the sha256 of each file's bytes."""
-    hashes = {}
-    for file in files:
-        with open(file, "rb") as stream:
-            hashes[file] = hashlib.file_digest(stream, "sha256").hexdigest()
-    return hashes
+    return {file: hash_file(file) for file in files}

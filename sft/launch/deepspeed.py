@@ -77,6 +77,11 @@ def deepspeed_config(path: str, *, offload: bool, pin_memory: bool) -> dict:
     return config
 
 
+def zero_stage(training) -> int:
+    """Return the ZeRO stage of a run's parsed arguments; 0 without DeepSpeed."""
+    return (training.deepspeed or {}).get("zero_optimization", {}).get("stage", 0)
+
+
 def start_deepspeed_on_cpu() -> dict:
     """Let accelerate run DeepSpeed without a GPU, over gloo; return the accelerator_config that goes with it.
 

@@ -19,6 +19,7 @@ from sft.checkpoint.manifest import PROGRESS
 from sft.checkpoint.resume import check_unchanged
 from sft.dataset.dataset import TrainingRows, release_freed_memory
 from sft.dataset.sampler import Updates
+from sft.launch.deepspeed import zero_stage
 from sft.launch.processes import Guard
 from sft.model import load as models
 from sft.model.adapters import untrained_ids
@@ -41,7 +42,7 @@ from sft.preview.memory import (
 from sft.preview.report import Report, Section, show_report
 from sft.preview.shape import FULL, LORA, ONE, QLORA, ZERO2, ZERO3, Plan, Shape, Step, read_shape
 from sft.preview.twin import optimizer_name, try_on_twin
-from sft.train.callbacks import may_keep
+from sft.train.callbacks import can_keep_outputs, is_checkpointing
 from sft.train.setup import (
     Data,
     Gpus,
@@ -146,11 +147,11 @@ def _plan_of(run: Run) -> Plan:
     """Return how the run trains its weights, and over how many processes."""
     flags = run.settings.model
     training = run.settings.training
-    stage = (training.deepspeed or {}).get("zero_optimization", {}).get("stage", 0)
     method = FULL
     if flags.lora:
         method = QLORA if flags.load_in_4bit else LORA
-    return Plan(method, {2: ZERO2, 3: ZERO3}.get(stage, ONE), training.offload, count_processes(training))
+    launcher = {2: ZERO2, 3: ZERO3}.get(zero_stage(training), ONE)
+    return Plan(method, launcher, training.offload, count_processes(training))
 
 
 def _heaviest_step(run: Run, rows: TrainingRows, trained: np.ndarray, gpus: Gpus) -> Step:
@@ -167,7 +168,7 @@ def _heaviest_step(run: Run, rows: TrainingRows, trained: np.ndarray, gpus: Gpus
         trained=int(np.resize(row_trained, batch).sum()),
         documents=tuple(size for size in (longest, length - longest) if size) * batch,
         packing=rows.max_length is not None,
-        checkpointing=bool(training.gradient_checkpointing or getattr(training, "activation_checkpointing", False)),
+        checkpointing=is_checkpointing(training),
         accumulation=training.gradient_accumulation_steps,
         half=bool(training.bf16 or training.fp16 or training.gpu),
         lora_rank=flags.lora_rank,
@@ -175,7 +176,7 @@ def _heaviest_step(run: Run, rows: TrainingRows, trained: np.ndarray, gpus: Gpus
         lora_dropout=flags.lora_dropout,
         lora_token_rows=len(untrained_ids(run.renderer.tokenizer, run.renderer)),
         device="cuda" if gpus.on_gpu else "cpu",
-        keeps_in=gpus.bytes_each if gpus.on_gpu and may_keep(training) else 0,
+        keeps_in=gpus.bytes_each if gpus.on_gpu and can_keep_outputs(training) else 0,
         shared=training.sequence_parallel_size,
         activation_offload=training.activation_offload,
     )

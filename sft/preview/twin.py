@@ -27,6 +27,7 @@ from sft.chat.sampling import GREEDY
 from sft.dataset.dataset import Examples, TrainingRows
 from sft.format.contract import probe_tool_conversations
 from sft.format.tokens import IGNORE_INDEX
+from sft.launch.deepspeed import zero_stage
 from sft.launch.processes import Guard, Stopped
 from sft.model import load as models
 from sft.model.shrink import make_random, relative_distance, shrink_config
@@ -251,7 +252,7 @@ def _left_out(run: Run, config) -> list[str]:
     flags = run.settings.model
     stored = getattr(config, "quantization_config", None)
     method = stored.get("quant_method", "") if isinstance(stored, dict) else ""
-    stage = (training.deepspeed or {}).get("zero_optimization", {}).get("stage", 0)
+    stage = zero_stage(training)
     parts = {
         "4-bit weights (QLoRA)": flags.load_in_4bit,
         f"the base's quantised weights ({method})": stored is not None,

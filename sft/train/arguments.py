@@ -2,6 +2,7 @@
 
 import copy
 import math
+import operator
 import os
 import sys
 from argparse import ArgumentError
@@ -18,7 +19,8 @@ from sft.launch.environment import complete_single_process, read_launcher_flags
 from sft.model.load import choose_compute
 from sft.train.checks import check_arguments, check_buildable
 
-LIMITS = ("at_least", "above", "at_most", "below")  # keys of a field's metadata: the values that it allows
+# Keys of a field's metadata: the values that it allows.
+LIMITS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
 # "same": a checkpoint is resumed only with the same value, unless --allow_changed names it. "same unless default": its
 # default counts as the value of older checkpoints, which lack the flag.
 RESUME = "resume"
@@ -216,10 +218,4 @@ def _check_limits(arguments: dict[str, Any], groups: Sequence[type]) -> list[str
 
 def is_within(value: float, limits: Mapping[str, float]) -> bool:
     """Whether a number is finite and within the limits of its field."""
-    return (
-        math.isfinite(value)
-        and value >= limits.get("at_least", -math.inf)
-        and value > limits.get("above", -math.inf)
-        and value <= limits.get("at_most", math.inf)
-        and value < limits.get("below", math.inf)
-    )
+    return math.isfinite(value) and all(LIMITS[name](value, limit) for name, limit in limits.items())

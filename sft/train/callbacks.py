@@ -12,6 +12,7 @@ from transformers import ProgressCallback, TrainerCallback
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from sft.checkpoint.manifest import find_damage
+from sft.launch.deepspeed import zero_stage
 from sft.launch.processes import UserError
 from sft.model import adapters, attention, fusion, loss
 from sft.model.kernels import compute_dtype
@@ -106,7 +107,7 @@ def check_best_checkpoint(trainer) -> None:
         )
 
 
-def uploads_checkpoints(callbacks: Iterable) -> bool:
+def has_checkpoint_upload(callbacks: Iterable) -> bool:
     """Whether a tracker of transformers 5.23 reads each checkpoint's folder in `on_save`, as WANDB_LOG_MODEL asks."""
     switches = ("_log_model", "_log_artifacts", "_should_upload_checkpoint", "sync_checkpoints")
     values = [getattr(callback, name, None) for callback in callbacks for name in switches]
@@ -126,10 +127,9 @@ class SelfTest(TrainerCallback):
             say(note)
         if self.trainer.finite.broken_weight:  # the first step stops, and names its rows
             return
-        low = args.bf16 or args.fp16
-        exact = not low and all(parameter.dtype == torch.float32 for parameter in model.parameters())
-        dtype = torch.bfloat16 if args.bf16 else torch.float16
-        with torch.autocast(args.device.type, dtype=dtype, enabled=low):
+        is_low = args.bf16 or args.fp16
+        exact = not is_low and all(parameter.dtype == torch.float32 for parameter in model.parameters())
+        with autocast_of(args):
             rows = args.per_device_train_batch_size
             if note := fusion.prove_fused(model, num_rows=rows, packing=self.packing):
                 say(note)
@@ -145,6 +145,12 @@ class SelfTest(TrainerCallback):
             if args.sequence_parallel_size > 1:
                 apart = sequence_parallel.self_test(model, exact=exact)
                 say(f"self-test: logits of a shared row are within {apart:.0e} of the whole row")
+
+
+def autocast_of(args) -> torch.autocast:
+    """Return the autocast in which a run computes."""
+    dtype = torch.bfloat16 if args.bf16 else torch.float16
+    return torch.autocast(args.device.type, dtype=dtype, enabled=args.bf16 or args.fp16)
 
 
 class ProgressWithSpeed(ProgressCallback):
@@ -169,16 +175,20 @@ MIN_FLOPS_TO_KEEP = 1.5e12
 ATTENTION_OPERATORS = ("torch_attn::_varlen_attn", "flash_attn::_flash_attn_varlen", "aten::_scaled_dot_product")
 
 
-def may_keep(training) -> bool:
+def can_keep_outputs(training) -> bool:
     """Whether a run's checkpointing may keep more: not under ZeRO-3, whose shards come and go, nor if memory is short.
 
     torch keeps parts of a layer only without `use_reentrant`.
     """
     how = getattr(training, "activation_checkpointing_kwargs", None) or training.gradient_checkpointing_kwargs or {}
-    stage = (training.deepspeed or {}).get("zero_optimization", {}).get("stage", 0)
-    is_on = bool(training.gradient_checkpointing or getattr(training, "activation_checkpointing", False))
     is_short = training.activation_offload or bool(how.keys() & {"offload", "context_fn"})
-    return is_on and training.checkpoint_keep == "auto" and stage != 3 and not is_short and not how.get("use_reentrant")
+    is_asked = is_checkpointing(training) and training.checkpoint_keep == "auto"
+    return is_asked and zero_stage(training) != 3 and not is_short and not how.get("use_reentrant")
+
+
+def is_checkpointing(training) -> bool:
+    """Whether layers are computed again in the backward pass, by either flag (the second is new in transformers 5)."""
+    return bool(training.gradient_checkpointing or getattr(training, "activation_checkpointing", False))
 
 
 class KeepOutputs(TrainerCallback):
@@ -191,11 +201,10 @@ class KeepOutputs(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         self.num_steps += 1
-        if self.num_steps != STEPS_BEFORE_KEEPING or not may_keep(args):
+        if self.num_steps != STEPS_BEFORE_KEEPING or not can_keep_outputs(args):
             return
         tokens = args.per_device_train_batch_size * self.max_length // args.sequence_parallel_size
-        dtype = torch.bfloat16 if args.bf16 else torch.float16
-        with torch.autocast(args.device.type, dtype=dtype, enabled=args.bf16 or args.fp16):
+        with autocast_of(args):
             if note := keep_outputs(self.model, tokens, room=find_room(args.device)):
                 say(note)
 

@@ -12,7 +12,7 @@ from datetime import date
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import transformers
@@ -25,6 +25,7 @@ from sft.dataset.dataset import Examples, TrainingRows, file_hashes, find_files
 from sft.dataset.mixture import mix
 from sft.format.contract import check_contract, check_saved, check_variables, pick_conversations
 from sft.format.render import Renderer
+from sft.launch.deepspeed import zero_stage
 from sft.launch.processes import Guard, UserError
 from sft.model import fusion
 from sft.model import load as models
@@ -84,11 +85,6 @@ class Data(NamedTuple):
         """Return the examples to train on and those held out, each with the names of its sources."""
         names = [self.ledgers.get(part, {}).get("source_names", ()) for part in ("train", "eval")]
         return [(self.examples, names[0]), (self.held_out, names[1])]
-
-
-def raise_problems(function: Callable, *arguments, **options) -> Any:
-    """Call a check, and let its ValueError end the run; a dry run's report collects them instead."""
-    return function(*arguments, **options)
 
 
 def prepare_run(settings: Settings, check: Callable, *, checkpoint: str | None, today: date) -> Run:
@@ -268,7 +264,7 @@ def find_circumstances(run: Run, data: Data, model) -> fusion.Circumstances:
         on_gpu=on_gpu,
         half=training.bf16 or training.fp16,
         lora=run.settings.model.lora,
-        zero_stage=training.deepspeed and training.deepspeed.get("zero_optimization", {}).get("stage", 0),
+        zero_stage=zero_stage(training) if training.deepspeed else None,
         world_size=training.world_size * max(1, training.n_gpu),
         accumulation=training.gradient_accumulation_steps,
         seconds=estimate_seconds(run, data, model, torch.cuda.get_device_name()) if on_gpu else None,
@@ -386,7 +382,6 @@ def fingerprint_of(run: Run) -> dict:
     if len(set(names)) < len(names):
         names = list(hashes)
     device = torch.cuda.get_device_name() if training.n_gpu else "cpu"
-    zero = (training.deepspeed or {}).get("zero_optimization", {})
     times = run.files.times.values()
     dated = {"date": run.renderer.today.isoformat()} if run.renderer.writes_date else {}
     return make_fingerprint(
@@ -396,5 +391,5 @@ def fingerprint_of(run: Run) -> dict:
         times_per_epoch={name: often for name, often in zip(names, times, strict=True) if often != 1},
         chat_format={"name": run.renderer.name, "fingerprint": run.renderer.fingerprint()} | dated,
         world_size=count_processes(training),
-        zero_stage=zero.get("stage", 0),
+        zero_stage=zero_stage(training),
     )

@@ -38,7 +38,7 @@ from sft.train.callbacks import (
     Restore,
     check_best_checkpoint,
     find_best_checkpoint,
-    uploads_checkpoints,
+    has_checkpoint_upload,
 )
 from sft.train.losses import FastTrainer, FiniteCheck, RouterLosses, SourceLosses, Sources, statistics_of_rows
 
@@ -310,7 +310,7 @@ class Trainer(FastTrainer):
             self._staging = None
         of_run = {"run": self.run, "keep": self.keep, "spare": self.state.best_model_checkpoint}
         self.saves.start(staging / name, files, step=self.state.global_step, began=began, **of_run)
-        if self.guard.is_set_on_any_rank(uploads_checkpoints(self.callback_handler.callbacks)):
+        if self.guard.is_set_on_any_rank(has_checkpoint_upload(self.callback_handler.callbacks)):
             self.saves.finish()
 
     def train(self, *arguments, **options):

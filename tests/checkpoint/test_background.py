@@ -19,7 +19,7 @@ from sft.checkpoint.writing import CollectedFiles, collect_files
 from sft.launch.processes import Guard, UserError
 from sft.report.run_page import RunPage
 from sft.train import trainer
-from sft.train.callbacks import uploads_checkpoints
+from sft.train.callbacks import has_checkpoint_upload
 from sft.train.trainer import Trainer
 from tests.checkpoint.test_resume import assert_same, data, run, words_of  # noqa: F401  data is a fixture
 from tests.conftest import ROOT
@@ -203,7 +203,7 @@ def test_a_tracker_that_uploads_checkpoints_finds_them_in_place(tiny_base, data,
     monkeypatch.setattr(RunPage, "on_save", on_save)
     run(tiny_base("qwen2"), data, tmp_path / "run", max_steps=3, save_steps=1, eval_strategy="no")
     assert found == [None, None, None]
-    assert not uploads_checkpoints([SimpleNamespace(_log_model=WandbLogModel.END, _log_artifacts=False)])
+    assert not has_checkpoint_upload([SimpleNamespace(_log_model=WandbLogModel.END, _log_artifacts=False)])
 
 
 @pytest.mark.slow

@@ -154,7 +154,7 @@ def test_layers_keep_what_fits_and_what_is_worth_it():
 def test_runs_that_are_short_of_memory_or_shard_their_weights_keep_inputs_alone(changes, may):
     training = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": None, "deepspeed": None}
     training |= {"checkpoint_keep": "auto", "activation_offload": False}
-    assert callbacks.may_keep(SimpleNamespace(**training | changes)) is may
+    assert callbacks.can_keep_outputs(SimpleNamespace(**training | changes)) is may
 
 
 def test_offloaded_activations_give_the_same_gradients(tiny_base, monkeypatch):
