@@ -54,7 +54,9 @@ def find_refusal(words: list[str]) -> tuple[str, float]:
     """Call train.py's main in this process; return its last line when it refuses ("" when not), and CPU seconds."""
     import train
 
-    printed, began, refused = io.StringIO(), time.process_time(), ""
+    printed = io.StringIO()
+    began = time.process_time()
+    refused = ""
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
         try:
             train.main(words)
@@ -68,7 +70,8 @@ def find_refusal(words: list[str]) -> tuple[str, float]:
 
 def compare(kind: str, extra: list[str]) -> dict:
     with tempfile.TemporaryDirectory() as folder:
-        base, data = Path(folder, "base"), Path(folder, "train.json")
+        base = Path(folder, "base")
+        data = Path(folder, "train.json")
         write_data(data)
         try:
             with contextlib.redirect_stderr(io.StringIO()):
@@ -91,7 +94,8 @@ def main() -> None:
 
     words = sys.argv[1:]
     place = words.index("--") if "--" in words else len(words)
-    extra, chosen = words[:place], words[place + 1 :] or causal_types()
+    extra = words[:place]
+    chosen = words[place + 1 :] or causal_types()
     with ProcessPoolExecutor(2) as processes:
         results = []
         for found in processes.map(partial(compare, extra=extra), chosen):

@@ -164,7 +164,8 @@ def measure(kind: str) -> dict:
     from sft.model.adapters import plan_adapters
 
     torch.set_num_threads(1)
-    started, found = time.monotonic(), {"type": kind}
+    started = time.monotonic()
+    found = {"type": kind}
     try:
         found["share"] = plan_adapters(build_model(kind)).share
         model = build_model(kind)
@@ -192,7 +193,8 @@ def compare_replies(model) -> str:
 
     random = torch.Generator().manual_seed(5)
     prompts = [torch.randint(3, 400, (length,), generator=random).tolist() for length in PROMPT_LENGTHS]
-    decoder, requests = Decoder(model, stop_ids=[]), []
+    decoder = Decoder(model, stop_ids=[])
+    requests = []
     for prompt, num_tokens in zip(prompts, REPLY_TOKENS, strict=True):
         greedy = Sampling(temperature=0.0, repetition_penalty=1.0, max_new_tokens=num_tokens)
         requests.append(decoder.add(prompt, greedy))

@@ -20,7 +20,8 @@ from sft.chat.reply import Chat, load_chat
 from sft.chat.sampling import Sampling
 from sft.tiny import build_tiny
 
-SHORT, LONG = 24, 800  # tokens
+SHORT = 24  # tokens
+LONG = 800  # tokens
 
 
 def ours(chat: Chat, num_tokens: int, _lock) -> None:
@@ -41,7 +42,8 @@ def naive(chat: Chat, num_tokens: int, lock) -> None:
 
 def latency(ask, chat: Chat, num_short: int, num_long: int) -> float:
     """Return the median seconds of the short replies, asked for together just after the long ones."""
-    lock, seconds = threading.Lock(), []
+    lock = threading.Lock()
+    seconds = []
 
     def user(num_tokens: int) -> None:
         begun = time.monotonic()
@@ -74,7 +76,8 @@ def main() -> None:
             latency(ask, chat, 1, 0)
             rounds = []
             for _ in range(3):
-                alone, together = latency(ask, chat, 1, 0), latency(ask, chat, num_short, 1)
+                alone = latency(ask, chat, 1, 0)
+                together = latency(ask, chat, num_short, 1)
                 rounds.append((together / alone, alone, together))
             ratio, alone, together = sorted(rounds)[1]
             users = f"1 long + {num_short} short"

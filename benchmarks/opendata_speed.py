@@ -94,7 +94,8 @@ def compare(source: str, folder: str, args: argparse.Namespace) -> None:
         results[name] = seconds, peak
         print(f"  {name:13} {args.num_records / seconds:9,.0f} records/s {seconds:7.1f} s {peak:7,.0f} MiB")
     if "load_dataset" in results and "convert" in results:
-        (seconds, peak), (peer_seconds, peer_peak) = results["convert"], results["load_dataset"]
+        seconds, peak = results["convert"]
+        peer_seconds, peer_peak = results["load_dataset"]
         print(f"  convert is {peer_seconds / seconds:.2f} times as fast with {peak / peer_peak:.2f} times the memory")
 
 
@@ -102,7 +103,8 @@ def measure(command: list[str], folder: str, name: str) -> tuple[float, float]:
     """Seconds, and the peak memory of the process tree in MiB (shared pages once, where the system can tell)."""
     with tempfile.TemporaryDirectory(dir=folder) as output:
         command = command + (["--output", output] if "sft.opendata" in command else [output])
-        began, peak = time.perf_counter(), 0
+        began = time.perf_counter()
+        peak = 0
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         while process.poll() is None:
             peak = max(peak, tree_memory(process.pid))

@@ -68,7 +68,8 @@ def floor(base: str, records: str, fast: bool) -> None:
         from gigatoken.gigatoken_rs import load_hf_json
 
         tokenizer = load_hf_json(tokenizer.to_str())
-    clock, tokens = CpuClock(), 0
+    clock = CpuClock()
+    tokens = 0
     for batch in batches(texts, 1000):
         if fast:
             tokens += sum(len(tokenizer.encode(text)) for text in batch)
@@ -82,7 +83,8 @@ def trl(base: str, records: str) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
-    tokenizer, model = AutoTokenizer.from_pretrained(base), AutoModelForCausalLM.from_pretrained(base)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    model = AutoModelForCausalLM.from_pretrained(base)
     with tempfile.TemporaryDirectory() as folder:
         settings = {"max_length": MAX_LENGTH, "packing": True, "assistant_only_loss": True}
         arguments = SFTConfig(output_dir=folder, use_cpu=True, report_to="none", disable_tqdm=True, **settings)
@@ -177,7 +179,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.measure:
         return measure(*args.measure)
-    base, records = build_base(), write_records(args.num_records)
+    base = build_base()
+    records = write_records(args.num_records)
     if args.chat_template:
         base = carry(base, args.chat_template)
     variants = {side: {"command": ("prepare_speed.py", "--measure", side, base, records)} for side in args.sides}

@@ -79,7 +79,8 @@ def size_of(path: Path) -> float:
 
 def measure(*command: object) -> dict[str, float]:
     """Run Python with `command`; return seconds, and the peak of its memory in MiB."""
-    began, peak = time.perf_counter(), 0
+    began = time.perf_counter()
+    peak = 0
     process = subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     while process.poll() is None:
         peak = max(peak, tree_memory(process.pid))

@@ -95,7 +95,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.against:
         return compare_checkouts(args.against, args.repeats)
-    base, records = build_base(), write_records(1000)
+    base = build_base()
+    records = write_records(1000)
     runs: dict[str, list[dict]] = {}
     for _ in range(args.repeats):
         with tempfile.TemporaryDirectory() as folder:

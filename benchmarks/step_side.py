@@ -53,7 +53,8 @@ class Examples(list):
 
 
 def make_examples(num_examples: int, vocab_size: int, max_length: int, seed: int) -> Examples:
-    random, examples = np.random.default_rng(seed), Examples()
+    random = np.random.default_rng(seed)
+    examples = Examples()
     for _ in range(num_examples):
         length = int(np.clip(random.lognormal(5.2, 0.85), 12, max_length))
         ids = random.integers(10, min(vocab_size, 30_000), length, dtype=np.int32)
@@ -66,7 +67,10 @@ class Clock(TrainerCallback):
     """Notes the time at each step's end; the collator adds the tokens of its batches."""
 
     def __init__(self):
-        self.times, self.tokens, self.graphs, self.collate = [], [], [], None
+        self.times = []
+        self.tokens = []
+        self.graphs = []
+        self.collate = None
 
     def count(self, batch: dict) -> dict:
         """Count tokens that are not padding; a packed row's padding is left in, as less than a hundredth."""
@@ -234,7 +238,8 @@ def main() -> None:
     examples = make_examples(sizes[0], model.config.vocab_size, *sizes[1:])
     with tempfile.TemporaryDirectory() as folder:
         trainer = SIDES[sys.argv[1]](settings, model, examples, folder)
-        clock, collate = Clock(), trainer.data_collator
+        clock = Clock()
+        collate = trainer.data_collator
         trainer.data_collator = lambda rows: clock.count(collate(rows))
         trainer.add_callback(clock)
         trainer.train()
@@ -246,7 +251,8 @@ def main() -> None:
 def numbers(settings: dict, clock: Clock) -> dict:
     """Sum up the measured steps; on a GPU with its peak memory."""
     per_step = np.reshape(clock.tokens[: len(clock.times) * settings["accumulation"]], (len(clock.times), -1)).sum(1)
-    first, last = clock.times[settings["warmup"] - 1], clock.times[-1]
+    first = clock.times[settings["warmup"] - 1]
+    last = clock.times[-1]
     found = {
         "tokens": int(per_step[settings["warmup"] :].sum()),
         "wall_seconds": last[0] - first[0],

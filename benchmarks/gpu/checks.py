@@ -185,7 +185,8 @@ def count_memory(text: str) -> dict:
     from sft.preview import memory, shape
 
     settings = json.loads(text)
-    rows, length = settings["rows"], settings["max_length"]
+    rows = settings["rows"]
+    length = settings["max_length"]
     step = shape.Step(rows, length, rows * length * 3 // 4, checkpointing=settings["checkpointing"], device=DEVICE)
     step = memory.replace(step, accumulation=settings["accumulation"], half=settings["bf16"])
     if ON_GPU and settings["checkpointing"]:
@@ -202,7 +203,8 @@ def compare_replies(base: str) -> dict:
     from sft.chat.sampling import Sampling
 
     chat = load_chat(base, chat_format="chatml", device=DEVICE)
-    length, sampling = (8, 128)[ON_GPU], Sampling(temperature=0.0, max_new_tokens=(8, 128)[ON_GPU])
+    length = (8, 128)[ON_GPU]
+    sampling = Sampling(temperature=0.0, max_new_tokens=(8, 128)[ON_GPU])
     messages = [{"role": "user", "content": "Tell me about the sea. " * 4}]
     prompt = torch.tensor([chat.prompt_ids(messages)], device=chat.model.device)
     found = {}

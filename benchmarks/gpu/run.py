@@ -42,8 +42,11 @@ class Results:
     """Rows of the table by part, written to a file after each."""
 
     def __init__(self, folder: Path, deadline: float):
-        self.folder, self.deadline, self.parts = folder, deadline, {}
-        self.began, self.lock = time.time(), threading.Lock()
+        self.folder = folder
+        self.deadline = deadline
+        self.parts = {}
+        self.began = time.time()
+        self.lock = threading.Lock()
         self.machine = describe_machine()
 
     def add(self, part: str, row: str, **found) -> None:

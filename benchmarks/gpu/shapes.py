@@ -38,7 +38,8 @@ def config_of(name: str, *, toy: bool, layers: int | None = None) -> dict:
 
 def parameters_in_products(name: str, config: dict) -> int | None:
     """Return the parameters that multiply each token, the head's included; None for mixtures of experts and hybrids."""
-    hidden, family = config["hidden_size"], config["model_type"]
+    hidden = config["hidden_size"]
+    family = config["model_type"]
     head = config["vocab_size"] * hidden
     layers = config["n_layer" if family == "bloom" else "num_hidden_layers"]
     if family == "bloom":

@@ -99,7 +99,9 @@ def _best_fit_decreasing(counts: np.ndarray, max_length: int) -> list[tuple[Patt
 
 def _fill(groups: list[tuple[Pattern, int]], by_length: np.ndarray, begin: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Put examples, taken in the order of `by_length`, into the groups; return them row by row, and each row's size."""
-    begin, blocks, sizes = begin.tolist(), [by_length[:0]], [begin[:0]]
+    blocks = [by_length[:0]]
+    sizes = [begin[:0]]
+    begin = begin.tolist()
     for pattern, num_rows in groups:
         columns = []
         for length, times in pattern:

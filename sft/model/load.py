@@ -317,7 +317,8 @@ def _liger_options(config) -> dict[str, bool]:
     It never looks at the activation. For experts it tries 160 variants in each process, multiplies fp32 in TF32, sums
     in any order, and computes gradients of frozen weights.
     """
-    text, options = config.get_text_config(), {"cross_entropy": False, "fused_linear_cross_entropy": False}
+    text = config.get_text_config()
+    options = {"cross_entropy": False, "fused_linear_cross_entropy": False}
     activation = getattr(text, "hidden_act", None) or getattr(text, "hidden_activation", None)
     has_experts = any(getattr(text, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
     if has_experts or activation not in ("silu", "swish"):

@@ -78,7 +78,8 @@ class Settings:
         """Return the flags that change what is computed: a resume must have the same."""
         groups = (self.model, self.data, self.training)
         metadata = {entry.name: entry.metadata for group in groups for entry in fields(group)} | OF_TRANSFORMERS
-        flags, same = self.by_name(), ("same", "same unless default")
+        flags = self.by_name()
+        same = ("same", "same unless default")
         found = {name: flags[name] for name, keys in metadata.items() if keys.get(RESUME) in same and name in flags}
         defaults = {entry.name: entry.default for group in groups for entry in fields(group)}
         later = [name for name in found if metadata[name][RESUME] != "same" and found[name] == defaults[name]]
@@ -114,7 +115,8 @@ def _make_settings(groups: tuple[type, type, type], given: dict[str, Any]) -> Se
     """Fill in what depends on the machine, and make an object of each group."""
     given["eval_strategy"] = given["eval_strategy"] or "epoch"
     if given["hub_token"]:  # transformers would pickle it into every checkpoint
-        os.environ["HF_TOKEN"], given["hub_token"] = given["hub_token"], None
+        os.environ["HF_TOKEN"] = given["hub_token"]
+        given["hub_token"] = None
     if (
         given["metric_for_best_model"] and given["greater_is_better"] is None
     ):  # transformers looks for "loss" at the end

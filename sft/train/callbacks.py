@@ -44,7 +44,8 @@ class Restore(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
-        trainer, progress = self.trainer, self.trainer.progress
+        trainer = self.trainer
+        progress = self.trainer.progress
         trainer.finite.broken_weight = trainer.bad_weight()
         if not progress.updates:
             return
@@ -71,7 +72,8 @@ class Restore(TrainerCallback):
 
     def take_new_flags(self, args) -> None:
         """Let allowed changes of the optimizer's flags take effect: a checkpoint brings the old ones with it."""
-        changed, scheduler = self.trainer.changed, self.trainer.lr_scheduler
+        changed = self.trainer.changed
+        scheduler = self.trainer.lr_scheduler
         for group in self.trainer.optimizer.param_groups:
             if "learning_rate" in changed:
                 group["lr"] = group["initial_lr"] = args.learning_rate
@@ -260,7 +262,8 @@ def offload_activations(model) -> str:
     With gradient checkpointing that is the input of each layer, and nearly all that is kept. torch's own `save_on_cpu`
     moves everything, also the rotary embeddings, which all layers have in common.
     """
-    size, contexts = model.config.get_text_config().hidden_size, []
+    size = model.config.get_text_config().hidden_size
+    contexts = []
 
     def pack(tensor):
         if tensor.ndim != 3 or tensor.shape[-1] != size:

@@ -163,7 +163,9 @@ def store_base(trainer: Trainer, run: Run) -> BaseIdentity:
 
 def say_opening(trainer: Trainer, run: Run, data: Data) -> None:
     """Print what goes in: ledger, one row with its trained tokens, mixture, tokens, steps, parameters."""
-    examples, rows, renderer = data.examples, data.rows, run.renderer
+    examples = data.examples
+    rows = data.rows
+    renderer = run.renderer
     for name, ledger in zip(("data", "held out"), data.ledgers.values(), strict=False):
         say("\n".join(f"{name}: {line}" for line in ledger_lines(ledger)))
     for line in describe_skipped(run.files.skipped):
