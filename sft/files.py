@@ -171,20 +171,16 @@ def exchange_names(left: Path, right: Path) -> None:
 
 def sync_file(path: Path) -> None:
     """Wait until a file's bytes are on the disk."""
-    _sync_path(path, os.O_RDONLY)
-
-
-def sync_folder(folder: Path) -> None:
-    """Wait until a folder's names are on the disk."""
-    _sync_path(folder, os.O_RDONLY | os.O_DIRECTORY)
-
-
-def _sync_path(path: Path, flags: int) -> None:
-    descriptor = os.open(path, flags)
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until a folder's names are on the disk."""
+    sync_file(folder)
 
 
 # --- one process of this machine at a time ------------------------------------------------------------------------
@@ -318,9 +314,17 @@ def try_lock(path: Path) -> dict | None:
         abandoned = not is_alive(holder) if is_known else clock - touched > STALE_SECONDS
         if not abandoned:
             return holder or {}
-        if _read_lock(path) == (holder, touched):
-            path.unlink(missing_ok=True)
+        _delete_abandoned(path, (holder, touched))
     return None
+
+
+def _delete_abandoned(path: Path, lock: tuple) -> None:
+    """Delete the lock file if it is still `lock`: of two that have read it, one may have a new lock there by now."""
+    with contextlib.suppress(FileNotFoundError), open(path, "r+b" if os.access(path, os.W_OK) else "rb") as stream:
+        with contextlib.suppress(OSError):  # a network file system without locks
+            fcntl.flock(stream, fcntl.LOCK_EX)
+        if os.path.samestat(os.fstat(stream.fileno()), path.stat()) and _read_lock(path) == lock:
+            path.unlink()
 
 
 def _create_lock(path: Path) -> float | None:
@@ -392,6 +396,11 @@ def _touch_until(path: Path, done: threading.Event) -> None:
 
 def release_lock(path: Path) -> None:
     """Delete the lock file if it is still this process's."""
-    holder, _touched = _read_lock(path)
-    if holder is not None and holder["pid"] == os.getpid() and is_local(holder):
+    if is_held(path):
         path.unlink(missing_ok=True)
+
+
+def is_held(path: Path) -> bool:
+    """Whether the lock file is this process's."""
+    holder, _touched = _read_lock(path)
+    return holder is not None and holder["pid"] == os.getpid() and is_local(holder)

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -167,6 +168,29 @@ def test_the_lock_of_a_dead_process_is_taken_over(tmp_path):
         assert files.try_lock(path) is None
         assert json.loads(path.read_text())["pid"] == os.getpid()
         path.unlink()
+
+
+def test_of_two_that_find_a_lock_abandoned_one_gets_it(tmp_path, monkeypatch):
+    """The second begins where the first has read the lock again, and is about to delete it."""
+    path = tmp_path / "lock"
+    path.write_text(json.dumps(finished_process()))
+    read = files._read_lock
+    found = []
+    second = threading.Thread(target=lambda: found.append(files.try_lock(path)))
+    reads = []
+
+    def read_and_start_second(lock):
+        result = read(lock)
+        reads.append(lock)
+        if len(reads) == 2:
+            second.start()
+            second.join(0.3)
+        return result
+
+    monkeypatch.setattr(files, "_read_lock", read_and_start_second)
+    found.append(files.try_lock(path))
+    second.join()
+    assert sum(holder is None for holder in found) == 1
 
 
 @pytest.mark.parametrize("other", [{"host": "elsewhere"}, {"namespace": "pid:[1]"}])

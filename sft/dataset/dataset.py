@@ -2,12 +2,12 @@
 
 import contextlib
 import ctypes
+import errno
 import hashlib
 import itertools
 import json
 import mmap
 import os
-import re
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -21,19 +21,18 @@ from sft.dataset import packing
 from sft.dataset.ledger import add_up, merge_ledger, new_ledger
 from sft.dataset.mixture import Mixture
 from sft.dataset.tokenise import ORIGIN, Part, make_tokeniser, pack_renderer, reading_options
-from sft.files import CACHE_DIR, hash_file, hold_lock, remove_abandoned, stage_folder, write_text
+from sft.files import CACHE_DIR, hash_file, hold_lock, is_held, remove_abandoned, stage_folder, write_text
 from sft.format.render import Renderer
 from sft.format.tokens import IGNORE_INDEX
 from sft.opendata.conversation import Conversation, read_conversations
 from sft.opendata.fields import FieldCounts
-from sft.opendata.files import EVAL, TRAIN, Work, cut_pieces, list_files, map_pieces, split_suffix
+from sft.opendata.files import Work, cut_pieces, map_pieces
 from sft.workers import Workers, choose_num_workers
 
 PROOF_SIZE = 16  # conversations of the data on which a bulk encoder must prove itself
 MAX_LENGTH = 2048  # tokens of a row, unless a flag names another
 STATISTICS = [("trained", "<i4"), ("replies", "<i4"), ("prompt", "<i4"), ("stops", "?")]
 EXAMPLES_AT_ONCE = 10_000
-MAX_TIMES_PER_EPOCH = 10_000  # that an epoch sees a file
 EXAMPLES_BETWEEN_RELEASES = 64  # examples read; one brings a MiB or two of the pages around it
 
 
@@ -176,44 +175,6 @@ def _read_statistics(ids: np.ndarray, in_loss: np.ndarray, starts: np.ndarray, s
     found["stops"] = np.isin(ids[closes[last_of_row]], stop_ids)
 
 
-def find_files(
-    data_path: Sequence[str], eval_data_path: Sequence[str] = (), replay_path: Sequence[str] = ()
-) -> tuple[dict[str, float | None], list[str]]:
-    """Return (training files, each with how often an epoch sees its examples, held-out files).
-
-    `belle.json@2x` is seen twice; a file of `replay_path` has None, its share decides. Beside a train.json, eval.json
-    is held out and never trained on. Raises ValueError when a path holds nothing, or when a file is there twice with
-    different times, or on both sides.
-    """
-    named = [(file, times) for path in data_path for file, times in _with_times(path)]
-    named += [(file, None) for path in replay_path for file in list_files(path)]
-    held_out = [file for path in eval_data_path for file in list_files(path)]
-    names = {file for file, _times in named}
-    beside = [file for file in names if Path(file).name == EVAL and str(Path(file).with_name(TRAIN)) in names]
-    train: dict[str, tuple[str, float | None]] = {}
-    for file, times in named:
-        if file not in beside and train.setdefault(os.path.realpath(file), (file, times))[1] != times:
-            other = train[os.path.realpath(file)][1]
-            asked = " and as ".join("replay" if often is None else f"@{often:g}x" for often in (other, times))
-            raise ValueError(f"{file}: is asked for as {asked}; name it once")
-    if both := train.keys() & {os.path.realpath(file) for file in held_out}:
-        raise ValueError(
-            f"{min(both)}: is in --data_path and in --eval_data_path; a held-out file must not be trained on"
-        )
-    return dict(train.values()), held_out + sorted(beside)
-
-
-def _with_times(text: str) -> list[tuple[str, float]]:
-    path, suffix = split_suffix(text)
-    times = float(suffix[:-1]) if re.fullmatch(r"\d+(\.\d+)?x", suffix) else 0.0
-    if suffix and not times:
-        hint = "; for a sample use sft.opendata" if re.fullmatch(r"\d+(\.\d+)?%?", suffix) else ""
-        raise ValueError(f"{text}: {suffix!r}: write the times per epoch, as in {path}@2x or {path}@0.5x{hint}")
-    if times > MAX_TIMES_PER_EPOCH:
-        raise ValueError(f"{text}: at most {MAX_TIMES_PER_EPOCH:,} times per epoch")
-    return [(file, times or 1.0) for file in list_files(path)]
-
-
 def prepare(
     files: Sequence[str],
     renderer: Renderer,
@@ -237,11 +198,13 @@ def prepare(
     same by the conversations' source; `source_names` are those that the examples' origins number.
     """
     reading = {"encoding": encoding, "reasoning": reasoning, "preference": preference}
+    before = _sizes_and_times(files)
     key = _cache_key(files, renderer, f"{max_length} {reading}")
     folder = Path(cache_dir).expanduser() / key
     if not folder.exists():
-        settings = {"max_length": max_length, "reading": reading, "num_workers": num_workers}
-        _build_once(files, renderer, folder, say=say, **settings)
+        settings = {"max_length": max_length, "reading": reading, "num_workers": num_workers, "before": before}
+        with _name_full_disk(folder.parent):
+            _build_once(files, renderer, folder, say=say, **settings)
     ledger = json.loads((folder / "ledger.json").read_text(encoding="utf-8"))
     starts = np.load(folder / "starts.npy")
     origins = np.load(folder / "origins.npy")
@@ -261,9 +224,15 @@ def _cache_key(files: Sequence[str], renderer: Renderer, settings: str) -> str:
     return hashlib.sha256(b"".join([json.dumps(parts).encode(), *code])).hexdigest()[:32]
 
 
+def _sizes_and_times(files: Sequence[str]) -> list[tuple[int, int]]:
+    """Return the size of each file in bytes, and when it was written in ns."""
+    return [(status.st_size, status.st_mtime_ns) for status in map(os.stat, files)]
+
+
 def _build_once(files: Sequence[str], renderer: Renderer, folder: Path, *, say: Callable, **settings) -> None:
     """Build the cache, or wait for the process that does; ValueError with its reason when that one failed."""
     folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = folder.with_suffix(".lock")
     failure = folder.with_suffix(".failed")
     waited_for = []
 
@@ -271,21 +240,34 @@ def _build_once(files: Sequence[str], renderer: Renderer, folder: Path, *, say: 
         waited_for.append(holder)
         say(f"waiting for process {holder.get('pid')} on {holder.get('host')}, which tokenises the same data")
 
-    with hold_lock(folder.with_suffix(".lock"), on_wait=wait_for):
-        if folder.name in os.listdir(folder.parent):  # a listing is new, where a network file system caches names
-            return
-        if waited_for and failure.is_file():
-            raise ValueError(failure.read_text(encoding="utf-8"))
-        failure.unlink(missing_ok=True)
-        remove_abandoned(folder)
-        try:
-            _build(files, renderer, folder, say=say, **settings)
-        except (ValueError, OSError) as error:
-            if folder.exists():  # frozen for so long that another process took over, and was faster
+    while True:
+        with hold_lock(lock, on_wait=wait_for):
+            if folder.name in os.listdir(folder.parent):  # a listing is new, where a network file system caches names
                 return
-            with contextlib.suppress(OSError):
-                write_text(failure, str(error))
+            if waited_for and failure.is_file():
+                raise ValueError(failure.read_text(encoding="utf-8"))
+            failure.unlink(missing_ok=True)
+            remove_abandoned(folder)
+            try:
+                with _name_full_disk(folder.parent):
+                    return _build(files, renderer, folder, say=say, **settings)
+            except (ValueError, OSError) as error:
+                if not is_held(lock):  # frozen for so long that another process took over: wait for that one
+                    continue
+                with contextlib.suppress(OSError):
+                    write_text(failure, str(error))
+                raise
+
+
+@contextlib.contextmanager
+def _name_full_disk(folder: Path) -> Iterator[None]:
+    """Raise ValueError, with the flag that names another folder, when the block finds the disk full."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
+        raise ValueError(f"--cache_dir {folder}: {error.strerror}; free space there, or name another folder") from error
 
 
 def _build(
@@ -296,6 +278,7 @@ def _build(
     max_length: int,
     reading: dict,
     num_workers: int | None,
+    before: list[tuple[int, int]],
     say: Callable,
 ) -> None:
     """Tokenise into a folder beside, and rename it; once more without the fast encoder if that was wrong."""
@@ -303,7 +286,7 @@ def _build(
     settings = {"max_length": max_length, "reading": reading, "num_workers": choose_num_workers(num_workers, num_bytes)}
     with stage_folder(folder) as staged:
         if files:
-            encoder = renderer.use_bulk_encoder(_read_first(files, renderer, reading), num_bytes)
+            encoder = _choose_encoder(files, renderer, reading, num_bytes)
             release_freed_memory()  # 100 MiB, of making the encoder's tables
             processes = f", in {settings['num_workers']} processes" if settings["num_workers"] > 1 else ""
             say(f"tokenising {len(files)} files with {encoder}{processes}")
@@ -313,6 +296,23 @@ def _build(
             say(f"{renderer.encoder} gives other ids at {error}; starting again without it")
             renderer.use_slow_encoder()
             _write(files, renderer, staged, **settings)
+        for file, then, now in zip(files, before, _sizes_and_times(files), strict=True):
+            if then != now:
+                raise ValueError(f"{file}: was changed while it was read; run again when it is complete")
+
+
+def _choose_encoder(files: Sequence[str], renderer: Renderer, reading: dict, num_bytes: int) -> str:
+    """Choose the fastest encoder that proves right, also on the first conversations; return its name.
+
+    Where the tokenizer fails on one of those, it is the slow one: it names the record when its turn comes.
+    """
+    sample = _read_first(files, renderer, reading)
+    try:
+        return renderer.use_bulk_encoder(sample, num_bytes)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException:  # a panic of a Rust library is no Exception
+        return renderer.use_slow_encoder()
 
 
 def _read_first(files: Sequence[str], renderer: Renderer, reading: dict) -> list[Conversation]:

@@ -1,9 +1,54 @@
 """Which examples an epoch takes: `--data_path belle.json@2x orca.json@0.5x`, and a fixed share of replay."""
 
+import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+
+from sft.opendata.files import EVAL, TRAIN, list_files, split_suffix
+
+MAX_TIMES_PER_EPOCH = 10_000  # that an epoch sees a file
+
+
+def find_files(
+    data_path: Sequence[str], eval_data_path: Sequence[str] = (), replay_path: Sequence[str] = ()
+) -> tuple[dict[str, float | None], list[str]]:
+    """Return (training files, each with how often an epoch sees its examples, held-out files).
+
+    `belle.json@2x` is seen twice; a file of `replay_path` has None, its share decides. Beside a train.json, eval.json
+    is held out and never trained on. Raises ValueError when a path holds nothing, or when a file is there twice with
+    different times, or on both sides.
+    """
+    named = [(file, times) for path in data_path for file, times in _with_times(path)]
+    named += [(file, None) for path in replay_path for file in list_files(path)]
+    held_out = [file for path in eval_data_path for file in list_files(path)]
+    names = {file for file, _times in named}
+    beside = [file for file in names if Path(file).name == EVAL and str(Path(file).with_name(TRAIN)) in names]
+    train: dict[str, tuple[str, float | None]] = {}
+    for file, times in named:
+        if file not in beside and train.setdefault(os.path.realpath(file), (file, times))[1] != times:
+            other = train[os.path.realpath(file)][1]
+            asked = " and as ".join("replay" if often is None else f"@{often:g}x" for often in (other, times))
+            raise ValueError(f"{file}: is asked for as {asked}; name it once")
+    if both := train.keys() & {os.path.realpath(file) for file in held_out}:
+        raise ValueError(
+            f"{min(both)}: is in --data_path and in --eval_data_path; a held-out file must not be trained on"
+        )
+    return dict(train.values()), held_out + sorted(beside)
+
+
+def _with_times(text: str) -> list[tuple[str, float]]:
+    path, suffix = split_suffix(text)
+    times = float(suffix[:-1]) if re.fullmatch(r"\d+(\.\d+)?x", suffix) else 0.0
+    if suffix and not times:
+        hint = "; for a sample use sft.opendata" if re.fullmatch(r"\d+(\.\d+)?%?", suffix) else ""
+        raise ValueError(f"{text}: {suffix!r}: write the times per epoch, as in {path}@2x or {path}@0.5x{hint}")
+    if times > MAX_TIMES_PER_EPOCH:
+        raise ValueError(f"{text}: at most {MAX_TIMES_PER_EPOCH:,} times per epoch")
+    return [(file, times or 1.0) for file in list_files(path)]
 
 
 @dataclass(frozen=True)

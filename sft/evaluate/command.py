@@ -19,7 +19,8 @@ from pathlib import Path
 from sft.base import hash_model
 from sft.chat.reply import Chat, Reply, add_model_flags, load_chat, model_options
 from sft.chat.sampling import GREEDY
-from sft.dataset.dataset import MAX_LENGTH, find_files
+from sft.dataset.dataset import MAX_LENGTH
+from sft.dataset.mixture import find_files
 from sft.dataset.tokenise import batches
 from sft.evaluate import judge, quick
 from sft.evaluate.endpoint import Calls, Endpoint, api_key, find_url_problem, read_calls

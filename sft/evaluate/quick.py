@@ -14,7 +14,8 @@ from pathlib import Path
 from statistics import fmean
 
 from sft.chat.reply import Chat, Reply
-from sft.dataset.dataset import find_files, prepare
+from sft.dataset.dataset import prepare
+from sft.dataset.mixture import find_files
 from sft.files import CACHE_DIR
 from sft.format.tokens import IGNORE_INDEX
 from sft.opendata.cleaning import HAN, count_han

@@ -101,7 +101,9 @@ class Guard:
     def __exit__(self, kind, error, trace) -> None:
         is_of_this_rank = self.stage == "training" and kind is not None and not issubclass(kind, (Stopped, UserError))
         if error is not None:
-            error.printed_by = "first rank" if issubclass(kind, UserError) else "all" if is_of_this_rank else "machines"
+            error.printed_by = "all" if is_of_this_rank else "machines"
+            if isinstance(error, UserError):
+                error.printed_by = "first rank"
         self.stage = "done"
         self._active = False
         signal.set_wakeup_fd(self._wakeup)

@@ -17,7 +17,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 
 from sft.checkpoint.manifest import find_incomplete
 from sft.checkpoint.save import check_folder, check_output_dir, find_path_fault
-from sft.dataset.dataset import find_files
+from sft.dataset.mixture import find_files
 from sft.format.table import FORMAT_NAMES, TURNS_TO_TRAIN
 from sft.launch.deepspeed import check_deepspeed_config
 from sft.launch.environment import find_launcher_problems

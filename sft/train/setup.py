@@ -21,8 +21,8 @@ from sft.base import check_base
 from sft.checkpoint.manifest import find_checkpoint, find_damage, has_optimizer
 from sft.checkpoint.resume import make_fingerprint, read_fingerprint
 from sft.checkpoint.save import recover_checkpoint
-from sft.dataset.dataset import Examples, TrainingRows, file_hashes, find_files
-from sft.dataset.mixture import mix
+from sft.dataset.dataset import Examples, TrainingRows, file_hashes
+from sft.dataset.mixture import find_files, mix
 from sft.format.contract import check_contract, check_saved, check_variables, pick_conversations
 from sft.format.render import Renderer
 from sft.launch.deepspeed import zero_stage

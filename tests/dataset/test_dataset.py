@@ -1,6 +1,7 @@
 """Every conversation is kept or counted, with its file and line."""
 
 import copy
+import errno
 import json
 import os
 import re
@@ -13,9 +14,10 @@ import numpy as np
 import pytest
 
 from sft.dataset import dataset
-from sft.dataset.dataset import Examples, TrainingRows, file_hashes, find_files, prepare
+from sft.dataset.dataset import Examples, TrainingRows, file_hashes, prepare
 from sft.dataset.ledger import check_losses, ledger_lines
 from sft.dataset.tokenise import BATCH_SIZE, batches
+from sft.files import this_process
 from sft.format.render import Renderer
 from sft.format.tokens import IGNORE_INDEX, empty_row
 from sft.opendata.fields import RecordError
@@ -130,34 +132,6 @@ def test_examples_slice_the_flat_arrays_and_end_at_the_last():
         examples[2]
 
 
-def test_the_held_out_file_beside_the_training_file_is_never_trained_on(tmp_path):
-    for name in ("train.json", "eval.json", "more.json"):
-        write_lines(tmp_path / name, [record("q", "a")])
-    train, held_out = find_files([str(tmp_path)])
-    assert [file.rsplit("/")[-1] for file in train] == ["more.json", "train.json"]
-    assert [file.rsplit("/")[-1] for file in held_out] == ["eval.json"]
-
-
-def test_a_file_named_twice_is_read_once_and_given_held_out_files_join_those_that_lie_beside(tmp_path):
-    for name in ("train.json", "eval.json"):
-        write_lines(tmp_path / name, [record("q", "a")])
-    other = write_lines(tmp_path / "other.jsonl", [record("x", "y")])
-    path = str(tmp_path / "train.json")
-    train, _ = find_files([path, str(tmp_path / "work" / ".." / "train.json")])
-    assert len(train) == 1
-    (tmp_path / "data").mkdir()
-    for name in ("train.json", "eval.json"):
-        os.rename(tmp_path / name, tmp_path / "data" / name)
-    _, held_out = find_files([str(tmp_path / "data")], [other])
-    assert [file.rsplit("/")[-1] for file in held_out] == ["other.jsonl", "eval.json"]
-
-
-def test_a_file_on_both_sides_is_refused(tmp_path):
-    file = write_lines(tmp_path / "a.json", [record("q", "a")])
-    with pytest.raises(ValueError, match="a held-out file must not be trained on"):
-        find_files([file], [str(tmp_path)])
-
-
 def test_batches_cut_a_stream_without_losing_its_end():
     assert list(batches(range(5), 2)) == [[0, 1], [2, 3], [4]]
 
@@ -250,6 +224,61 @@ def test_a_failure_is_written_down_and_what_a_killed_process_left_is_removed(tmp
     (cache / f".{failure.stem}.dead.partial").mkdir()
     prepare([file], renderer, max_length=64)
     assert [path.name for path in cache.iterdir()] == [failure.stem]
+
+
+def test_a_full_disk_is_named_with_the_flag_for_another(tmp_path, renderer, cache, monkeypatch):
+    file = write_lines(tmp_path / "a.json", [record("q", "a")])
+
+    def find_disk_full(*_arguments, **_settings):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for name in ("_write", "write_text", "hold_lock"):
+        monkeypatch.setattr(dataset, name, find_disk_full)
+        with pytest.raises(
+            ValueError, match=r"^--cache_dir \.cache: No space left on device; free space there, or name"
+        ):
+            prepare([file], renderer, max_length=64)
+    assert [path for path in cache.iterdir() if path.suffix != ".failed"] == []
+
+
+def test_a_file_that_is_written_to_while_it_is_read_is_refused(tmp_path, renderer, cache, monkeypatch):
+    """Else the cache of its first content would hold the later one."""
+    file = write_lines(tmp_path / "a.json", [record("q", "a")])
+    write = dataset._write
+
+    def write_late(*arguments, **settings):
+        write_lines(tmp_path / "a.json", [record("q", "a"), record("q", "b")])
+        write(*arguments, **settings)
+
+    with monkeypatch.context() as patched, pytest.raises(ValueError, match=r"a\.json: was changed while it was read"):
+        patched.setattr(dataset, "_write", write_late)
+        prepare([file], renderer, max_length=64)
+    assert len(prepare([file], renderer, max_length=64)[0]) == 2
+
+
+def test_a_process_whose_lock_another_took_over_waits_for_that_one(tmp_path, renderer, cache, monkeypatch):
+    """It was frozen, and its files are gone when it continues."""
+    file = write_lines(tmp_path / "a.json", [record("q", "a")])
+    prepare([file], renderer, max_length=64)
+    (folder,) = (path for path in cache.iterdir() if path.is_dir())
+    folder.rename(tmp_path / "made")
+    lock = folder.with_suffix(".lock")
+
+    def lose_lock(*_arguments, **_settings):
+        lock.write_text(json.dumps({**this_process(), "host": "node2", "pid": 7}))
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory", "starts.npy")
+
+    said = []
+
+    def finish(text):
+        said.append(text)
+        if text.startswith("waiting"):
+            (tmp_path / "made").rename(folder)
+            lock.unlink()
+
+    monkeypatch.setattr(dataset, "_write", lose_lock)
+    assert len(prepare([file], renderer, max_length=64, say=finish)[0]) == 1
+    assert said[1:] == ["waiting for process 7 on node2, which tokenises the same data"]
 
 
 def test_a_change_of_the_same_size_and_time_is_seen(tmp_path, renderer):

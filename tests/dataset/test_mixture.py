@@ -1,13 +1,14 @@
 """Which examples an epoch takes: times per epoch, replay, and a number of rows that stays."""
 
 import json
+import os
 from collections import Counter
 
 import numpy as np
 import pytest
 
-from sft.dataset.dataset import Examples, TrainingRows, find_files
-from sft.dataset.mixture import Mixture, Part, mix, mixture_table
+from sft.dataset.dataset import Examples, TrainingRows
+from sft.dataset.mixture import Mixture, Part, find_files, mix, mixture_table
 
 
 def examples_of(lengths: list[int]) -> Examples:
@@ -96,6 +97,34 @@ def test_times_are_written_after_the_path_of_a_file_a_folder_or_a_glob(tmp_path)
     found, beside = find_files([f"{tmp_path}/a@3x", f"{tmp_path}/b/*.json@0.5x", odd], (), [str(tmp_path / "old")])
     assert found == {one: 3.0, two: 0.5, odd: 1.0, old: None}
     assert beside == [held_out]
+
+
+def test_the_held_out_file_beside_the_training_file_is_never_trained_on(tmp_path):
+    for name in ("train.json", "eval.json", "more.json"):
+        write(tmp_path / name)
+    train, held_out = find_files([str(tmp_path)])
+    assert [file.rsplit("/")[-1] for file in train] == ["more.json", "train.json"]
+    assert [file.rsplit("/")[-1] for file in held_out] == ["eval.json"]
+
+
+def test_a_file_named_twice_is_read_once_and_given_held_out_files_join_those_that_lie_beside(tmp_path):
+    for name in ("train.json", "eval.json"):
+        write(tmp_path / name)
+    other = write(tmp_path / "other.jsonl")
+    (tmp_path / "data").mkdir()
+    path = str(tmp_path / "train.json")
+    train, _ = find_files([path, str(tmp_path / "data" / ".." / "train.json")])
+    assert len(train) == 1
+    for name in ("train.json", "eval.json"):
+        os.rename(tmp_path / name, tmp_path / "data" / name)
+    _, held_out = find_files([str(tmp_path / "data")], [other])
+    assert [file.rsplit("/")[-1] for file in held_out] == ["other.jsonl", "eval.json"]
+
+
+def test_a_file_on_both_sides_is_refused(tmp_path):
+    file = write(tmp_path / "a.json")
+    with pytest.raises(ValueError, match="a held-out file must not be trained on"):
+        find_files([file], [str(tmp_path)])
 
 
 @pytest.mark.parametrize(

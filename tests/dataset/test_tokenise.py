@@ -99,3 +99,18 @@ def test_a_record_on_which_the_tokenizer_fails_is_named(tmp_path, tokenizer_of, 
         prepare([file], renderer, max_length=128, cache_dir=str(cache), num_workers=num_workers)
     assert str(caught.value).startswith(f"{file} line 151: the tokenizer fails on this record (RuntimeError: index out")
     assert [path.suffix for path in cache.iterdir()] == [".failed"]
+
+
+def test_a_record_at_the_beginning_on_which_the_tokenizer_fails_is_named(tmp_path, tokenizer_of, monkeypatch):
+    """The encoder proves itself on the first records; a panic of a Rust library is no Exception."""
+    file = write_lines(tmp_path / "a.jsonl", [record(n, "boom" if n == 2 else "") for n in range(20)])
+    render_rows = Renderer.render_rows
+
+    def fail(renderer, batch, **options):
+        if "boom" in str(batch):
+            raise BaseException("index out of range")
+        return render_rows(renderer, batch, **options)
+
+    monkeypatch.setattr(Renderer, "render_rows", fail)
+    with pytest.raises(ValueError, match=r"a\.jsonl line 3: the tokenizer fails on this record \(BaseException: index"):
+        prepare([file], Renderer(tokenizer_of("qwen2"), "chatml"), max_length=128, cache_dir=str(tmp_path / "cache"))
