@@ -368,10 +368,9 @@ def _name_differences(first: Mapping[str, Any], other: Mapping[str, Any]) -> lis
     names = []
     for name in sorted(first.keys() | other.keys()):
         values = first.get(name), other.get(name)
-        if values[0] == values[1]:
-            continue
-        is_nested = all(isinstance(value, dict) for value in values)
-        names.append(f"{name} ({', '.join(_name_differences(*values))})" if is_nested else name)
+        if values[0] != values[1]:
+            is_nested = all(isinstance(value, dict) for value in values)
+            names.append(f"{name} ({', '.join(_name_differences(*values))})" if is_nested else name)
     return names
 
 
