@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 PARTIAL = ".partial"  # the end of every temporary name
 CACHE_DIR = ".cache"  # of tokenised data and hashes, unless a flag names another
@@ -129,27 +129,6 @@ def move_files(staged: Path, folder: Path, names: Sequence[str]) -> None:
         sync_file(staged / name)
         os.replace(staged / name, folder / name)
     sync_folder(folder)
-
-
-class LinesFile:
-    """A file that is written in lines, with its digest; it may be read meanwhile."""
-
-    def __init__(self, path: Path):
-        self.file = open(path, "w+b")  # noqa: SIM115
-        self.sha256 = hashlib.sha256()
-        self.num_records = 0
-        self.num_bytes = 0
-
-    def write(self, lines: Sequence[bytes]) -> None:
-        data = b"".join(lines)
-        self.file.write(data)
-        self.sha256.update(data)
-        self.num_records += len(lines)
-        self.num_bytes += len(data)
-
-    def close(self) -> dict[str, Any]:
-        self.file.close()
-        return {"records": self.num_records, "bytes": self.num_bytes, "sha256": self.sha256.hexdigest()}
 
 
 def hash_file(path: str | Path) -> str:

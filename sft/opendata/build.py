@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sft.files import LinesFile, exchange_names, lock_stream, move_files, open_whole, sync_folder
+from sft.files import exchange_names, lock_stream, move_files, open_whole, sync_folder
 from sft.opendata.cleaning import (
     RULES,
     NearDuplicates,
@@ -30,6 +30,7 @@ from sft.opendata.files import (
     LEDGER,
     REJECTS,
     TRAIN,
+    LinesFile,
     Samples,
     Source,
     Work,

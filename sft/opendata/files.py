@@ -368,3 +368,27 @@ class Samples:
 def hash_to_share(text: str) -> float:
     """A number in [0, 1) that depends on nothing but the text."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) / 2**64
+
+
+# --- Files that are written
+
+
+class LinesFile:
+    """A file that is written in lines, with its digest; it may be read meanwhile."""
+
+    def __init__(self, path: Path):
+        self.file = open(path, "w+b")  # noqa: SIM115
+        self.sha256 = hashlib.sha256()
+        self.num_records = 0
+        self.num_bytes = 0
+
+    def write(self, lines: Sequence[bytes]) -> None:
+        data = b"".join(lines)
+        self.file.write(data)
+        self.sha256.update(data)
+        self.num_records += len(lines)
+        self.num_bytes += len(data)
+
+    def close(self) -> dict[str, Any]:
+        self.file.close()
+        return {"records": self.num_records, "bytes": self.num_bytes, "sha256": self.sha256.hexdigest()}
