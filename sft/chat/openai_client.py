@@ -35,16 +35,17 @@ class LimitError(httpx2.DecodingError):
     """A response beyond its limits, or without the form that it must have. The client retries it."""
 
 
-class _Meter:
-    """Counts the bytes of a response; raises at its limits."""
+class _LimitedStream(httpx2.SyncByteStream, httpx2.AsyncByteStream):
+    """The body of a response; counts its bytes and raises at its limits."""
 
-    def __init__(self, limits: ResponseLimits):
+    def __init__(self, stream, limits: ResponseLimits):
+        self.stream = stream
         self.limits = limits
         self.deadline = time.monotonic() + limits.seconds
         self.num_bytes = 0
         self.line_bytes = 0
 
-    def count(self, part: bytes) -> bytes:
+    def _count(self, part: bytes) -> bytes:
         self.num_bytes += len(part)
         newline = part.rfind(b"\n")
         self.line_bytes = self.line_bytes + len(part) if newline < 0 else len(part) - newline - 1
@@ -56,19 +57,13 @@ class _Meter:
             raise httpx2.ReadTimeout(f"not all there after {self.limits.seconds:.0f} seconds")
         return part
 
-
-class _LimitedStream(httpx2.SyncByteStream, httpx2.AsyncByteStream):
-    def __init__(self, stream, limits: ResponseLimits):
-        self.stream = stream
-        self.meter = _Meter(limits)
-
     def __iter__(self) -> Iterator[bytes]:
         for part in self.stream:
-            yield self.meter.count(part)
+            yield self._count(part)
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         async for part in self.stream:
-            yield self.meter.count(part)
+            yield self._count(part)
 
     def close(self) -> None:
         self.stream.close()

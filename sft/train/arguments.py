@@ -17,7 +17,7 @@ from transformers import HfArgumentParser
 from sft.launch.deepspeed import deepspeed_config, start_deepspeed_on_cpu
 from sft.launch.environment import complete_single_process, read_launcher_flags
 from sft.model.load import choose_compute
-from sft.train.checks import check_arguments, check_buildable
+from sft.train.checks import FLAGS, check_arguments, check_buildable
 
 # Keys of a field's metadata: the values that it allows.
 LIMITS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
@@ -26,35 +26,7 @@ LIMITS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le,
 RESUME = "resume"
 # The same for flags that train.py leaves as transformers has them. All others (logging, saving, evaluation, paths)
 # don't change what is computed, and may differ freely in a resumed run.
-OF_TRANSFORMERS = {
-    "per_device_train_batch_size": {"at_least": 1, RESUME: "same"},
-    "gradient_accumulation_steps": {"at_least": 1, RESUME: "same"},
-    "per_device_eval_batch_size": {"at_least": 1},
-    "seed": {"at_least": 0, "below": 2**32, RESUME: "same"},
-    "data_seed": {"at_least": 0, "below": 2**32, RESUME: "same"},
-    "max_steps": {"at_least": -1, RESUME: "same"},
-    "weight_decay": {"at_least": 0, RESUME: "same"},
-    "max_grad_norm": {"at_least": 0, RESUME: "same"},
-    "label_smoothing_factor": {"at_least": 0, "below": 1, RESUME: "same"},
-    "neftune_noise_alpha": {"at_least": 0, RESUME: "same"},
-    **{
-        name: {RESUME: "same"}
-        for name in (
-            *("train_sampling_strategy", "dataloader_drop_last", "num_train_epochs", "lr_scheduler_kwargs"),
-            *("optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "bf16", "fp16", "tf32"),
-            "use_liger_kernel",
-        )
-    },
-    "full_determinism": {RESUME: "same unless default"},
-    "save_steps": {"above": 0},
-    "eval_steps": {"above": 0},
-    "eval_delay": {"at_least": 0},
-    "eval_accumulation_steps": {"at_least": 1},
-    "dataloader_num_workers": {"at_least": 0},
-    "dataloader_prefetch_factor": {"at_least": 1},
-    "ddp_timeout": {"at_least": 1},
-    "torch_empty_cache_steps": {"at_least": 1},
-}
+OF_TRANSFORMERS = FLAGS["of_transformers"]
 
 
 def flag(default: Any, help: str, **metadata: Any) -> Any:

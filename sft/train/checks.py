@@ -28,10 +28,10 @@ from sft.opendata.fields import check_choices
 
 # "no_effect": flags of transformers that would change nothing here, or break: the values that are refused (null: any),
 # and why. "needs": flags that change something only beside another one; a launcher may give both, and a user take the
-# other one back.
-_FLAGS = json.loads(Path(__file__).with_name("flags.json").read_text(encoding="utf-8"))
-NO_EFFECT = _FLAGS["no_effect"]
-NEEDS = _FLAGS["needs"]
+# other one back. "of_transformers": limits and whether a resume must have the same value, as in a field's metadata.
+FLAGS = json.loads(Path(__file__).with_name("flags.json").read_text(encoding="utf-8"))
+NO_EFFECT = FLAGS["no_effect"]
+NEEDS = FLAGS["needs"]
 TOKEN_COUNTS = ("all", "non_padding", "no", "true", "false")
 METRICS = ("loss", "perplexity", "token_accuracy")  # of the held-out rows; and loss/SOURCE for each source
 NEEDS_THE_MODEL = ("lomo", "adalomo")  # optimizers that can't be built without it

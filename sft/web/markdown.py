@@ -113,8 +113,8 @@ def _markdown() -> MarkdownIt:
         inline.push(name, rule)
     markdown.core.ruler.before("inline", "as_written", _keep_spaces)
     markdown.core.ruler.push("wrap", _wrap_texts)
-    for name in ("fence", "formula", "formula_block", "link_open", "list_item_open"):
-        markdown.add_render_rule(name, globals()[f"_render_{name}"])
+    for name, rule in RENDER_RULES.items():
+        markdown.add_render_rule(name, rule)
     return markdown
 
 
@@ -318,11 +318,8 @@ def _render_fence(_renderer, tokens: list[Token], index: int, _options, _env) ->
 
 
 def _render_formula(_renderer, tokens: list[Token], index: int, _options, _env) -> str:
-    return f'<span class="formula">{escape(tokens[index].content)}</span>'
-
-
-def _render_formula_block(_renderer, tokens: list[Token], index: int, _options, _env) -> str:
-    return f'<div class="formula">{escape(tokens[index].content)}</div>\n'
+    tag, end = ("div", "\n") if tokens[index].type == "formula_block" else ("span", "")
+    return f'<{tag} class="formula">{escape(tokens[index].content)}</{tag}>{end}'
 
 
 def _render_link_open(_renderer, tokens: list[Token], index: int, _options, _env) -> str:
@@ -337,3 +334,12 @@ def _render_list_item_open(_renderer, tokens: list[Token], index: int, _options,
         return "<li>"
     style = ' class="parenthesis"' if token.markup == ")" else ""
     return f'<li value="{int(token.info)}"{style}>'
+
+
+RENDER_RULES = {
+    "fence": _render_fence,
+    "formula": _render_formula,
+    "formula_block": _render_formula,
+    "link_open": _render_link_open,
+    "list_item_open": _render_list_item_open,
+}
