@@ -86,6 +86,13 @@ def describe_resume(changed: Sequence[str], *, on_gpu: bool, deterministic: bool
     return "the resumed run will equal one that never stopped to the bit"
 
 
+def has_other_layout(checkpoint: str, now: dict) -> bool:
+    """Whether ZeRO writes, or wrote, a checkpoint in other slices than the run of the fingerprint `now` does."""
+    then = read_fingerprint(checkpoint)["exact"]
+    is_same = all(then[name] == now["exact"][name] for name in ("zero_stage", "world_size"))
+    return not is_same and bool(then["zero_stage"] or now["exact"]["zero_stage"])
+
+
 def read_fingerprint(checkpoint: str) -> dict:
     return json.loads((Path(checkpoint) / FINGERPRINT).read_text(encoding="utf-8"))
 

@@ -181,6 +181,17 @@ class PlainCheckpoint:
         raise ValueError(f"{name} is not in the checkpoint's weights")
 
 
+def load_checkpoint(folder: Path, model, optimizer, *, decayed: Sequence[str]) -> None:
+    """Load weights and moments as `load_into`, whoever wrote them; `decayed`: the parameters with weight decay."""
+    if (folder / "latest").is_file():
+        source = Shards(folder)
+    else:
+        names = [name for name, _parameter in _trained_parameters(getattr(model, "module", model))]
+        groups = [[name for name in names if (name in decayed) is wanted] for wanted in (True, False)]
+        source = PlainCheckpoint(folder, groups)
+    load_into(model, optimizer, source)
+
+
 def load_into(model, optimizer, source: Shards | PlainCheckpoint) -> None:
     """Copy weights and moments into a model and its AdamW, under ZeRO-2, ZeRO-3 or neither.
 

@@ -17,6 +17,7 @@ from transformers import ProgressCallback
 from sft.checkpoint import zero
 from sft.checkpoint.background import BackgroundSaves
 from sft.checkpoint.manifest import FINGERPRINT, PROGRESS, read_manifest
+from sft.checkpoint.resume import has_other_layout
 from sft.checkpoint.save import (
     SAVING,
     check_disk_space,
@@ -152,28 +153,25 @@ class Trainer(FastTrainer):
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         """Load a checkpoint as it is; or take it apart, when another number of processes or ZeRO stage wrote it."""
-        if resume_from_checkpoint is None or not self._is_laid_out_anew(Path(resume_from_checkpoint)):
+        if resume_from_checkpoint is None or not has_other_layout(resume_from_checkpoint, self.fingerprint):
             with zero.safe_deepspeed_loading(self.is_deepspeed_enabled):
                 return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         folder = Path(resume_from_checkpoint)
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
-        decayed = set(self.get_decay_parameter_names(self.model))
-        names = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
-        groups = [[name for name in names if (name in decayed) is wanted] for wanted in (True, False)]
-        source = zero.Shards(folder) if (folder / "latest").is_file() else zero.PlainCheckpoint(folder, groups)
-        zero.load_into(self.model_wrapped if self.is_deepspeed_enabled else self.model, self.optimizer, source)
+        self._load_other_layout(folder)
         self.lr_scheduler.load_state_dict(zero.load_safely(folder / "scheduler.pt"))
         return prepared
+
+    def _load_other_layout(self, folder: Path) -> None:
+        """Load weights and moments of a checkpoint by their names, from slices of any number of processes."""
+        model = self.model_wrapped if self.is_deepspeed_enabled else self.model
+        zero.load_checkpoint(folder, model, self.optimizer, decayed=self.get_decay_parameter_names(self.model))
 
     def _issue_warnings_after_load(self, load_result) -> None:
         """Leave out tied weights, which a checkpoint holds once: transformers 5.23 warns that they are missing."""
         tied = getattr(self.model, "all_tied_weights_keys", None) or {}
         load_result.missing_keys[:] = [name for name in load_result.missing_keys if name not in tied]
         super()._issue_warnings_after_load(load_result)
-
-    def _is_laid_out_anew(self, folder: Path) -> bool:
-        sharded = (folder / "latest").is_file()
-        return sharded != self.is_deepspeed_enabled or (sharded and bool(self.changed & {"world_size", "zero_stage"}))
 
     # --- the end of a step ---
 
@@ -324,8 +322,10 @@ class Trainer(FastTrainer):
     def _load_best_model(self) -> None:
         self.saves.finish()
         check_best_checkpoint(self)
+        if has_other_layout(self.state.best_model_checkpoint, self.fingerprint):
+            return self._load_other_layout(Path(self.state.best_model_checkpoint))
         with zero.safe_deepspeed_loading(self.is_deepspeed_enabled):
-            super()._load_best_model()
+            return super()._load_best_model()
 
     def open_staging(self, needed: int, what: str) -> Path:
         """Empty the folder for what is being saved, when the disk has room for `needed` bytes more."""

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 import train
 from sft.checkpoint.consolidate import consolidate
 from sft.checkpoint.manifest import find_checkpoint, hash_files, write_manifest
-from sft.checkpoint.resume import check_unchanged, compare_fingerprints, describe_resume
+from sft.checkpoint.resume import check_unchanged, compare_fingerprints, describe_resume, has_other_layout
 from sft.checkpoint.save import list_files
 from sft.launch.processes import Guard, UserError
 from sft.train import trainer
@@ -376,6 +376,19 @@ def test_another_number_of_gpus_to_a_row_is_refused_and_allowed_with_its_batch(t
 
 
 # --- two processes, for real --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "is_other"),
+    [
+        *(((2, 2), (2, 2), False), ((2, 2), (2, 4), True), ((2, 2), (3, 2), True), ((2, 2), (0, 1), True)),
+        *(((0, 1), (2, 1), True), ((0, 1), (0, 2), False)),
+    ],
+)
+def test_slices_of_zero_are_others_with_another_stage_or_number_of_processes(then, now, is_other, tmp_path):
+    found, expected = ({"exact": dict(zip(("zero_stage", "world_size"), of, strict=True))} for of in (then, now))
+    (tmp_path / "fingerprint.json").write_text(json.dumps(found))
+    assert has_other_layout(str(tmp_path), expected) is is_other
 
 
 def start(output: Path, base: Path, data: Path, *flags: str, zero: str, **knobs: str) -> subprocess.Popen:
