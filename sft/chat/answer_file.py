@@ -21,22 +21,26 @@ from sft.chat.reply import Asked, Chat
 from sft.chat.sampling import BLOSSOM, Sampling
 from sft.files import LineLog, open_whole
 from sft.opendata.conversation import check_messages, read_record
-from sft.opendata.fields import SYSTEM_KEYS, RecordError, name_type
+from sft.opendata.fields import CHOSEN_KEYS, REJECTED_KEYS, FieldCounts, RecordError, find_form, list_counts, name_type
 from sft.opendata.records import split_file
 
-QUESTION_KEYS = ("prompt", "instruction", "query", "question")
+# The keys of a lone question, with that of the answer which makes it a record of a form of the training data.
+QUESTION_KEYS = {"prompt": "completion", "instruction": "output", "query": "response", "question": "answer"}
 ANSWER_KEYS = ("input", "output", "completion", "response", "answer")
 
 
-def read_questions(source: str, system: str | None = None) -> Iterator[tuple[int | str, Asked]]:
+def read_questions(
+    source: str, system: str | None = None, counts: FieldCounts | None = None
+) -> Iterator[tuple[int | str, Asked]]:
     """Yield each record's line and its messages, `system` in front where they have none.
 
     A record with tools or `chat_template_kwargs` of its own is yielded as an object that has them beside its messages.
-    Raises ValueError with file and line for the first record that holds no question.
+    Fields that are not read are counted in `counts`. Raises ValueError with file and line for the first record that
+    holds no question.
     """
     for raw in split_file(source, parse=True):
         try:
-            asked = to_prompt(raw.parse(), source=source, line=raw.line)
+            asked = to_prompt(raw.parse(), source=source, line=raw.line, counts=counts)
         except RecordError as error:
             raise ValueError(f"{source} line {raw.line}: {error}") from None
         messages = messages_of(asked)
@@ -49,17 +53,23 @@ def messages_of(asked: Asked) -> list[dict]:
     return asked["messages"] if isinstance(asked, dict) else asked
 
 
-def to_prompt(record: object, *, source: str = "record", line: int | str = 1) -> Asked:
+def to_prompt(
+    record: object, *, source: str = "record", line: int | str = 1, counts: FieldCounts | None = None
+) -> Asked:
     """Read a question: a record of any raw form, without its last reply, or an object with a lone prompt."""
     variables = record.get("chat_template_kwargs") if isinstance(record, dict) else None
     if variables is not None and not isinstance(variables, dict):
         raise RecordError("chat_template_kwargs", f"is {name_type(variables)}; write an object of template variables")
-    if isinstance(record, dict) and not any(record.get(key) for key in ANSWER_KEYS):
-        lone = [record[key] for key in QUESTION_KEYS if isinstance(record.get(key), str)]
-        if len(lone) == 1:
-            record = {key: record[key] for key in (*SYSTEM_KEYS, "tools") if key in record}
-            record["messages"] = [{"role": "user", "content": lone[0]}]
-    read = read_record(record, source=source, line=line)
+    if isinstance(record, dict):
+        left_out = ["label", "chat_template_kwargs"]
+        lone = [key for key in QUESTION_KEYS if isinstance(record.get(key), str)]
+        is_lone = len(lone) == 1 and not any(record.get(key) for key in ANSWER_KEYS)
+        left_out += (*CHOSEN_KEYS, *REJECTED_KEYS) if is_lone else ()
+        record = {key: value for key, value in record.items() if key not in left_out}
+        if is_lone and find_form(record) is None:
+            has_context = lone == ["instruction"] and record.get("context")
+            record["response" if has_context else QUESTION_KEYS[lone[0]]] = "…"
+    read = read_record(record, source=source, line=line, preference="chosen", counts=counts)
     messages = read["messages"]
     tools = read.get("tools")
     while messages and messages[-1]["role"] == "assistant":
@@ -72,14 +82,16 @@ def to_prompt(record: object, *, source: str = "record", line: int | str = 1) ->
     return {"messages": messages, **own} if own else messages
 
 
-def check_questions(source: str, system: str | None, check: Callable[[list[dict]], object]) -> tuple[int, str]:
+def check_questions(
+    source: str, system: str | None, check: Callable[[list[dict]], object], counts: FieldCounts | None = None
+) -> tuple[int, str]:
     """Read a file once and `check` each conversation; return how many there are and a hash of them all.
 
     Raises ValueError with file and line for a conversation that can't be answered, before any is answered.
     """
     count = 0
     digest = hashlib.sha256()
-    for line, messages in read_questions(source, system):
+    for line, messages in read_questions(source, system, counts):
         try:
             check(messages)
         except ValueError as error:
@@ -183,7 +195,10 @@ def answer_missing(
     for position, reply in reply_each(missing()):
         question = asked.pop(position)
         own = question if isinstance(question, dict) else {}
-        messages = [*messages_of(question), reply.message or {"role": "assistant", "content": reply.text}]
+        message = reply.message or {"role": "assistant", "content": reply.text}
+        if not reply.ended:  # as training data it would teach to stop there
+            message = {**message, "train": False}
+        messages = [*messages_of(question), message]
         partial.keep(position, {**own, "messages": messages, "ended": reply.ended, "num_tokens": reply.num_tokens})
         yield reply
 
@@ -229,7 +244,10 @@ def reply_to_file(
         raise ValueError(f"--output {output}: is the file of questions")
     if chat.renderer.writes_date and (day := _read_date(f"{output}.partial")):
         chat = replace(chat, renderer=chat.renderer.on_day(day))
-    count, questions = check_questions(source, system, chat.prompt_ids)
+    counts = FieldCounts()
+    count, questions = check_questions(source, system, chat.prompt_ids, counts)
+    if counts.unread:
+        print(f"{source}: not read: {list_counts(counts.unread)}", flush=True)
     belongs_to = {"questions": questions, "model": hash_weights(chat.model), "sampling": asdict(sampling), "seed": seed}
     belongs_to |= {"tools": chat.tools} if chat.tools else {}
     belongs_to |= {"thinking": chat.thinking} if chat.thinking is not None else {}

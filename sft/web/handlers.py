@@ -120,6 +120,8 @@ class Handlers:
             index = _index(request, event, len(turns))
             messages = to_messages(turns[: index + 1], pane, check_conversation(turns[: index + 1], system, request))
             liked = event._data.get("liked")
+            if liked is True and messages[-1].get("train") is False:
+                raise refusal(request, "not_ended")
             if messages[-1]["role"] == "assistant" and liked in (True, False):
                 self.write_feedback(messages, bool(liked), to_tools(tools, request))
                 gr.Info(label("noted", is_chinese(request)))

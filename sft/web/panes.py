@@ -150,7 +150,10 @@ class PendingReply:
     is_complete: bool = False
 
     def update(self) -> dict:
-        """Read the reply up to now and return its message; raises the model's error."""
+        """Read the reply up to now and return its message; raises the model's error.
+
+        A reply that the model has not ended may be stopped or cut: as training data it would teach to stop there.
+        """
         self.queue_position = self.started.queue_position
         if self.started.error:
             raise self.started.error
@@ -159,6 +162,8 @@ class PendingReply:
             self.seconds = time.monotonic() - self.begun
             self.is_complete = self.started.done
         self.message, self.ended, self.num_tokens = self.started.read()
+        if has_text(self.message) and not self.ended:
+            self.message["train"] = False
         return self.message
 
     def status(self, chinese: bool | None) -> str:

@@ -19,7 +19,7 @@ from sft.chat.answer_file import (
 from sft.chat.reply import Chat, Reply, load_chat
 from sft.chat.sampling import GREEDY, Sampling
 from sft.format.render import Renderer
-from sft.opendata.fields import RecordError
+from sft.opendata.fields import FieldCounts, RecordError
 
 QUESTIONS = [f"question {number}" for number in range(3)]
 RUN = {"questions": "q", "sampling": {"temperature": 0.0}}
@@ -39,6 +39,19 @@ def test_a_question_file_may_hold_any_form():
     for broken in ({"messages": [{"role": "assistant", "content": "b"}]}, {"prompt": " "}, {"prompt": "\ud800"}, 5):
         with pytest.raises(RecordError):
             to_prompt(broken)
+
+
+def test_fields_beside_a_lone_question_are_read_as_in_training_data_or_counted():
+    counts = FieldCounts()
+    earlier = [*asked("a"), {"role": "assistant", "content": "b"}]
+    assert to_prompt({"prompt": "c", "history": [["a", "b"]]}, counts=counts) == [*earlier, *asked("c")]
+    assert to_prompt({"instruction": "Sum", "context": "1 2"}, counts=counts) == asked("Sum\n1 2")
+    assert to_prompt({"messages": asked("a"), "prompt": "b"}, counts=counts) == asked("a")
+    assert to_prompt({"question": "Who?", "context": "text", "lang": "en"}, counts=counts) == asked("Who?")
+    assert to_prompt({"prompt": "a", "chosen": "b", "rejected": "c", "label": False}, counts=counts) == asked("a")
+    assert counts.unread == {"prompt": 1, "context": 1, "lang": 1}
+    with pytest.raises(RecordError, match="images holds media"):
+        to_prompt({"prompt": "a", "images": ["a.png"]})
 
 
 def test_a_record_brings_its_own_tools_and_template_variables(tiny_base, tmp_path):
@@ -122,6 +135,16 @@ def reply_backwards(questions):
 
 def answered(path) -> list[str]:
     return [json.loads(line)["messages"][-1]["content"] for line in path.read_text().splitlines()]
+
+
+def test_an_answer_that_was_cut_is_not_to_be_trained(source, tmp_path):
+    def reply(questions):
+        for position, _messages in list(questions):
+            yield position, Reply("an answer", position == 1, 1)
+
+    list(answer_missing(Partial(tmp_path / "partial", {}), read_questions(source), reply))
+    lines = (tmp_path / "partial").read_text().splitlines()[1:]
+    assert [json.loads(line)["messages"][-1].get("train") for line in lines] == [False, None, False]
 
 
 def test_the_answers_are_in_the_order_of_the_questions(source, tmp_path):

@@ -15,6 +15,7 @@ from sft.opendata.conversation import check_messages
 from sft.web import handlers as handlers_module
 from sft.web.handlers import Handlers
 from sft.web.models import LocalModel
+from sft.web.panes import PendingReply
 from sft.web.turns import Turn, num_questions, to_messages, to_record, to_tools
 
 TURNS = [Turn("一", ({"content": "二"},)), Turn("三")]
@@ -165,6 +166,21 @@ def test_likes_are_training_data_and_dislikes_are_kept_apart(chat, new_handlers,
     assert [message["content"] for record in kept for message in record["messages"]] == ["系统", "一", "二", "三", "四"]
     _ids, labels = chat.renderer.render(kept[0]["messages"])[:2]
     assert chat.renderer.tokenizer.decode([label for label in labels if label >= 0]).strip().startswith("四")
+
+
+def test_a_reply_that_was_cut_or_stopped_is_not_trained(new_handlers, tmp_path):
+    """Its end would be learned as the end of a whole reply."""
+    read = lambda ended: lambda: ({"content": "四"}, ended, 1)  # noqa: E731
+    started = [SimpleNamespace(error=None, done=True, queue_position=-1, read=read(ended)) for ended in (False, True)]
+    cut, whole = (PendingReply(reply).update() for reply in started)
+    assert (cut, whole) == ({"content": "四", "train": False}, {"content": "四"})
+    turns = [TURNS[0], Turn("三", (cut,))]
+    assert to_record(to_messages(turns, 0))["messages"][-1] == {"role": "assistant", **cut}
+    page = new_handlers(feedback=tmp_path / "likes.jsonl")
+    request = SimpleNamespace(session_hash="s", client=SimpleNamespace(host="127.0.0.1"), headers={})
+    with pytest.raises(gr.Error, match="not noted: the reply was cut or stopped"):
+        page.like_in(0)(request, turns, "", gr.EventData(None, {"index": 1, "liked": True}))
+    assert not (tmp_path / "likes.jsonl").exists()
 
 
 def test_the_file_of_likes_has_an_end(chat, new_handlers, tmp_path, monkeypatch):
