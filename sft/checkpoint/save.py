@@ -90,7 +90,7 @@ def remove_leftovers(output_dir: Path) -> list[str]:
         if not (folder / MARKER).is_file():
             raise ValueError(f"{folder}: this is not of a run of ours; move it away")
         lines = [f"{path}: skipped and removed, its save was cut off" for path in folder.iterdir() if path.is_dir()]
-        # What ranks have written first, the marker last: a deletion that is killed is finished at the next start.
+        # The files of the ranks first, the marker last: a deletion that is killed is finished at the next start.
         for path in sorted(set(folder.iterdir()) - {folder / MARKER}, key=Path.is_dir):
             if path.is_dir():
                 shutil.rmtree(path)
@@ -198,7 +198,7 @@ def delete_old_checkpoints(output_dir: Path, *, keep: int | None, step: int, run
 def _delete_listed_files(removed: Path) -> str | None:
     """Delete the files that the manifest of `.removed-NAME` names, the manifest last; others stay, under NAME.
 
-    Where NAME is taken they are set aside; returns a line then. Without a manifest its files were all deleted.
+    If NAME is taken they are set aside, and a line is returned. Without a manifest all its files were deleted before.
     """
     try:
         names = [*read_manifest(removed)["files"], MANIFEST]

@@ -182,7 +182,7 @@ class PlainCheckpoint:
 
 
 def load_checkpoint(folder: Path, model, optimizer, *, decayed: Sequence[str]) -> None:
-    """Load weights and moments as `load_into`, whoever wrote them; `decayed`: the parameters with weight decay."""
+    """Load the weights and moments of any checkpoint with `load_into`; `decayed`: the parameters with weight decay."""
     if (folder / "latest").is_file():
         source = Shards(folder)
     else:
