@@ -22,6 +22,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from sft.format.tokens import IGNORE_INDEX
+from sft.launch.processes import UserError
 from sft.model import attention, loss
 from sft.model.kernels import Documents, current_documents
 from sft.model.load import context_window
@@ -51,14 +52,15 @@ def check_model(config, *, parts: int, max_length: int, options: dict[str, Any])
     text = config.get_text_config()
     heads = count_heads(config)
     rope = getattr(text, "rope_parameters", None) or {}
-    kind = rope.get("rope_type")
-    window = rope.get("original_max_position_embeddings") or context_window(config)
+    of_kinds = [rope, *(each for each in rope.values() if isinstance(each, dict))]  # of each kind of layer, in gemma3
+    dynamic = next((each for each in of_kinds if each.get("rope_type") in DYNAMIC_ROPE), {})
+    window = dynamic.get("original_max_position_embeddings") or context_window(config)
     if heads % parts:
         raise ValueError(f"{FLAG} {parts}: the {heads} attention heads can't be divided among {parts} GPUs")
-    if kind in DYNAMIC_ROPE and window and max_length > window:
+    if dynamic and window and max_length > window:
         raise ValueError(
-            f"{FLAG} {parts}: {kind} rotary embeddings depend on the length beyond {window:,} tokens, which differs "
-            f"among the parts of a row; use --max_length {window}"
+            f"{FLAG} {parts}: {dynamic['rope_type']} rotary embeddings depend on the length beyond {window:,} tokens, "
+            f"which differs among the parts of a row; use --max_length {window}"
         )
     if getattr(text, "output_router_logits", False):
         raise ValueError(
@@ -218,7 +220,7 @@ def cut_tokens(of_token: np.ndarray, parts: int, part: int) -> np.ndarray:
 def self_test(model, *, exact: bool = True, lengths: Sequence[int] = TEST_LENGTHS) -> float:
     """Return the largest relative distance, over all parts, of the logits of a shared row from those of a whole one.
 
-    Raises ValueError, on all processes, when they are not the same. `exact`: the model computes in fp32.
+    Raises UserError, on all processes, when they are not the same. `exact`: the model computes in fp32.
     """
     inner = model.module if hasattr(model, "module") else model
     shared = inner.shared_row
@@ -234,7 +236,7 @@ def self_test(model, *, exact: bool = True, lengths: Sequence[int] = TEST_LENGTH
     apart = torch.tensor([relative_distance(found, expected)], device=tokens.device)
     torch.distributed.all_reduce(apart, torch.distributed.ReduceOp.MAX)
     if not float(apart) < (1e-4 if exact else 5e-2):
-        raise ValueError(
+        raise UserError(
             f"{FLAG} {shared.parts}: logits of a shared row of {type(inner).__name__} are {float(apart):.1e} from "
             "those of the whole row; leave the flag out"
         )

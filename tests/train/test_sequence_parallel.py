@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.families import SETTINGS
 from sft.format.tokens import IGNORE_INDEX
+from sft.launch.processes import UserError
 from sft.model import attention, kernels, loss
 from sft.model.kernels import read_documents
 from sft.train import sequence_parallel
@@ -204,7 +205,7 @@ def test_the_self_test_finds_a_row_whose_parts_attend_to_themselves_alone(monkey
     model.shared_row = SharedRow(2, 0, lambda tensor: tensor.clone())
     model.register_forward_pre_hook(sequence_parallel._enter, with_kwargs=True)
     with pytest.raises(
-        ValueError, match=r"logits of a shared row of Qwen2ForCausalLM are .* from those of the whole row"
+        UserError, match=r"logits of a shared row of Qwen2ForCausalLM are .* from those of the whole row"
     ):
         self_test(model)
 
@@ -234,6 +235,18 @@ def test_the_self_test_finds_a_row_whose_parts_attend_to_themselves_alone(monkey
         (
             "qwen2",
             {**LLAMA_LIKE, "rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}},
+            2,
+            "dynamic rotary embeddings depend on the length beyond 512 tokens",
+        ),
+        (
+            "gemma3_text",
+            {
+                **LLAMA_LIKE,
+                "rope_parameters": {
+                    "full_attention": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0},
+                    "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+                },
+            },
             2,
             "dynamic rotary embeddings depend on the length beyond 512 tokens",
         ),
