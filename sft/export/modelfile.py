@@ -5,7 +5,6 @@ joined. If a request has no system message, Ollama puts the Modelfile's SYSTEM l
 header of the reply.
 """
 
-import json
 from pathlib import Path
 
 from sft.chat.sampling import BLOSSOM
@@ -14,12 +13,10 @@ from sft.export.output import stage_output
 from sft.files import write_text
 from sft.format.render import Renderer
 from sft.format.table import CHAT_FORMATS, ChatFormat, bind_format
+from sft.format.template import load_marked_template
 from sft.model.load import load_config, load_tokenizer
 
 OLLAMA_MODEL_TYPES = ("llama", "qwen2")  # whose safetensors it imports
-# The characters that str.strip removes, by their bytes in UTF-8: Go's templates have no trim, but slice by bytes.
-SPACES = {1: "\t\n\v\f\r\x1c\x1d\x1e\x1f ", 2: "\x85\xa0", 3: "\u1680\u2028\u2029\u202f\u205f\u3000"}
-SPACES[3] += "".join(map(chr, range(0x2000, 0x200B)))
 
 
 def export_modelfile(model_path: str, output_dir: str, gguf: str | None = None) -> None:
@@ -56,54 +53,9 @@ def write_modelfile(renderer: Renderer, source: str) -> str:
 
 
 def go_template(row: ChatFormat) -> str:
-    """Return a bound chat format as a Go template with all text in quoted strings, which Go does not trim.
-
-    It has no bos: llama.cpp's tokenizer adds it as the GGUF says.
-    """
-    default = ["else", *_go_strings(row.system[0], row.default_system, row.system[1])] if row.default_system else []
-    system = [
-        "if $.System",
-        *_go_strings(row.system[0]),
-        'template "strip" $.System',
-        *_go_strings(row.system[1]),
-        *default,
-        "end",
-    ]
-    once = ["if $first", *system, "end", "$first = false"]
-    actions = [
-        *_define_strip(),
-        *("$open := true", "$first := true"),
-        *([] if row.system_in_user else system),
-        "range .Messages",
-        *('if eq .Role "user"', *_go_strings(row.user[0]), *(once if row.system_in_user else [])),
-        *('template "strip" .Content', *_go_strings(row.user[1]), "$open = true"),
-        *('else if eq .Role "assistant"', *_go_strings(row.header, row.gap)),
-        *('template "strip" .Content', *_go_strings(row.end, row.between), "$open = false"),
-        *("end", "end"),
-        *("if $open", *_go_strings(row.header), "end"),
-    ]
-    return "".join(f"{{{{- {action} -}}}}\n" for action in actions)
-
-
-def _go_strings(*texts: str) -> list[str]:
-    return [json.dumps(text, ensure_ascii=False) for text in texts if text]
-
-
-def _define_strip() -> list[str]:
-    """Define templates that print a text without whitespace at its edges, removing one character a time.
-
-    Go's templates have no arithmetic: the text without its last n bytes is as long as the one without its first n.
-    """
-    left = ("left", "slice . 0 {n}", "slice . $n", ".")
-    right = ("strip", "slice . (len (slice . {n}))", "slice . 0 (len (slice . $n))", 'template "left" .')
-    actions = []
-    for name, edge, rest, done in (left, right):
-        actions += [f'define "{name}"', "$n := 0"]
-        for n, spaces in SPACES.items():
-            alternatives = " ".join(f'"\\u{ord(space):04x}"' for space in spaces)
-            actions += [f"if ge (len .) {n}", f"if eq ({edge.format(n=n)}) {alternatives}", f"$n = {n}", "end", "end"]
-        actions += ["if $n", f'template "{name}" ({rest})', "else", done, "end", "end"]
-    return actions
+    """Return a bound chat format as a Go template. It has no bos: llama.cpp's tokenizer adds it as the GGUF says."""
+    lines = load_marked_template(Path(__file__).with_name("modelfile.jinja")).render(row=row).split("\n")
+    return "".join(f"{line.strip()}\n" for line in lines if line.strip())
 
 
 def quote_text(text: str) -> str:

@@ -23,14 +23,15 @@ LENGTH_FILTERS = {"length", "count", "wordcount"}
 MAY_BE_TEXT = re.compile(r"\A\Z|content|text|reason|think|thought|\Am\Z|\Ac\Z")  # names of what is measured
 
 
-@lru_cache(1)
-def _template_of_formats() -> jinja2.Template:
+@lru_cache
+def load_marked_template(path: Path) -> jinja2.Template:
+    """Load a Jinja template with the marks [[ ]], [% %] and [# #], which writes a template with marks of its own."""
     own_marks = {"variable_start_string": "[[", "variable_end_string": "]]"}
     own_marks |= {"block_start_string": "[%", "block_end_string": "%]"}
     own_marks |= {"comment_start_string": "[#", "comment_end_string": "#]"}
     environment = jinja2.Environment(**own_marks)
     environment.filters["quote"] = lambda text: json.dumps(text, ensure_ascii=False)
-    return environment.from_string(Path(__file__).with_name("chat.jinja").read_text(encoding="utf-8"))
+    return environment.from_string(path.read_text(encoding="utf-8"))
 
 
 def jinja_template(chat_format: ChatFormat, bos: str = "", *, with_tools: bool = False) -> str:
@@ -39,7 +40,8 @@ def jinja_template(chat_format: ChatFormat, bos: str = "", *, with_tools: bool =
     `generation` marks the trained text, so `apply_chat_template(return_assistant_tokens_mask=True)` gives our labels.
     `with_tools` adds definitions, calls, results and thoughts in Qwen's form; without them the text is the same.
     """
-    written = _template_of_formats().render(row=chat_format, bos=bos, with_tools=with_tools)
+    template = load_marked_template(Path(__file__).with_name("chat.jinja"))
+    written = template.render(row=chat_format, bos=bos, with_tools=with_tools)
     return "".join(map(str.strip, written.split("\n")))
 
 
