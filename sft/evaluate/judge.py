@@ -24,7 +24,7 @@ from sft.evaluate.protocols import (
     read_lines,
     score_columns,
 )
-from sft.report.markdown import cell, table
+from sft.report.templates import load_template
 
 MAX_TOKENS = 1024  # of an answer, as in FastChat
 # Typical lengths in tokens, for the estimate of the cost.
@@ -257,24 +257,12 @@ def judged_results(suite: Suite, rows: Sequence[dict], overlap: dict | None, *, 
 
 def judged_tables(found: dict) -> str:
     """Return the results as Markdown: the row of the published table, then each column with its interval."""
-    columns = found["columns"]
-    digits = 3 if found["compared_with"] else 2
-    name = cell(Path(found["model"]).parent.name if found["model"].endswith("/model") else found["model"])
-    beside = f" beside {found['compared_with']}" if found["compared_with"] else ""
-    lines = [f"# {found['suite']} of {name}{beside}, judged by {found['judge']}", ""]
-    lines += [table(["模型", *columns], [[name, *(f"{score:.{digits}f}" for score, *_ in columns.values())]]), ""]
+    name = Path(found["model"]).parent.name if found["model"].endswith("/model") else found["model"]
     more = {"by the first rating": "columns_by_first_rating", "without those in the data": "columns_without_overlap"}
-    more = {title: found[key] for title, key in more.items() if key in found}
-    rows = []
-    for column, (score, low, high) in columns.items():
-        others = [f"{other[column][0]:.{digits}f}" if column in other else "" for other in more.values()]
-        rows.append([column, f"{score:.{digits}f}", f"{low:.{digits}f} to {high:.{digits}f}", *others])
-    lines.append(table(["", "score", "95% interval", *more], rows))
-    lines += [
-        "",
-        f"{found['questions']} questions, {found['verdicts']} verdicts, asked again {found['asked_again']} times.",
-    ]
-    for title in ("unsettled", "several_ratings", "empty_answers", "answers_like_verdicts"):
-        if found[title]:
-            lines.append(f"* {title}: {len(found[title])} questions ({', '.join(found[title][:20])})")
-    return "\n".join(lines + (["", overlap_lines(found["overlap"])] if "overlap" in found else [])) + "\n"
+    return load_template("judged.md", Path(__file__).parent).render(
+        found=found,
+        name=name,
+        form="%.3f" if found["compared_with"] else "%.2f",
+        more={title: found[key] for title, key in more.items() if key in found},
+        overlap=overlap_lines(found["overlap"]) if "overlap" in found else "",
+    )
