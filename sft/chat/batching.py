@@ -6,6 +6,7 @@ Each request has its own sampling settings and seed. A long prompt delays the ot
 """
 
 import math
+import sys
 import threading
 import time
 from collections import deque
@@ -36,6 +37,7 @@ class Decoder:
         self.model = model
         self.row_model = RowModel(model, pad_id=pad_id)
         self.stop_ids = set(stop_ids)
+        self.num_tokens = getattr(model.config.get_text_config(), "vocab_size", sys.maxsize)
         self.window = window
         self.max_active = MAX_ACTIVE
         self.max_waiting: int | None = None
@@ -57,6 +59,11 @@ class Decoder:
 
         if not all(math.isfinite(value) for value in astuple(sampling)):
             raise ValueError(f"{sampling}: each must be a finite number")  # it would fail the whole batch
+        if max(prompt, default=0) >= self.num_tokens:  # so would this
+            raise ValueError(
+                f"the prompt has a token of id {max(prompt)}, but the model has {self.num_tokens} embedding rows; the "
+                "tokenizer in its folder is not the model's own"
+            )
         limit = min(sampling.max_new_tokens, (self.window or 2**62) - len(prompt))
         seed = int(torch.randint(2**62, ())) if seed is None else seed
         request = Request(prompt, sampling, limit=limit, seed=seed, stop=stop or threading.Event())

@@ -12,10 +12,10 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from sft.chat.reply import Chat, load_chat
+from sft.chat.reply import Chat
 from sft.export.converter_input import name_pre_tokenizer, write_converter_input
 from sft.export.gguf_check import check_library, compare_with_llama_cpp
-from sft.export.merge import export_merged, is_adapter
+from sft.export.merge import export_merged, is_adapter, load_whole
 from sft.export.output import stage_output
 
 CONVERTER = "convert_hf_to_gguf.py"
@@ -32,7 +32,7 @@ def export_gguf(model_path: str, output_dir: str, *, outtype: str = "f16", llama
         quantise = find_quantiser(converter) if outtype == TO_QUANTISE else None
         if is_adapter(model_path):
             model_path = str(export_merged(model_path, str(scratch / "merged")))
-        chat = load_chat(model_path, device="cpu", dtype="float32")
+        chat = load_whole(model_path)
         refuse_unsupported(chat.model.config)
         source = write_converter_input(chat, Path(model_path), scratch / "model")
         converted = scratch / "model.gguf"

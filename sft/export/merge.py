@@ -11,7 +11,7 @@ from sft.checkpoint.weights import saved_shapes, verify_saved
 from sft.export.output import stage_output
 from sft.files import MAX_SHARD_SIZE, write_json
 from sft.format.contract import check_saved, own_chat_template, saved_run
-from sft.model.load import set_generation_config
+from sft.model.load import check_rows, set_generation_config
 
 PRECISIONS = ("float32", "bfloat16", "float16")
 # Adding fp32 weights in another order moves logits by rounding, by less than this.
@@ -32,7 +32,7 @@ def export_merged(
     from the adapter's, or the written model's from the merged model's.
     """
     with stage_output(output_dir) as staged:
-        chat = load_chat(model_path, device="cpu", dtype="float32")
+        chat = load_whole(model_path)
         if is_adapter(model_path):
             expected = compute_logits(chat)
             chat.model = chat.model.merge_and_unload(safe_merge=True)
@@ -46,6 +46,14 @@ def export_merged(
         if has_template and (problems := check_saved(written.renderer.tokenizer, chat.renderer)):
             raise ValueError(f"the written tokenizer is another one: {'; '.join(problems[:3])}; no folder was written")
     return Path(output_dir)
+
+
+def load_whole(model_path: str) -> Chat:
+    """Load a model in fp32 on the CPU; ValueError where its tokenizer's control tokens have no embedding rows."""
+    chat = load_chat(model_path, device="cpu", dtype="float32")
+    used_ids = [*chat.renderer.stop_ids, *chat.renderer.control_ids]
+    check_rows(chat.model, chat.renderer.tokenizer, model_path, used_ids=used_ids, largest_id=0)
+    return chat
 
 
 def _write_model(chat: Chat, folder: Path, dtype: str, max_shard_size: str) -> None:

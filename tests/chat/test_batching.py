@@ -87,6 +87,16 @@ def test_rows_are_really_computed_together(model, monkeypatch):
     assert max(columns for _rows, columns in shapes) == PREFILL_TOKENS
 
 
+def test_a_token_that_the_model_has_no_row_for_is_refused_before_it_fails_the_others(model):
+    decoder = Decoder(model, stop_ids=[])
+    rows = model.get_input_embeddings().num_embeddings
+    running = decoder.add([5, rows - 1], greedy(3))
+    with pytest.raises(ValueError, match=f"a token of id {rows}, but the model has {rows} embedding rows"):
+        decoder.add([5, rows], greedy(3))
+    decoder.run()
+    assert len(running.ids) == 3
+
+
 @pytest.mark.parametrize("keeps", [True, False])
 def test_a_model_whose_rows_cannot_be_joined_answers_in_turns(model, keeps, monkeypatch):
     decoder = Decoder(model, stop_ids=[])

@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from sft.chat.reply import load_chat
 from sft.export import merge
@@ -40,6 +41,16 @@ def test_a_full_model_is_written_in_another_precision(trained, tmp_path):
     assert json.loads((written / "config.json").read_text())["dtype"] == "bfloat16"
     assert (logits(written) - logits(trained("qwen2"))).abs().max() < 0.05
     assert json.loads((written / "generation_config.json").read_text())["eos_token_id"] == [2045]
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused_in_a_line(tiny_base, tmp_path):
+    folder = tmp_path / "base"
+    shutil.copytree(tiny_base("qwen2"), folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.resize_token_embeddings(1500)
+    model.save_pretrained(folder)
+    with pytest.raises(ValueError, match=f"{folder}: token .* but the model has 1500 embedding rows; the tokenizer in"):
+        export_merged(str(folder), str(tmp_path / "merged"))
 
 
 def test_the_chat_format_and_its_variables_go_along(trained, tmp_path):
