@@ -293,7 +293,7 @@ def _build(
         try:
             _write(files, renderer, staged, **settings)
         except DifferentIds as error:
-            say(f"{renderer.encoder} gives other ids at {error}; starting again without it")
+            say(f"{renderer.encoder} is wrong at {error}; starting again without it")
             renderer.use_slow_encoder()
             _write(files, renderer, staged, **settings)
         for file, then, now in zip(files, before, _sizes_and_times(files), strict=True):

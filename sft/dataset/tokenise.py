@@ -20,6 +20,7 @@ from sft.dataset.ledger import (
     count_outcome,
     new_ledger,
 )
+from sft.format.bulk import ENCODERS
 from sft.format.render import Renderer
 from sft.format.tokens import IGNORE_INDEX, BareTokenizer, Rows, join_rows
 from sft.opendata.conversation import Conversation, check_messages, read_record
@@ -100,7 +101,11 @@ def tokenise(task: Work, *, renderer: Renderer, max_length: int, reading: dict) 
     origins = [np.zeros(0, ORIGIN)]
     different = None
     for batch in batches(readable, BATCH_SIZE):
-        rows = _render(task, batch, renderer, max_length)
+        try:
+            rows = _render(task, batch, renderer, max_length)
+        except EncoderFault as error:
+            different = str(error)
+            break
         different = different or _compare_one(task, batch, rows, renderer, max_length)
         parts.append(rows)
         origins.append(_count(task, batch, rows, ledger, numbers))
@@ -149,8 +154,12 @@ def _count_thoughts(messages: Sequence[dict], notes: Counter) -> None:
             notes[WITH_THOUGHT if message.get("reasoning_content") else WITHOUT_THOUGHT] += 1
 
 
+class EncoderFault(Exception):
+    """The bulk encoder fails on conversations from this file and line on, and the plain one does not."""
+
+
 def _render(task: Work, batch: Sequence, renderer: Renderer, max_length: int) -> Rows:
-    """Render a batch. Raises TaskError, which names the conversation, where the tokenizer fails."""
+    """Render a batch. Raises TaskError, which names the conversation, where the tokenizer fails, or EncoderFault."""
     try:
         return renderer.render_rows([conversation for _line, conversation in batch], max_length=max_length)
     except (KeyboardInterrupt, SystemExit):
@@ -158,12 +167,25 @@ def _render(task: Work, batch: Sequence, renderer: Renderer, max_length: int) ->
     except BaseException:  # a panic of a Rust library is no Exception
         for line, conversation in batch:
             try:
-                renderer.render_rows([conversation], max_length=max_length)
+                if renderer.encoder in ENCODERS:
+                    _render_plainly(conversation, renderer, max_length)
+                else:
+                    renderer.render_rows([conversation], max_length=max_length)
+            except RecordError:
+                continue
             except BaseException as error:
                 advice = "take the record out, or report the fault to the tokenizer's makers"
                 message = f"the tokenizer fails on this record ({describe_error(error)}); {advice}"
                 raise TaskError(f"{task.name} line {line}: {message}") from error
+        if renderer.encoder in ENCODERS:
+            raise EncoderFault(f"{task.name} line {batch[0][0]}") from None
         raise
+
+
+def _render_plainly(conversation: Conversation, renderer: Renderer, max_length: int) -> Rows:
+    """Render a conversation without the bulk encoder."""
+    tools = conversation.get("tools")
+    return join_rows([renderer.render_conversation(conversation["messages"], tools=tools, max_length=max_length)])
 
 
 def _compare_one(task: Work, batch: Sequence, rows: Rows, renderer: Renderer, max_length: int) -> str | None:
@@ -175,9 +197,7 @@ def _compare_one(task: Work, batch: Sequence, rows: Rows, renderer: Renderer, ma
     if not kept or sum(len(message["content"]) for message in kept[-1][1]["messages"]) > MAX_COMPARED_CHARACTERS:
         return None
     line, conversation = kept[-1]
-    expected = join_rows(
-        [renderer.render_conversation(conversation["messages"], tools=conversation.get("tools"), max_length=max_length)]
-    )
+    expected = _render_plainly(conversation, renderer, max_length)
     size = len(expected.input_ids)
     same = [np.array_equal(rows[place][len(rows[place]) - size :], expected[place]) for place in (0, 1)]
     return None if all(same) else f"{task.name} line {line}"

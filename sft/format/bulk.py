@@ -6,7 +6,6 @@ Segments are encoded one by one, so words must not reach over them: tokenizers w
 with one that puts a space in front of each segment, keep the slower way, which encodes whole conversations.
 """
 
-import contextlib
 import itertools
 import os
 import re
@@ -222,9 +221,12 @@ def make_encoder(name: str, backend: Tokenizer, seam: str) -> Encode | None:
     """Return the encoder of that name, a key of ENCODERS; None where it isn't installed or can't be right."""
     if not _splits_words(backend):
         return None
-    with contextlib.suppress(ImportError, ValueError, RuntimeError, NotImplementedError):
+    try:
         return ENCODERS[name](backend, seam)
-    return None
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException:  # not installed, or a form that it doesn't know; a panic of a Rust library is no Exception
+        return None
 
 
 def _splits_words(backend: Tokenizer) -> bool:

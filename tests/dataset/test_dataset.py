@@ -318,7 +318,7 @@ def test_a_bulk_encoder_that_is_found_wrong_is_left_out_and_said(tmp_path, rende
     examples, _ = prepare([file], renderer, max_length=64, say=said.append)
     assert said == [
         "tokenising 1 files with a liar",
-        f"a liar gives other ids at {file} line 200; starting again without it",
+        f"a liar is wrong at {file} line 200; starting again without it",
     ]
     assert examples[199]["input_ids"].tolist() == expected.input_ids.tolist()
 

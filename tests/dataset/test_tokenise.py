@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from datetime import date
 
 import numpy as np
@@ -74,18 +75,32 @@ def test_a_renderer_of_a_worker_gives_the_same_rows_without_transformers(family,
             assert np.array_equal(rows_without[place], expected[place])
 
 
+def fail_on(word: str, function):
+    """Return a function that fails on one word, and else does the same."""
+
+    def fail(texts, *args, **options):
+        if word in str(texts):
+            raise RuntimeError("index out of range")
+        return function(texts, *args, **options)
+
+    return fail
+
+
 def make_failing(load_renderer, **settings):
-    """Like `make_tokeniser`, with an encoder that fails on one word."""
+    """Like `make_tokeniser`, with a tokenizer that fails on one word."""
     do_task = make_tokeniser(load_renderer, **settings)
     renderer = do_task.keywords["renderer"]
-    encode = renderer._encode
+    renderer.render_rows = fail_on("boom", renderer.render_rows)
+    renderer.render_conversation = fail_on("boom", renderer.render_conversation)
+    return do_task
 
-    def fail(texts):
-        if any("boom" in text for text in texts):
-            raise RuntimeError("index out of range")
-        return encode(texts)
 
-    renderer._encode = fail
+def make_failing_in_bulk(load_renderer, **settings):
+    """Like `make_tokeniser`, with a bulk encoder that fails on one word."""
+    do_task = make_tokeniser(load_renderer, **settings)
+    renderer = do_task.keywords["renderer"]
+    if renderer._encode:
+        renderer._encode = fail_on("boom", renderer._encode)
     return do_task
 
 
@@ -114,3 +129,17 @@ def test_a_record_at_the_beginning_on_which_the_tokenizer_fails_is_named(tmp_pat
     monkeypatch.setattr(Renderer, "render_rows", fail)
     with pytest.raises(ValueError, match=r"a\.jsonl line 3: the tokenizer fails on this record \(BaseException: index"):
         prepare([file], Renderer(tokenizer_of("qwen2"), "chatml"), max_length=128, cache_dir=str(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_data_on_which_the_bulk_encoder_fails_are_encoded_without_it(tmp_path, tokenizer_of, monkeypatch, num_workers):
+    monkeypatch.setattr(decoding, "RANGE_BYTES", 2000)
+    monkeypatch.setattr(dataset, "make_tokeniser", make_failing_in_bulk)
+    file = write_lines(tmp_path / "a.jsonl", [record(n, "boom" if n == 150 else "") for n in range(300)])
+    renderer = Renderer(tokenizer_of("qwen2"), "chatml")
+    said = []
+    options = {"max_length": 128, "cache_dir": str(tmp_path / "cache"), "say": said.append, "num_workers": num_workers}
+    examples, _ledger = prepare([file], renderer, **options)
+    assert len(examples) == 300
+    assert len(said) == 2
+    assert re.fullmatch(rf"tokenizers is wrong at {file} line \d+; starting again without it", said[1])
