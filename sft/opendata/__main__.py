@@ -51,23 +51,20 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,  # build_opendata has the defaults
     )
-    parser.add_argument(
-        "inputs", nargs="*", default=[], metavar="INPUT", help="file, folder, glob or hub data set, maybe @N or @N%%"
-    )
-    parser.add_argument("--mix", action="append", default=[], help=f"a known mix of data sets: {', '.join(MIXES)}")
-    parser.add_argument("--output", required=True, help="folder for train.json, eval.json, rejects.jsonl, ledger.json")
-    parser.add_argument("--overwrite", action="store_true", help="replace these four files if they are there")
-    parser.add_argument("--report", help="path of the ledger; default ledger.json in --output")
-    parser.add_argument("--encoding", help="of files that are not UTF-8, such as gb18030")
-    parser.add_argument("--reasoning", help="thoughts: drop them, or keep them as reasoning_content; auto keeps them")
-    parser.add_argument("--preference", help="chosen: take the chosen replies of preference data, else it is refused")
-    parser.add_argument("--seed", type=int, help="of the samples")
-    parser.add_argument("--eval_share", type=float, help="held out, by a hash of the first question")
-    parser.add_argument(
-        "--near_duplicates", type=float, help="also drop what is this similar, such as 0.8 (needs rensa)"
-    )
-    parser.add_argument("--max_rejected", type=float, help="exit with 1 above this share of malformed records")
-    parser.add_argument(
+    add = parser.add_argument
+    add("inputs", nargs="*", default=[], metavar="INPUT", help="file, folder, glob or hub data set, maybe @N or @N%%")
+    add("--mix", action="append", default=[], help=f"a known mix of data sets: {', '.join(MIXES)}")
+    add("--output", required=True, help="folder for train.json, eval.json, rejects.jsonl, ledger.json")
+    add("--overwrite", action="store_true", help="replace these four files if they are there")
+    add("--report", help="path of the ledger; default ledger.json in --output")
+    add("--encoding", help="of files that are not UTF-8, such as gb18030")
+    add("--reasoning", help="thoughts: drop them, or keep them as reasoning_content; auto keeps them")
+    add("--preference", help="chosen: take the chosen replies of preference data, else it is refused")
+    add("--seed", type=int, help="of the samples")
+    add("--eval_share", type=float, help="held out, by a hash of the first question")
+    add("--near_duplicates", type=float, help="also drop what is this similar, such as 0.8 (needs rensa)")
+    add("--max_rejected", type=float, help="exit with 1 above this share of malformed records")
+    add(
         "--preprocessing_num_workers",
         "--workers",
         dest="workers",
