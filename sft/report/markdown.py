@@ -24,8 +24,8 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, num_names: in
     return "\n".join([first, rule, *others])
 
 
-def fence(text: str) -> str:
+def fence(text: str, language: str = "text") -> str:
     """Return text as a code block; its marks are longer than any run of backticks in it."""
     longest = max((len(run) for run in re.findall("`+", text)), default=0)
     marks = "`" * max(3, longest + 1)
-    return f"{marks}text\n{text.strip()}\n{marks}"
+    return f"{marks}{language}\n{text.strip()}\n{marks}"

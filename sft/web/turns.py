@@ -3,7 +3,6 @@
 import base64
 import hashlib
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -12,6 +11,7 @@ import gradio as gr
 
 from sft.chat.reply import encodable, parse_tools, tool_result
 from sft.chat.sampling import Sampling
+from sft.report.markdown import fence
 from sft.web.text import refusal
 
 MAX_MESSAGE = 8_000  # characters of a message or of the system prompt
@@ -171,9 +171,7 @@ def _to_markdown(message: dict) -> str:
     if thought := message.get("reasoning_content"):  # a quotation ends what the thought leaves open, such as a fence
         parts.append("\n".join(f"> {line}".rstrip() for line in ["**Thought · 思考**", "", *thought.splitlines()]))
     for call in message.get("tool_calls") or ():
-        text = json.dumps(call, ensure_ascii=False, indent=2)
-        fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
-        parts.append(f"{fence}json\n{text}\n{fence}")
+        parts.append(fence(json.dumps(call, ensure_ascii=False, indent=2), "json"))
     parts += [message["content"]] if message["content"] else []
     return "\n\n".join(parts) + "\n\n"
 
