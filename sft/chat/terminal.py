@@ -8,6 +8,7 @@ python -m sft.chat --model_path out/run --input questions.jsonl --output answers
 """
 
 import argparse
+import gc
 import json
 import re
 import select
@@ -285,6 +286,7 @@ def _run_command(options: argparse.Namespace) -> None:
     model_path = options.model_path or find_model()
     tools = load_tools(options.tools) if options.tools else None
     chat = load_chat(model_path, **model_options(options))
+    gc.enable()  # off during the imports, see __main__.py
     check_variables(chat.renderer, options.template_kwargs)
     if tools and not chat.renderer.takes_tools:
         raise ValueError(f"--tools: chat format {chat.renderer.name!r} has no place for tools; use chatml or base")
@@ -294,14 +296,14 @@ def _run_command(options: argparse.Namespace) -> None:
         count = reply_to_file(chat, options.input, options.output, sampling=sampling, **how)
         print(f"wrote {count} replies to {options.output}")
         return
-    from transformers import set_seed
+    import torch
 
     chats = {"tuned": chat}
     if options.base_path:
         base = load_base(chat, model_path, options.base_path, **model_options(options))
         base.tools = tools
         chats = {"base": base, **chats}
-    set_seed(options.seed)
+    torch.manual_seed(options.seed)
     dialogue = Dialogue(
         chats,
         system=options.system,

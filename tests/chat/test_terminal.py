@@ -1,5 +1,6 @@
 """The command and its dialogue: flags, files, several turns, Ctrl-C."""
 
+import gc
 import json
 import os
 import pty
@@ -81,6 +82,15 @@ def test_a_missing_device_is_one_line(tiny_base):
     ):
         with pytest.raises(SystemExit, match=text):
             terminal.main([*arguments, *flags])
+
+
+def test_garbage_is_collected_once_the_model_is_loaded(tiny_base, capsys):
+    gc.disable()  # as `python -m sft.chat` does
+    try:
+        terminal.main(["--model_path", str(tiny_base("qwen2")), "--message", "你好", "--max_new_tokens", "1"])
+        assert gc.isenabled()
+    finally:
+        gc.enable()
 
 
 def test_the_base_is_found_by_run_json_or_adapter_and_shown_beside_the_tuned(tiny_base, tmp_path, capsys):
