@@ -51,15 +51,13 @@ class Parts(NamedTuple):
 
 def list_messages(value: Any, key: str) -> list:
     """Messages as a list of objects: also from JSON text, and from an object of columns."""
-    if isinstance(value, str):
-        try:
-            value = parse_json(value)
-        except (ValueError, RecursionError) as error:
-            raise RecordError("not_list", f"{key} is a text that is no JSON ({error}); write it as a list") from error
+    value = _from_text(value, key, "not_list")
     if isinstance(value, dict):
-        columns = {name: column for name, column in value.items() if isinstance(column, list)}
-        if len({len(column) for column in columns.values()}) != 1:
-            raise RecordError("not_list", f"{key} is an object of lists of several lengths; write a list of messages")
+        columns = {name: column for name, column in value.items() if not is_empty(column)}
+        if len({isinstance(column, list) and len(column) for column in columns.values()}) != 1:
+            raise RecordError(
+                "not_list", f"{key} is an object of more than lists of one length; write a list of messages"
+            )
         value = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     return value
 
@@ -98,8 +96,9 @@ def _read_message(item: object, where: str, counts: FieldCounts, mask: object) -
     given = item.get("role") if item.get("role") is not None else item.get("from")
     role = ROLES.get(given.strip().lower()) if isinstance(given, str) else None
     if role is None:
-        shown = json.dumps(given)[:80]
-        raise RecordError("unknown_role", f"{where} has role {shown}; use system, user or assistant")
+        raise RecordError("unknown_role", f"{where} has role {json.dumps(given)[:80]}; use system, user or assistant")
+    if not is_empty(item.get("value")) and item.get("content", item["value"]) not in (None, item["value"]):
+        raise RecordError("two_contents", f"{where} has a content and a value that differ; keep one")
     check_media(item, f"{where}.")
     count_unread(item, _KEYS.get(role, MESSAGE_KEYS), generalise_place(where), counts.unread)
     key = "content" if item.get("content") is not None or "value" not in item else "value"
@@ -183,6 +182,8 @@ def read_parts(parts: list, where: str, unread: Counter[str]) -> Parts:
         key = _PART_KEYS.get(kind) if isinstance(kind, str) and isinstance(part, dict) else None
         if key is None and not (kind is None and isinstance(part.get("text"), str)):
             raise RecordError("content_part", f"{place} is of type {json.dumps(kind)[:80]}; only text is read")
+        if read_learned(part, None, True, place):
+            raise RecordError("loss_switch", f"{place} has a switch, and only a whole reply can; give it to the reply")
         keys = key or ("text",)
         name = next((name for name in keys if part.get(name) is not None), keys[0])
         count_unread(part, frozenset({"type", name, *_MORE_PART_KEYS.get(kind, ())}), generalise_place(place), unread)
@@ -265,7 +266,7 @@ def read_tools(record: dict) -> list[dict]:
     found = {key: record[key] for key in TOOL_KEYS if not is_empty(record.get(key))}
     tools = [tool for key, value in found.items() for tool in read_definitions(value, key)]
     names = [tool["function"]["name"] for tool in tools]
-    if len(found) == 2 and names[: len(names) // 2] == names[len(names) // 2 :]:
+    if len(found) == 2 and tools[: len(names) // 2] == tools[len(names) // 2 :]:
         return tools[: len(names) // 2]
     if twice := [name for name, count in Counter(names).items() if count > 1]:
         raise RecordError("tool_definition", f'{" and ".join(found)} define "{twice[0]}" twice; keep one')

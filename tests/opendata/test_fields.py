@@ -170,6 +170,9 @@ def test_fields_that_hold_nothing_are_not_counted(tmp_path):
     assert through_training(write(tmp_path / "a.json", [record]))[2] == {"score": 1}
 
 
+PLAIN_F = {"name": "f", "description": "another"}
+
+
 @pytest.mark.parametrize(
     ("record", "reason"),
     [
@@ -200,6 +203,13 @@ def test_fields_that_hold_nothing_are_not_counted(tmp_path):
         ({"messages": "hello"}, "not_list"),
         ({"messages": "[{broken"}, "not_list"),
         ({"messages": {"from": ["human"], "value": ["a", "b"]}}, "not_list"),
+        ({"messages": {"from": ["human", "gpt"], "value": ["a", "b"], "system": "s"}}, "not_list"),
+        ({"messages": [{**user("q"), "value": "other"}, assistant("a")]}, "two_contents"),
+        ({"messages": [user("q"), assistant([{"type": "text", "text": "a", "weight": 0}])]}, "loss_switch"),
+        (
+            {"messages": [user("q"), assistant("a")], "tools": [{"name": "f"}], "functions": [PLAIN_F]},
+            "tool_definition",
+        ),
         ({"instruction": {"0": "q"}, "output": {"0": "a"}}, "file_of_columns"),
         ({"chosen": "good", "rejected": "bad"}, "preference"),
         ({"messages": [user("q")], "rejected_response": "bad"}, "preference"),
