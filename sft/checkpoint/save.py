@@ -124,9 +124,9 @@ def read_written(output_dir: Path) -> tuple[Path, dict[str, list], str] | None:
         run = json.loads((saving / MARKER).read_text(encoding="utf-8"))["run"]
         world_size = json.loads((saving / "written-0.json").read_text(encoding="utf-8"))["world_size"]
         ranks = [json.loads((saving / f"written-{rank}.json").read_text("utf-8")) for rank in range(world_size)]
-    except (OSError, ValueError, KeyError, TypeError):
+        hashes = {name: (size, sha256) for rank in ranks for name, (size, sha256) in rank["files"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    hashes = {name: found for rank in ranks for name, found in rank["files"].items()}
     return (folders[0], hashes, run) if len(folders) == 1 else None
 
 

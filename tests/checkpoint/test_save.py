@@ -108,6 +108,18 @@ def test_a_checkpoint_whose_files_were_cut_after_they_were_written_is_not_comple
     staged.mkdir()
     (staged / "rank_0.pt").write_text("whole")
     note_written(staged, hash_files(staged, ["rank_0.pt"]), rank=0, world_size=1)
+    noted = staged.parent / "written-0.json"
+    for broken in (
+        "",
+        "[]",
+        '{"world_size": 1}',
+        '{"world_size": 1, "files": []}',
+        '{"world_size": 1, "files": {"a": 1}}',
+    ):
+        whole = noted.read_text()
+        noted.write_text(broken)
+        assert read_written(tmp_path) is None
+        noted.write_text(whole)
     (staged / "rank_0.pt").write_text("")
     assert recover_checkpoint(tmp_path) == [
         f"{staged}: can't be completed (rank_0.pt has 0 bytes, not 5)",
