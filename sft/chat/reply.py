@@ -152,7 +152,7 @@ class Chat:
     def prompt_ids(self, asked: Asked, *, thinking: bool | None = None) -> list[int]:
         """Render the prompt; raises ValueError when the context window has no room left for a reply."""
         asked = asked if isinstance(asked, Mapping) else {"messages": asked}
-        if asked.get("tools") and not self.renderer.takes_tools:
+        if asked.get("tools") and not self.renderer.can_use_tools:
             raise ValueError(f"chat format {self.renderer.name!r} has no place for tools; use chatml or base")
         prompt = self.renderer.prompt(
             asked["messages"],
@@ -202,7 +202,7 @@ class Chat:
         """Split a reply into thought, calls and text; calls that the chat format has no place for stay text."""
         opened = self.renderer.tokenizer.decode(prompt[-PROMPT_END_TOKENS:], skip_special_tokens=False)
         message = self.renderer.read_reply(ids, opened=opened, tools=tools)
-        if message.get("tool_calls") and not self.renderer.takes_tools:
+        if message.get("tool_calls") and not self.renderer.can_use_tools:
             return {"role": "assistant", "content": text}
         if not message.get("reasoning_content") and not message.get("tool_calls"):
             return split_thought(text) if message["content"] else {"role": "assistant", "content": ""}

@@ -288,7 +288,7 @@ def _run_command(options: argparse.Namespace) -> None:
     chat = load_chat(model_path, **model_options(options))
     gc.enable()  # off during the imports, see __main__.py
     check_variables(chat.renderer, options.template_kwargs)
-    if tools and not chat.renderer.takes_tools:
+    if tools and not chat.renderer.can_use_tools:
         raise ValueError(f"--tools: chat format {chat.renderer.name!r} has no place for tools; use chatml or base")
     chat.tools = tools
     if options.input:

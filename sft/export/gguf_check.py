@@ -161,7 +161,7 @@ def _find_other_prompts(chat: Chat, server: LlamaServer) -> Iterable[str]:
     if chat.renderer.writes_date:
         return
     renderer = chat.renderer
-    for tools in (None, TOOLS) if renderer.takes_tools else (None,):
+    for tools in (None, TOOLS) if renderer.can_use_tools else (None,):
         for messages in _conversations(chat):
             text = server.render(messages, tools, renderer.template_kwargs)
             if server.tokenize(text) != renderer.prompt(messages, tools=tools):

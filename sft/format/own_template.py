@@ -64,7 +64,7 @@ class OwnTemplate:
         self.stop, self.stop_is_written = self._find_stop()
         self.header = self._find_header()
         self.thoughts = self._find_thoughts()
-        self.takes_tools = self._writes_definitions()
+        self.can_use_tools = self._writes_definitions()
         self.call_form = self._find_call_form()
         self.call_stop, self.call_stop_is_written = self._find_call_stop() if self.call_form else (self.stop, True)
 
@@ -106,7 +106,7 @@ class OwnTemplate:
         self, messages: Sequence[dict], tools: Sequence[dict] | None = None, *, trained: Sequence[int]
     ) -> list[Turn]:
         """Return prompt and reply of the assistant messages `trained`; RecordError where one can't be trained."""
-        if tools and not self.takes_tools and not self.call_form:
+        if tools and not self.can_use_tools and not self.call_form:
             raise RecordError("template", "the chat template has no place for tools")
         prepared = self.prepare(messages)
         escaped_tools = self.escaper.escape(tools) or None
@@ -114,7 +114,7 @@ class OwnTemplate:
         for index in trained:
             thinking = bool(prepared[index].get("reasoning_content"))
             prompt = self._render(prepared[:index], escaped_tools, thinking, add_generation_prompt=True)
-            check_prompt(prompt, prepared[:index], escaped_tools if self.takes_tools else None)
+            check_prompt(prompt, prepared[:index], escaped_tools if self.can_use_tools else None)
             reply = self._reply(prepared[: index + 1], escaped_tools, prompt, thinking)
             check_reply(reply, prepared[index])
             found.append(Turn(prompt, reply, index))

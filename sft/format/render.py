@@ -135,14 +135,14 @@ class Renderer:
     # --- what the format has a place for ------------------------------------------------------------------------
 
     @property
-    def takes_tools(self) -> bool:
+    def can_use_tools(self) -> bool:
         """Whether definitions of tools and calls have a place."""
-        return bool(self._own and self._own.takes_tools and self._own.call_form)
+        return bool(self._own and self._own.can_use_tools and self._own.call_form)
 
     @property
     def ignores_definitions(self) -> bool:
         """Whether the template writes calls, but not the definitions of tools (as DeepSeek V3's)."""
-        return bool(self._own and self._own.call_form and not self._own.takes_tools)
+        return bool(self._own and self._own.call_form and not self._own.can_use_tools)
 
     @property
     def keeps_reasoning(self) -> bool:

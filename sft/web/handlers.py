@@ -181,7 +181,7 @@ class Handlers:
         """Start a pane's reply; the oldest turns are left out where they don't fit."""
         count = num_questions(messages)
         thinking = thinking if isinstance(thinking, bool) and model.has_thinking_switch else None
-        tools = tools if model.takes_tools else None
+        tools = tools if model.can_use_tools else None
         while num_characters(messages) > MAX_CONVERSATION and num_questions(messages) > 1:
             messages = without_oldest(messages)
         try:

@@ -34,8 +34,8 @@ def build_page(handlers: Handlers) -> gr.Blocks:
             has_switch = any(model.has_thinking_switch for model in handlers.models.values())
             thinks = all(model.thinks_by_default for model in handlers.models.values())
             thinking = gr.Checkbox(thinks, label=I18N("thinking"), visible=has_switch)
-            takes_tools = any(model.takes_tools for model in handlers.models.values())
-            with gr.Accordion(I18N("tools"), open=False, visible=takes_tools):
+            can_use_tools = any(model.can_use_tools for model in handlers.models.values())
+            with gr.Accordion(I18N("tools"), open=False, visible=can_use_tools):
                 tools = gr.Textbox("", show_label=False, placeholder=TOOLS_EXAMPLE, lines=4, max_lines=20)
             with gr.Row():
                 sliders = [_slider(name, *bounds) for name, bounds in SLIDERS.items()]

@@ -84,8 +84,8 @@ class LocalModel:
         return bool(self.chat.renderer.thinking_switch)
 
     @property
-    def takes_tools(self) -> bool:
-        return self.chat.renderer.takes_tools
+    def can_use_tools(self) -> bool:
+        return self.chat.renderer.can_use_tools
 
     @property
     def thinks_by_default(self) -> bool:
@@ -211,7 +211,7 @@ class RemoteModel:
     max_active: int = MAX_ACTIVE
     max_waiting: int = MAX_WAITING
     has_thinking_switch: ClassVar = False
-    takes_tools: ClassVar = True
+    can_use_tools: ClassVar = True
     thinks_by_default: ClassVar = True
 
     def __post_init__(self):
