@@ -186,11 +186,11 @@ def run_judged(options: argparse.Namespace, settings: dict) -> None:
 
 def say_plan(options: argparse.Namespace, suite: Suite, judging: Endpoint, source: Endpoint | None) -> None:
     """Print how many requests go to which endpoint, and their cost."""
-    known = read_calls(_calls_file(options))
+    known = read_calls(options.cache)
     if len(suite.questions) != suite.num_published:
         print(f"note: {len(suite.questions)} questions, {suite.num_published} were published", flush=True)
     if source:
-        judge.say_answers_cost(suite, source, known, _max_tokens(options), options.prices)
+        judge.say_answers_cost(suite, source, known, options.max_new_tokens, options.prices)
     judge.say_verdicts_cost(suite, judging, known, options.judge_prices)
     print(f"questions, references and answers go to {options.judge_base_url}", flush=True)
 
@@ -201,8 +201,8 @@ def answer_and_judge(
     """Return a row for each question: its answers, verdicts and scores. Answers and verdicts are kept as they come."""
     max_missing = options.max_missing
     tries = options.verdict_retries
-    with closing(Calls(_calls_file(options))) as calls:
-        answers = judge.answer_all(suite, source, calls, max_tokens=_max_tokens(options), max_missing=max_missing)
+    with closing(Calls(options.cache)) as calls:
+        answers = judge.answer_all(suite, source, calls, max_tokens=options.max_new_tokens, max_missing=max_missing)
         judge.say_verdicts_cost(suite, judging, calls.found, options.judge_prices, answers)
         verdicts = judge.ask_for_verdicts(suite, judging, calls, answers, tries=tries, max_missing=max_missing)
     return judge.judged_rows(suite, answers, verdicts)
@@ -214,14 +214,6 @@ def _local_model(options: argparse.Namespace) -> judge.LocalModel:
     return judge.LocalModel(chat, identity, batch_size=options.batch_size, seed=options.seed)
 
 
-def _calls_file(options: argparse.Namespace) -> Path:
-    return Path(options.cache or Path(options.output_dir) / CALLS)
-
-
-def _max_tokens(options: argparse.Namespace) -> int:
-    return options.max_new_tokens or judge.MAX_TOKENS
-
-
 def _overlap(options: argparse.Namespace, questions: list[tuple[str, Sequence[str]]]) -> dict | None:
     paths = options.train_data_path
     return find_overlap(questions, paths, encoding=options.encoding) if paths else None
@@ -231,7 +223,7 @@ def _overlap(options: argparse.Namespace, questions: list[tuple[str, Sequence[st
 
 
 def answer_quick(chat: Chat, asked: Sequence[dict], options: argparse.Namespace) -> list[Reply]:
-    sampling = replace(GREEDY, max_new_tokens=options.max_new_tokens or QUICK_NEW_TOKENS)
+    sampling = replace(GREEDY, max_new_tokens=options.max_new_tokens)
     replies = []
     for batch in batches(([{"role": "user", "content": question["prompt"]}] for question in asked), options.batch_size):
         replies += chat.reply_batch(batch, sampling)
@@ -281,8 +273,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
     if problems := _find_problems(options):
         sys.exit("\n".join(f"sft.evaluate: {problem}" for problem in problems))
+    settings = {name: getattr(options, name) for name in SAME_FLAGS.split()}
+    options.cache = Path(options.cache or Path(options.output_dir) / CALLS)
+    default = judge.MAX_TOKENS if options.suite in JUDGED else QUICK_NEW_TOKENS
+    options.max_new_tokens = options.max_new_tokens or default
     try:
-        RUNS[options.suite](options, {name: getattr(options, name) for name in SAME_FLAGS.split()})
+        RUNS[options.suite](options, settings)
     except (ValueError, OSError) as error:
         sys.exit(f"sft.evaluate: {error}")
     except KeyboardInterrupt:

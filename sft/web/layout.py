@@ -28,6 +28,7 @@ def build_page(handlers: Handlers) -> gr.Blocks:
             clear = gr.Button(I18N("clear"), size="sm", scale=0, min_width=120)
         with gr.Row(elem_classes="panes"):
             panes = [_pane(handlers, index) for index in range(handlers.num_panes)]
+            pickers, shown, statuses = map(list, zip(*panes, strict=True))
         box = gr.Textbox(show_label=False, placeholder=I18N("message"), autofocus=True, submit_btn=True, max_lines=8)
         with gr.Accordion(I18N("settings"), open=False):
             system = gr.Textbox("", label=I18N("system"), lines=2)
@@ -42,9 +43,10 @@ def build_page(handlers: Handlers) -> gr.Blocks:
             with gr.Row():
                 export = gr.Button(I18N("export"), size="sm", scale=0, min_width=200)
                 links = gr.Markdown(sanitize_html=False)
-        _connect_events(handlers, turns, panes, box, [system, tools], [*sliders, thinking, tools], clear)
+        settings = [*sliders, thinking, tools, *filter(None, pickers)]
+        _connect_events(handlers, turns, shown, statuses, box, [system, tools], settings, clear)
         export.click(export_links, [turns, system, tools], links, api_visibility="private", show_progress="hidden")
-        page.load(handlers.show, turns, _shown(panes), api_visibility="private", show_progress="hidden")
+        page.load(handlers.show, turns, shown, api_visibility="private", show_progress="hidden")
     handlers.page = page
     page.queue(max_size=MAX_JOBS, default_concurrency_limit=None, api_open=False)
     page._queue.ANALYTICS_MAX_EVENTS = 1  # gradio 6.31 makes a table of the last 10,000 after each
@@ -70,19 +72,13 @@ def _slider(name: str, low: float, high: float, step: float) -> gr.Slider:
     return gr.Slider(low, high, default, step=step, precision=precision, label=I18N(name), min_width=300)
 
 
-def _shown(panes: list[tuple]) -> list[gr.HTML]:
-    return [shown for _picker, shown, _status in panes]
-
-
-def _connect_events(handlers: Handlers, turns, panes: list[tuple], box, given: list, settings: list, clear) -> None:
+def _connect_events(
+    handlers: Handlers, turns, shown: list, statuses: list, box, given: list, settings: list, clear
+) -> None:
     """Connect the events: each way to ask shows the question first, then waits for its reply.
 
-    `given` are the boxes of system prompt and tools.
+    `shown` and `statuses` are those of the panes, `given` the boxes of system prompt and tools.
     """
-    system = given[0]
-    pickers = [picker for picker, _shown_pane, _status in panes if picker]
-    shown = _shown(panes)
-    status = [line for _picker, _shown_pane, line in panes]
     # Only an event that goes through the queue can show why it was refused.
     now = {"show_progress": "hidden", "outputs": [box, turns, *shown]}
     hidden = {**now, "api_visibility": "private"}
@@ -96,8 +92,8 @@ def _connect_events(handlers: Handlers, turns, panes: list[tuple], box, given: l
     replies = [
         event.success(
             handlers.reply,
-            [turns, system, *settings, *pickers],
-            [turns, *shown, *status],
+            [turns, given[0], *settings],
+            [turns, *shown, *statuses],
             api_name="reply",
             api_visibility="private" if index else "public",
             show_progress="hidden",
