@@ -339,7 +339,7 @@ def family_model(model):
 
 
 def set_generation_config(model, tokenizer, stop_ids: Sequence[int]) -> None:
-    """Save every stop id with the model, and no length cap: a server would cap each request with it.
+    """Save every stop id with the model, and no limits of length: a server would cut each reply, or never let it end.
 
     A base's own sampling settings are kept, unless they contradict each other: then saving would fail, at the end.
     """
@@ -348,7 +348,7 @@ def set_generation_config(model, tokenizer, stop_ids: Sequence[int]) -> None:
     ids = {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id}
     ids["eos_token_id"] = list(stop_ids)
     settings = model.generation_config
-    settings.update(**ids, max_new_tokens=None, max_length=None)
+    settings.update(**ids, max_new_tokens=None, max_length=None, min_new_tokens=None, min_length=None)
     settings._from_model_config = False  # transformers 5.23 may else derive the ids anew from the model's config
     try:
         settings.validate(strict=True)

@@ -33,6 +33,7 @@ FLAGS = json.loads(Path(__file__).with_name("flags.json").read_text(encoding="ut
 NO_EFFECT = FLAGS["no_effect"]
 NEEDS = FLAGS["needs"]
 TOKEN_COUNTS = ("all", "non_padding", "no", "true", "false")
+FULL_PRECISION = ("mxfp4", "compressed-tensors")  # quantised weights that can be loaded as if they weren't
 METRICS = ("loss", "perplexity", "token_accuracy")  # of the held-out rows; and loss/SOURCE for each source
 NEEDS_THE_MODEL = ("lomo", "adalomo")  # optimizers that can't be built without it
 # Flags that name files or folders, the first three several.
@@ -342,8 +343,12 @@ def check_against_config(settings, path: str) -> None:
 def check_quantised(path: str, *, trust_remote_code: bool = False) -> None:
     """Raise ValueError for a base of quantised weights, which transformers' Trainer trains under adapters alone."""
     stored = getattr(load_config(path, trust_remote_code=trust_remote_code), "quantization_config", None)
-    method = stored.get("quant_method") if isinstance(stored, dict) else None
-    if method in ("awq", "bitsandbytes", "gptq"):  # others may be loaded in full precision
+    if not isinstance(stored, dict) or stored.get("dequantize"):
+        return
+    from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+
+    method = stored.get("quant_method")
+    if method in {*AUTO_QUANTIZER_MAPPING, "bitsandbytes"}.difference(FULL_PRECISION):
         raise ValueError(
             f"{path}: its weights are quantised ({method}), so only adapters can be trained; add --lora, or name the "
             "model that was quantised"

@@ -52,12 +52,13 @@ def test_contradictory_sampling_settings_of_a_base_do_not_make_saving_fail(tiny_
 def test_sound_sampling_settings_are_kept_and_length_caps_are_not(tiny_base, tmp_path):
     model, tokenizer = load_model(str(tiny_base("qwen2"))), load_tokenizer(str(tiny_base("qwen2")))
     model.generation_config.update(do_sample=True, temperature=0.7, max_new_tokens=2048, max_length=100)
+    model.generation_config.update(min_new_tokens=50, min_length=60)
     set_generation_config(model, tokenizer, [7])
     model.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "generation_config.json").read_text())
     assert (saved["temperature"], saved["do_sample"]) == (0.7, True)
-    assert saved.get("max_new_tokens") is None
-    assert saved.get("max_length") is None
+    limits = ("max_new_tokens", "max_length", "min_new_tokens", "min_length")
+    assert [saved.get(name) for name in limits] == [None] * 4
 
 
 def test_full_fine_tuning_loads_fp32_masters_for_every_computing_type(tiny_base):

@@ -400,14 +400,19 @@ def test_flags_of_torch_compile_are_read_as_fused_kernels(words, chosen, tiny_ba
 
 def test_quantised_weights_are_trained_under_adapters_alone(tmp_path):
     config = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
-    for method in ("gptq", "awq", "bitsandbytes"):
+    for method in ("gptq", "awq", "bitsandbytes", "fp8", "hqq"):
         quantised = {"quant_method": method, "bits": 4, "load_in_4bit": True}
         (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": quantised}))
         with pytest.raises(
             ValueError, match=rf"its weights are quantised \({method}\), so only adapters can be trained"
         ):
             check_quantised(str(tmp_path))
-    for further in ({"quantization_config": {"quant_method": "mxfp4"}}, {}):
+    loadable = (
+        {"quant_method": "mxfp4"},
+        {"quant_method": "fp8", "dequantize": True},
+        {"quant_method": "compressed-tensors"},
+    )
+    for further in ({}, *({"quantization_config": stored} for stored in loadable)):
         (tmp_path / "config.json").write_text(json.dumps({**config, **further}))
         check_quantised(str(tmp_path))
 
