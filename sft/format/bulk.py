@@ -139,13 +139,15 @@ def render_segments(
         num_rows.append(len(segments.row_sizes) if segments else 0)
         if segments is None:
             continue
+        has_further_fields = max(map(len, messages)) > 2  # than role and content
         contents = [message["content"].strip() for message in messages]
-        contents += [message.get("reasoning_content", "") for message in messages]
+        if has_further_fields:
+            contents += [message.get("reasoning_content", "") for message in messages]
         texts += segments.template.format(*contents).split(seam)
         is_reply += segments.is_reply
         in_loss += segments.is_reply
         row_sizes += segments.row_sizes
-        if any([not message.get("train", True) for message in messages]):
+        if has_further_fields and not all([message.get("train", True) for message in messages]):
             trained = [reply >= 0 and messages[reply].get("train", True) for reply in segments.reply_of]
             in_loss[-len(trained) :] = trained
     assert len(texts) == len(is_reply)

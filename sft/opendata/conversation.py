@@ -190,7 +190,8 @@ def check_messages(messages: list[Message]) -> None:
     """
     if not messages:
         raise RecordError("empty", "messages is empty; give at least one user and one assistant message")
-    check_calls(messages)
+    if "tool" in [message["role"] for message in messages]:
+        check_calls(messages)
     _check_order(messages)
     for number, message in enumerate(messages):
         if is_blank(message):
