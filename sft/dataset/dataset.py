@@ -304,7 +304,7 @@ def _build(
 def _choose_encoder(files: Sequence[str], renderer: Renderer, reading: dict, num_bytes: int) -> str:
     """Choose the fastest encoder that proves right, also on the first conversations; return its name.
 
-    Where the tokenizer fails on one of those, it is the slow one: it names the record when its turn comes.
+    It is the slow one if the tokenizer fails on one of those: that names the record when its turn comes.
     """
     sample = _read_first(files, renderer, reading)
     try:

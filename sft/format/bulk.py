@@ -227,7 +227,7 @@ def make_encoder(name: str, backend: Tokenizer, seam: str) -> Encode | None:
         return ENCODERS[name](backend, seam)
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException:  # not installed, or a form that it doesn't know; a panic of a Rust library is no Exception
+    except BaseException:  # not installed, or a form that it doesn't read; a panic of a Rust library is no Exception
         return None
 
 
@@ -241,7 +241,7 @@ def _splits_words(backend: Tokenizer) -> bool:
     )
 
 
-def _make_gigatoken(backend: Tokenizer, seam: str) -> Encode:
+def _make_gigatoken(backend: Tokenizer, seam: str) -> Encode | None:
     """Encode all texts as one, with the token `seam` between them."""
     from gigatoken.gigatoken_rs import load_hf_json
 
@@ -250,7 +250,7 @@ def _make_gigatoken(backend: Tokenizer, seam: str) -> Encode:
     num_encoded = 0
     seam_id = backend.token_to_id(seam)
     if backend.id_to_token(seam_id) != seam:
-        raise ValueError("two tokens have one id")
+        return None  # two tokens have one id
     is_new = np.zeros(0x110000, dtype=bool)
     for first, last in _NEW_TO_TOKENIZERS:
         is_new[first : last + 1] = True
@@ -298,5 +298,5 @@ def _make_tokenizers(backend: Tokenizer, _seam: str) -> Encode:
     return encode
 
 
-# The fastest first. gigatoken knows the patterns of many models by name, fastokens any pattern (bloom's).
+# The fastest first. gigatoken has the patterns of many models by name, fastokens any pattern (bloom's).
 ENCODERS = {"gigatoken": _make_gigatoken, "fastokens": _make_fastokens, "tokenizers": _make_tokenizers}

@@ -197,7 +197,7 @@ def any_of(texts: Iterable[str]) -> re.Pattern:
 def unforgeable_backend(tokenizer) -> tuple[Tokenizer, dict[str, str], str]:
     """Copy the Rust tokenizer with every control token renamed to a random private-use string, ids unchanged.
 
-    Returns the copy, the new names, and the name of a further token, which stands between texts.
+    Returns the copy, the new names, and the name of a further token, which separates texts.
     `split_special_tokens` is not enough: it leaves added tokens such as `<think>`
     live (transformers 5.23). Added words and runs of whitespace keep their names; they are ordinary text.
     """

@@ -85,7 +85,7 @@ def test_gigatoken_begins_anew_after_many_characters(tokenizer_of, monkeypatch):
         ("yi", []),
     ],
 )
-def test_encoders_are_tried_that_know_the_tokenizer(family, expected, tokenizer_of):
+def test_the_encoders_that_read_the_tokenizer_are_tried(family, expected, tokenizer_of):
     backend, _names, seam = unforgeable_backend(tokenizer_of(family))
     assert [name for name, _encode in bulk.bulk_encoders(backend, seam, 1 << 30)] == expected
     assert [name for name, _encode in bulk.bulk_encoders(backend, seam, 1000)] == expected[-1:]
