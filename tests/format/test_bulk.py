@@ -118,7 +118,7 @@ def test_gigatoken_normalises_and_splits_each_character_as_tokenizers():
 
 
 @pytest.mark.parametrize("text", ["x\u0301\u0eba", "a\u088fa"])
-def test_characters_that_gigatoken_knows_otherwise_would_be_wrong_in_it(text, monkeypatch):
+def test_characters_of_another_unicode_would_be_wrong_in_gigatoken(text, monkeypatch):
     backend = split_showing_tokenizer()
     encode = bulk.make_encoder("gigatoken", backend, "<seam>")
     assert encode([text])[0].tolist() == backend.encode(text, add_special_tokens=False).ids
