@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sft.chat.sampling import Sampling, draw_tokens
+from sft.model.load import family_model
 
 PREFILL_TOKENS = 512  # of prompts, read between two tokens of the running batch
 FORWARD = {"input_ids", "attention_mask", "position_ids", "logits_to_keep", "use_cache", "past_key_values"}
@@ -94,7 +95,7 @@ class RowModel:
     def __init__(self, model, *, pad_id: int):
         self.model = model
         self.pad_id = pad_id
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        base = family_model(model)
         accepted = set(inspect.signature(base.forward).parameters)
         self.accepted = accepted if "input_ids" in accepted else FORWARD
         self.joins_rows = _can_join_rows(base) and "past_key_values" in self.accepted

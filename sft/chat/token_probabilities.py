@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from sft.format.tokens import HALF_CHARACTER
+from sft.model.load import family_model
 
 PIECE = 64  # tokens whose probabilities over the whole vocabulary are held at a time
 BANDS = ((0.9, "32"), (0.5, "36"), (0.2, "33"), (0.0, "31"))  # from this probability on: green, cyan, yellow, red
@@ -53,7 +54,7 @@ def _probabilities(model, prompt: Sequence[int], ids: Sequence[int], count: int)
     """Return for each of `ids` its probability and the `count` likeliest tokens with theirs."""
     import torch
 
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = family_model(model)
     options = {"logits_to_keep": len(ids)} if "logits_to_keep" in inspect.signature(base.forward).parameters else {}
     read = torch.tensor([[*prompt, *ids[:-1]]], device=model.device)
     found = []

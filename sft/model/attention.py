@@ -15,6 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from sft.model.kernels import Documents, attend, current_documents, read_documents
+from sft.model.load import family_model
 from sft.model.mixers import carry_documents, find_mixers, leave_out_kernels, mixers_with_kernels, run_by_document
 from sft.model.shrink import (
     build_twin,
@@ -45,7 +46,7 @@ def isolate_documents(model) -> str:
     ours, any other keeps transformers' mask. A tiny twin, made of the config, shows which modules mix documents all the
     same: those run once per document. If that is not enough, the whole model runs once per document.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = family_model(model)
     if _register_once(model, _enter):
         model.register_forward_hook(_leave, always_call=True)
     implementation = base.config.get_text_config()._attn_implementation
@@ -63,7 +64,7 @@ def isolate_documents(model) -> str:
 
 def run_model_by_document(model) -> str:
     """Let the whole model run once per document: slower, and right for any causal family."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = family_model(model)
     run_by_document([base.base_model], with_kernels=False)
     return "documents are kept apart by running the model once per document"
 
@@ -140,7 +141,7 @@ def _goes_through_the_interface(base, config) -> bool:
 
 def has_document_attention(model) -> bool:
     """Whether `isolate_documents` gave the model our attention, its family's or the one of the interface."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = family_model(model)
     config = base.config.get_text_config()
     if config.model_type in OWN_ATTENTION:
         attention_class = OWN_ATTENTION[config.model_type]()
