@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import astuple
 
 from sft.chat.rows import PREFILL_TOKENS, Request, RowModel, Rows
-from sft.chat.sampling import Sampling
+from sft.chat.sampling import PENALTIES, Sampling
 
 MAX_ACTIVE = 32  # rows of the batch
 MAX_WAITING = 20  # requests in the queue of a server
@@ -59,6 +59,8 @@ class Decoder:
 
         if not all(math.isfinite(value) for value in astuple(sampling)):
             raise ValueError(f"{sampling}: each must be a finite number")  # it would fail the whole batch
+        if not PENALTIES[0] <= sampling.repetition_penalty <= PENALTIES[1]:
+            raise ValueError(f"{sampling}: the repetition penalty must be from {PENALTIES[0]} to {PENALTIES[1]:g}")
         if max(prompt, default=0) >= self.num_tokens:  # so would this
             raise ValueError(
                 f"the prompt has a token of id {max(prompt)}, but the model has {self.num_tokens} embedding rows; the "

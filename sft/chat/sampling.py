@@ -6,6 +6,9 @@ Temperature, top k, top p and the repetition penalty mean what they mean to tran
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+MIN_TEMPERATURE = 1e-5  # below it greedy search, as in vLLM: scores divided by less overflow, which fails all rows
+PENALTIES = (0.01, 100.0)  # the smallest and the largest, for the same reason
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -20,7 +23,7 @@ class Sampling:
     @property
     def settings(self) -> tuple[float, float, int, float]:
         """Return temperature, top p, top k (0: all tokens) and repetition penalty; greedy search is top k of 1."""
-        if self.temperature <= 0:
+        if self.temperature < MIN_TEMPERATURE:
             return 1.0, 1.0, 1, self.repetition_penalty
         return self.temperature, self.top_p, self.top_k, self.repetition_penalty
 

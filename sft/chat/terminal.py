@@ -31,7 +31,7 @@ from sft.chat.reply import (
     parse_tools,
     tool_result,
 )
-from sft.chat.sampling import BLOSSOM, Sampling
+from sft.chat.sampling import BLOSSOM, PENALTIES, Sampling
 from sft.chat.token_probabilities import to_printable, to_terminal
 from sft.format.contract import check_variables
 from sft.tables import has_colour
@@ -254,8 +254,8 @@ def _problems(options: argparse.Namespace) -> Iterator[str]:
         yield f"--top_p {options.top_p}: must be above 0 and at most 1"
     if options.top_k < 0:
         yield f"--top_k {options.top_k}: must be 0 (all tokens) or more"
-    if not 0 < options.repetition_penalty < float("inf"):
-        yield f"--repetition_penalty {options.repetition_penalty}: must be above 0"
+    if not PENALTIES[0] <= options.repetition_penalty <= PENALTIES[1]:
+        yield f"--repetition_penalty {options.repetition_penalty}: must be from {PENALTIES[0]} to {PENALTIES[1]:g}"
 
 
 def _check_options(options: argparse.Namespace) -> None:

@@ -1,6 +1,7 @@
 """The running batch: the same tokens as alone, each request with its own settings, and no request left waiting."""
 
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -95,6 +96,17 @@ def test_a_token_that_the_model_has_no_row_for_is_refused_before_it_fails_the_ot
         decoder.add([5, rows], greedy(3))
     decoder.run()
     assert len(running.ids) == 3
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e-40, 1e-7])
+def test_a_temperature_near_zero_is_greedy_and_fails_no_other_request(model, temperature):
+    decoder = Decoder(model, stop_ids=[])
+    cold = replace(greedy(3), temperature=temperature)
+    requests = [decoder.add([5, 6], sampling) for sampling in (greedy(3), cold)]
+    decoder.run()
+    assert requests[0].ids == requests[1].ids
+    with pytest.raises(ValueError, match=r"the repetition penalty must be from 0\.01 to 100"):
+        decoder.add([5, 6], Sampling(repetition_penalty=1e-300))
 
 
 @pytest.mark.parametrize("keeps", [True, False])
