@@ -108,6 +108,7 @@ class CollectedFiles:
         self.hashes.pop(name, None)
         self.waiting.pop(name, None)
         if copy:
+            bytes_left = self._bytes_left
             try:
                 self.waiting[name] = copy()
                 return
@@ -117,6 +118,7 @@ class CollectedFiles:
                 if CPU_ALLOCATOR not in str(error):
                     raise
                 self.has_no_room = True
+            self._bytes_left = bytes_left  # without the tensors that had been copied before
         self.hashes[name] = write(self._folder / name)
 
     def copy(self, tensor: torch.Tensor, *, is_copy: bool = False) -> torch.Tensor:

@@ -89,6 +89,14 @@ def test_a_copy_that_a_limit_of_the_process_refuses_is_written_at_once(tmp_path)
     assert torch.equal(torch.load(tmp_path / "optimizer.pt"), torch.arange(10 << 20))
 
 
+def test_a_file_without_room_for_its_copy_leaves_the_room_to_the_next_one(tmp_path):
+    with collect_files(tmp_path, 3000) as files:
+        torch.save([torch.ones(600), torch.ones(600)], tmp_path / "large.pt")
+        torch.save([torch.ones(700)], tmp_path / "small.pt")
+    assert list(files.hashes) == ["large.pt"]
+    assert list(files.waiting) == ["small.pt"]
+
+
 def test_writing_ends_at_the_next_tensor_when_it_is_given_up(tmp_path, monkeypatch):
     with collect_files(tmp_path, PLENTY) as files:
         torch.save([torch.ones(500), torch.ones(600)], tmp_path / "a.pt")
