@@ -150,6 +150,7 @@ def complete_checkpoint(folder: Path, final: Path, hashes: dict[str, list], *, r
 
     Returns its bytes, and a line when `publish_checkpoint` set a folder aside. ValueError for a file of another size.
     """
+    remove_cut_off(folder)
     others = [name for name in list_files(folder) if name not in hashes]
     files = hashes | hash_files(folder, others, sync=True)
     for name, (size, _sha256) in files.items():  # a network file system may list another machine's files late

@@ -94,6 +94,7 @@ def test_a_checkpoint_that_all_ranks_had_written_is_completed_at_the_next_start(
     note_written(staged, hash_files(staged, ["rank_0.pt"]), rank=0, world_size=2)
     assert check_output_dir(str(tmp_path), resume=True) is None
     assert "is not empty" in check_output_dir(str(tmp_path), resume=False)
+    (staged / ".manifest.json.0a1b2c3d.partial").write_text("{")
     line = f"{tmp_path}/checkpoint-5: completed; its run ended when its files were written"
     assert recover_checkpoint(tmp_path) == [line]
     assert names(tmp_path) == ["checkpoint-5"]
