@@ -210,7 +210,7 @@ def build_opendata(
     mistakes += check_sources(sources, encoding)
     mistakes += _check_settings(without, near_duplicates, eval_share, max_rejected, workers)
     mistakes += check_choices(reasoning, preference)
-    mistakes += _check_targets(targets, overwrite)
+    mistakes += _check_targets(targets, overwrite) if output else ["--output: is empty; name a folder"]
     if mistakes or not sources:
         raise ValueError("\n".join(mistakes or ["no input: name a file, a folder, a glob, a data set or --mix"]))
     rules = tuple(rule for rule in RULES if rule not in without)

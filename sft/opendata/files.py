@@ -78,7 +78,9 @@ def _list_folder(folder: str) -> Iterator[str]:
 
 
 def _is_data(path: str) -> bool:
-    return path.endswith(EXTENSIONS) and os.path.basename(path) not in NOT_DATA
+    """Say whether a file of a folder is read; a pipe would wait for a writer, and a broken link is an error later."""
+    is_named = path.endswith(EXTENSIONS) and os.path.basename(path) not in NOT_DATA
+    return is_named and (os.path.isfile(path) or not os.path.exists(path))
 
 
 def find_skipped(paths: Iterable[str | os.PathLike]) -> list[str]:

@@ -7,7 +7,8 @@ import threading
 
 import pytest
 
-from sft.opendata.files import MIXES, list_files, split_sample
+from sft.opendata.build import build_opendata
+from sft.opendata.files import MIXES, find_skipped, list_files, split_sample
 from tests.opendata.make import build, digests, read_lines, record, run, write
 
 
@@ -30,6 +31,15 @@ def test_list_files_sorts_a_folder_and_leaves_out_what_is_no_data(tmp_path):
     assert list_files(str(tmp_path / "*")) == sorted([*expected, str(tmp_path / "notes.txt")])
     assert list_files(str(tmp_path / "**/*.jsonl")) == [str(tmp_path / "a/z.jsonl")]
     assert list_files(tmp_path / "notes.txt") == [str(tmp_path / "notes.txt")]
+
+
+def test_a_pipe_in_a_folder_is_not_waited_for_and_an_empty_output_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    (tmp_path / "a.jsonl").touch()
+    assert list_files(tmp_path) == [str(tmp_path / "a.jsonl")]
+    assert find_skipped([tmp_path]) == [str(tmp_path / "pipe.jsonl")]
+    with pytest.raises(ValueError, match="--output: is empty; name a folder"):
+        build_opendata([str(tmp_path)], output="")
 
 
 @pytest.mark.parametrize("name", ["missing.json", "*.nothing", "empty"])
