@@ -269,9 +269,7 @@ def load_chat(
 
     from sft.format.render import Renderer
 
-    if problem := check_model_path(model_path, names=MODEL_FILES):
-        raise ValueError(problem)
-    if problem := device and _find_device_problem(device):
+    if problem := check_model_path(model_path, names=MODEL_FILES) or (device and _find_device_problem(device)):
         raise ValueError(problem)
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = _choose_dtype(place) if dtype in (None, "auto") else dtype
@@ -314,6 +312,7 @@ def _find_device_problem(device: str) -> str | None:
 
     try:
         found = torch.device(device)
+        torch.zeros(1, device="cpu" if found.type == "cuda" else found).tolist()  # mps on Linux, or meta
     except RuntimeError:
         return f"--device {device}: no such device; use cpu, cuda or cuda:1"
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():

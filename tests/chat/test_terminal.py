@@ -79,6 +79,7 @@ def test_a_missing_device_is_one_line(tiny_base):
         (["--load_in_4bit"], "--load_in_4bit needs a CUDA GPU and bitsandbytes"),
         (["--device", "cuda"], "--device cuda: this machine shows 0 CUDA GPUs"),
         (["--device", "gpu"], "--device gpu: no such device; use cpu, cuda or cuda:1"),
+        (["--device", "meta"], "--device meta: no such device; use cpu, cuda or cuda:1"),
     ):
         with pytest.raises(SystemExit, match=text):
             terminal.main([*arguments, *flags])
