@@ -313,7 +313,7 @@ def _find_device_problem(device: str) -> str | None:
     try:
         found = torch.device(device)
         torch.zeros(1, device="cpu" if found.type == "cuda" else found).tolist()  # mps on Linux, or meta
-    except RuntimeError:
+    except (RuntimeError, AssertionError):
         return f"--device {device}: no such device; use cpu, cuda or cuda:1"
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         return f"--device {device}: this machine shows {torch.cuda.device_count()} CUDA GPUs; use cpu, or leave it out"
