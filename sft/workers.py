@@ -16,6 +16,7 @@ import gc
 import os
 import pickle
 import queue
+import select
 import selectors
 import signal
 import socket
@@ -71,6 +72,12 @@ def count_cores() -> int:
         return max(1, min(cores, int(quota) // int(period)))
     except (OSError, ValueError):  # another system, or "max": no quota
         return cores
+
+
+def release_freed_memory() -> None:
+    """Return freed memory to the system: glibc keeps arrays of up to 32 MiB, which at millions of examples add up."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def run_task(function: Callable[[Task], Any], task: Task) -> Any:
@@ -157,6 +164,10 @@ class _WorkerProcesses:
         with contextlib.suppress(OSError):  # it has ended already; the first task says so
             self._control.send_bytes(setup)
 
+    def have_started(self) -> bool:
+        """Say whether the forking process has forked the workers, or has ended."""
+        return bool(select.select([self._control], (), (), 0)[0])
+
     def find_exit_code(self, worker: _Worker) -> int:
         """Return the exit code of a worker that closed its socket, negative for a signal."""
         ended = None
@@ -185,11 +196,18 @@ class Workers:
     """`num_workers` processes that apply a function; with one, the function is applied in this process.
 
     `make_function` is called in a process without threads, and returns the function of a task; it is pickled, as are
-    tasks and results. The workers are started for the first task. A context, which kills the workers on leaving.
+    tasks and results. The workers are started for the first task. While they start, which takes half a second, this
+    process applies `stand_in`, the same function. A context, which kills the workers on leaving.
     """
 
-    def __init__(self, num_workers: int, make_function: Callable[[], Callable[[Task], Any]]):
+    def __init__(
+        self,
+        num_workers: int,
+        make_function: Callable[[], Callable[[Task], Any]],
+        stand_in: Callable[[Task], Any] | None = None,
+    ):
         self.num_workers = num_workers
+        self._stand_in = stand_in
         self._make_function = make_function
         self._setup = pickle.dumps(make_function) if num_workers > 1 else b""
         self._function: Callable | None = None
@@ -216,12 +234,23 @@ class Workers:
             return
         waiting: deque[tuple[int, Task]] = deque()
         for task in tasks:
+            if self._are_starting():
+                yield task, run_task(self._stand_in, task)
+                continue
             waiting.append((self._send(task), task))
             if len(waiting) >= AHEAD_PER_WORKER * self.num_workers:
                 number, first = waiting.popleft()
                 yield first, self._take(number)
         for number, task in waiting:
             yield task, self._take(number)
+
+    def _are_starting(self) -> bool:
+        """Say whether the workers start and there is a stand-in, whose memory is freed as soon as they have started."""
+        self._processes = self._processes or _WorkerProcesses(self.num_workers, self._setup)
+        if self._stand_in and self._processes.have_started():
+            self._stand_in = None
+            release_freed_memory()
+        return self._stand_in is not None
 
     def _send(self, task: Task) -> int:
         self._num_sent += 1
@@ -235,7 +264,6 @@ class Workers:
 
     def _find_worker(self) -> _Worker:
         """Return the worker with the fewest tasks when it has room."""
-        self._processes = self._processes or _WorkerProcesses(self.num_workers, self._setup)
         while True:
             idlest = min(self._processes.workers, key=lambda worker: len(worker.tasks))
             if len(idlest.tasks) < TASKS_PER_WORKER:
@@ -303,6 +331,8 @@ def fork_workers(descriptors: Sequence[int]) -> None:
             _serve_tasks(socket.socket(fileno=descriptor), function)
         numbers[pid] = number
         os.close(descriptor)
+    with contextlib.suppress(OSError):  # the parent is gone
+        control.send((None, 0))
     threading.Thread(target=_kill_workers, args=(control, numbers), daemon=True).start()
     while numbers:
         pid, status = os.wait()

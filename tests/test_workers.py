@@ -163,3 +163,20 @@ def test_the_quota_of_a_container_limits_the_cores(tmp_path, monkeypatch):
     for text, cores in (("max 100000\n", 64), ("400000 100000\n", 4), ("50000 100000\n", 1)):
         quota.write_text(text)
         assert workers.count_cores() == cores
+
+
+def test_this_process_stands_in_until_the_workers_have_started():
+    def tasks():
+        number = 0
+        while started._stand_in:
+            yield Number(number)
+            number += 1
+        yield from map(Number, range(number, number + 20))
+
+    with Workers(2, partial(partial, times, 2), partial(times, 2)) as started:
+        found = list(started.map(tasks()))
+    assert [task.number for task, _result in found] == list(range(len(found)))
+    assert [result[0] for _task, result in found] == list(range(0, 2 * len(found), 2))
+    pids = [pid for _task, (_double, pid, _bytes) in found]
+    assert set(pids[:-21]) == {os.getpid()}
+    assert os.getpid() not in pids[-20:]

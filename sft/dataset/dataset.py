@@ -1,7 +1,6 @@
 """Canonical or raw files -> tokenised examples, cached by content; and the account of every conversation."""
 
 import contextlib
-import ctypes
 import errno
 import hashlib
 import itertools
@@ -10,6 +9,7 @@ import mmap
 import os
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from copy import copy
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -27,7 +27,7 @@ from sft.format.tokens import IGNORE_INDEX
 from sft.opendata.conversation import Conversation, read_conversations
 from sft.opendata.fields import FieldCounts
 from sft.opendata.files import Work, cut_pieces, map_pieces
-from sft.workers import Workers, choose_num_workers
+from sft.workers import Workers, choose_num_workers, release_freed_memory
 
 PROOF_SIZE = 16  # conversations of the data on which a bulk encoder must prove itself
 MAX_LENGTH = 2048  # tokens of a row, unless a flag names another
@@ -334,13 +334,8 @@ def _write(
     origins = [np.zeros(0, ORIGIN)]
     numbers = {}
     counts = {file: FieldCounts() for file in files}
-    load_renderer = pack_renderer(renderer) if num_workers > 1 else lambda: renderer
-    if num_workers > 1:
-        renderer.free_encoder()
-        release_freed_memory()
-    make_function = partial(make_tokeniser, load_renderer, max_length=max_length, reading=reading)
     with (
-        Workers(num_workers, make_function) as workers,
+        _make_workers(num_workers, renderer, max_length=max_length, reading=reading) as workers,
         open(folder / "input_ids", "wb") as ids,
         open(folder / "in_loss", "wb") as in_loss,
         tqdm(unit=" conversations", disable=None, leave=False) as progress,
@@ -365,10 +360,13 @@ def _write(
     release_freed_memory()
 
 
-def release_freed_memory() -> None:
-    """Return freed memory to the system: glibc keeps arrays of up to 32 MiB, which at millions of examples add up."""
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL(None).malloc_trim(0)
+def _make_workers(num_workers: int, renderer: Renderer, **settings) -> Workers:
+    if num_workers == 1:
+        return Workers(1, partial(make_tokeniser, lambda: renderer, **settings))
+    make_function = partial(make_tokeniser, pack_renderer(renderer), **settings)
+    stand_in = make_tokeniser(partial(copy, renderer), **settings)
+    renderer.free_encoder()  # the stand-in holds it until the workers have started
+    return Workers(num_workers, make_function, stand_in)
 
 
 def _make_tasks(files: Sequence[str], encoding: str, *, parse: bool) -> Iterator[Work]:

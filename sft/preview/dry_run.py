@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from sft.checkpoint.manifest import PROGRESS
 from sft.checkpoint.resume import check_unchanged
-from sft.dataset.dataset import TrainingRows, release_freed_memory
+from sft.dataset.dataset import TrainingRows
 from sft.dataset.sampler import Updates
 from sft.launch.deepspeed import zero_stage
 from sft.launch.processes import Guard
@@ -55,6 +55,7 @@ from sft.train.setup import (
     find_other_base,
     fingerprint_of,
 )
+from sft.workers import release_freed_memory
 
 MAX_RATE_RATIO = 4.0  # of a learning rate to what is published, after scaling
 COUNTED_OPTIMIZERS = {"adamw_torch", "adamw_torch_fused", "adamw_apex_fused"}  # two moments in fp32

@@ -13,6 +13,13 @@ from sft.dataset.dataset import prepare
 from sft.dataset.tokenise import make_tokeniser, pack_renderer
 from sft.format.render import Renderer
 from sft.opendata import decoding
+from sft.workers import _WorkerProcesses
+
+
+@pytest.fixture(autouse=True)
+def no_stand_in(monkeypatch):
+    """All tasks go to the workers; else, little data is done before they have started."""
+    monkeypatch.setattr(_WorkerProcesses, "have_started", lambda processes: True)
 
 
 def record(number: int, answer: str = "") -> dict:
@@ -143,3 +150,19 @@ def test_data_on_which_the_bulk_encoder_fails_are_encoded_without_it(tmp_path, t
     assert len(examples) == 300
     assert len(said) == 2
     assert re.fullmatch(rf"tokenizers is wrong at {file} line \d+; starting again without it", said[1])
+
+
+def test_a_process_that_stands_in_for_workers_gives_the_same_bytes(tmp_path, tokenizer_of, monkeypatch):
+    monkeypatch.setattr(_WorkerProcesses, "have_started", lambda processes: next(answers, True))
+    answers = iter([False] * 3)
+    monkeypatch.setattr(decoding, "RANGE_BYTES", 2000)
+    file = write_lines(tmp_path / "a.jsonl", [record(number) for number in range(300)])
+    found = []
+    for num_workers in (1, 2):
+        renderer = Renderer(tokenizer_of("qwen2"), "chatml")
+        cache = str(tmp_path / f"cache-{num_workers}")
+        examples, _ledger = prepare([file], renderer, max_length=64, cache_dir=cache, num_workers=num_workers)
+        found.append([examples[number]["input_ids"].tolist() for number in range(300)])
+    assert found[0] == found[1]
+    assert next(answers, "all used") == "all used"
+    assert renderer._encode is None
