@@ -192,6 +192,17 @@ def load_checkpoint(folder: Path, model, optimizer, *, decayed: Sequence[str]) -
     load_into(model, optimizer, source)
 
 
+def load_schedule(scheduler, path: Path) -> None:
+    """Load a schedule's state; it may be of another number of parameter groups: DeepSpeed drops those that are empty.
+
+    All groups have one rate and one function of the step.
+    """
+    state = load_safely(path)
+    num_groups = len(scheduler.optimizer.param_groups)
+    of_groups = {name: num_groups * state[name][:1] for name in ("base_lrs", "_last_lr", "lr_lambdas") if name in state}
+    scheduler.load_state_dict(state | of_groups)
+
+
 def load_into(model, optimizer, source: Shards | PlainCheckpoint) -> None:
     """Copy weights and moments into a model and its AdamW, under ZeRO-2, ZeRO-3 or neither.
 

@@ -159,7 +159,7 @@ class Trainer(FastTrainer):
         folder = Path(resume_from_checkpoint)
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         self._load_other_layout(folder)
-        self.lr_scheduler.load_state_dict(zero.load_safely(folder / "scheduler.pt"))
+        zero.load_schedule(self.lr_scheduler, folder / "scheduler.pt")
         return prepared
 
     def _load_other_layout(self, folder: Path) -> None:

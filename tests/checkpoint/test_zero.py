@@ -1,10 +1,12 @@
 """DeepSpeed's files are read without running what is pickled in them, whichever Python wrote them."""
 
+import functools
+
 import pytest
 import torch
 from deepspeed.runtime.zero.config import ZeroStageEnum
 
-from sft.checkpoint.zero import load_safely
+from sft.checkpoint.zero import load_safely, load_schedule
 
 
 class Pickled:
@@ -28,3 +30,23 @@ def test_any_other_attribute_is_refused(arguments, tmp_path):
     torch.save({"zero_stage": Pickled(*arguments)}, tmp_path / "state.pt")
     with pytest.raises(ValueError, match="holds more than tensors and numbers; no code of it was run"):
         load_safely(tmp_path / "state.pt", known=[ZeroStageEnum])
+
+
+@pytest.mark.parametrize(("saved", "loaded"), [(1, 2), (2, 1)])
+def test_a_schedule_is_loaded_into_another_number_of_parameter_groups(saved, loaded, tmp_path):
+    """Under DeepSpeed the optimizer of LoRA has one group, else a second one without parameters."""
+
+    def make_schedule(num_groups: int):
+        groups = [{"params": [torch.nn.Parameter(torch.zeros(1))]} for _ in range(num_groups)]
+        return torch.optim.lr_scheduler.LambdaLR(torch.optim.SGD(groups, lr=8.0), functools.partial(pow, 0.5))
+
+    before = make_schedule(saved)
+    before.optimizer.step()
+    before.step()
+    torch.save(before.state_dict(), tmp_path / "scheduler.pt")
+    after = make_schedule(loaded)
+    load_schedule(after, tmp_path / "scheduler.pt")
+    assert after.get_last_lr() == [4.0] * loaded
+    after.optimizer.step()
+    after.step()
+    assert after.get_last_lr() == [2.0] * loaded
