@@ -1,8 +1,14 @@
-"""DeepSpeed's settings file: its faults, the additions of --offload, and a start without a GPU."""
+"""DeepSpeed's settings file: its faults, the additions of --offload, and what a start needs."""
 
+import contextlib
 import json
 import os
+import sys
+import time
 from pathlib import Path
+
+MIN_LOCK_AGE_SECONDS = 5
+MIN_SHARED_LOCK_AGE_SECONDS = 600
 
 # Settings that are both in a DeepSpeed file and a flag of train.py.
 SHARED_FLAGS = {
@@ -80,6 +86,30 @@ def deepspeed_config(path: str, *, offload: bool, pin_memory: bool) -> dict:
 def zero_stage(training) -> int:
     """Return the ZeRO stage of a run's parsed arguments; 0 without DeepSpeed."""
     return (training.deepspeed or {}).get("zero_optimization", {}).get("stage", 0)
+
+
+def remove_dead_build_locks() -> None:
+    """Remove the locks of compilations that were killed: torch 2.13 waits for them forever, without a message.
+
+    DeepSpeed compiles its kernels at the first start, with the lock open. A process of another machine can't be seen,
+    so in a folder that several may share a lock has to be ten minutes old.
+    """
+    num_local = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1"))  # torchrun's and deepspeed's name
+    is_shared = os.environ.get("WORLD_SIZE", num_local) != num_local
+    min_age = MIN_SHARED_LOCK_AGE_SECONDS if is_shared else MIN_LOCK_AGE_SECONDS
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path(cache) / "torch_extensions")
+    locks = {str(lock.resolve()): lock for depth in ("*", "*/*") for lock in root.glob(f"{depth}/lock")}
+    for link in Path("/proc").glob("[0-9]*/fd/*") if locks else ():
+        with contextlib.suppress(OSError):  # it has just ended, or is another user's
+            locks.pop(os.readlink(link), None)
+    for lock in locks.values():
+        with contextlib.suppress(OSError):
+            if time.time() - lock.stat().st_mtime > min_age:
+                lock.unlink()
+                print(
+                    f"train.py: {lock}: removed; the compilation that held it was killed", file=sys.stderr, flush=True
+                )
 
 
 def start_deepspeed_on_cpu() -> dict:

@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Mapping, MutableMapping, Sequence
 
 # Settings of accelerate launch that would change the training without a flag of train.py, and what to use instead.
@@ -23,6 +24,8 @@ NO_DEEPSPEED_FILE = (
     "accelerate launch --use_deepspeed: its own DeepSpeed settings are not read; "
     "add --deepspeed ds_zero2.json or ds_zero3.json"
 )
+
+FIRST_RANK_SECONDS = 10  # by which a rank may start later than another
 
 
 def find_launcher_problems(environment: Mapping[str, str], *, deepspeed: bool) -> list[str]:
@@ -51,6 +54,19 @@ def _mixed_precision(environment: Mapping[str, str]) -> str:
 
 def _is_true(text: str | None) -> bool:
     return (text or "").lower() in ("1", "true", "yes", "y", "on", "t")
+
+
+def wait_for_first_rank(environment: Mapping[str, str] = os.environ) -> bool:
+    """Before this rank ends with an error: let the first one print its own; return whether to print this one too.
+
+    torchrun (also in accelerate launch) and the deepspeed launcher kill all ranks as soon as one has ended. A rank that
+    is not killed meanwhile has an error that the first one doesn't have.
+    """
+    if not {"TORCHELASTIC_RUN_ID", "LOCAL_SIZE"} & environment.keys():
+        return False
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(FIRST_RANK_SECONDS)
+    return True
 
 
 def complete_single_process(environment: MutableMapping[str, str] = os.environ) -> None:

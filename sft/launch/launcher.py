@@ -19,7 +19,7 @@ from dataclasses import replace
 from sft.launch.nodes import Nodes
 from sft.launch.plan import Job, count_gpus, plan_job
 from sft.launch.supervise import supervise_children
-from sft.launch.workers import bind_port, collect_signals, remove_dead_build_locks, start_process, start_workers
+from sft.launch.workers import bind_port, collect_signals, start_process, start_workers
 
 # The first word of variables that the other machines of a hostfile take over.
 FORWARDED = ("CUDA", "NCCL", "GLOO", "TORCH", "PYTORCH", "OMP", "HF", "DS", "WANDB", "TOKENIZERS", "PYTHON", "TRITON")
@@ -52,7 +52,6 @@ def main(arguments: Sequence[str]) -> int:
 def run_node(job: Job, command: Sequence[str], *, by_pipe: bool = False) -> int:
     """Start this machine's workers and supervise them to the end; return the exit code of the job."""
     signals = collect_signals()
-    remove_dead_build_locks(shared=len(job.slots) > 1)
     listener = None
     if job.node == 0:
         listener = bind_port(job.port, "127.0.0.1" if len(job.slots) == 1 else "")

@@ -7,18 +7,13 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from sft.launch.plan import Job
 from sft.launch.processes import handled_signals
 from sft.workers import PR_SET_PDEATHSIG
-
-MIN_LOCK_AGE_SECONDS = 5
-MIN_SHARED_LOCK_AGE_SECONDS = 600
 
 
 @dataclass
@@ -111,25 +106,6 @@ def bind_port(port: int, address: str = "") -> socket.socket:
         ) from error
     listener.listen(1024)
     return listener
-
-
-def remove_dead_build_locks(*, shared: bool) -> None:
-    """Remove the locks of compilations that were killed: torch 2.13 waits for them forever, without a message.
-
-    DeepSpeed compiles its kernels at the first start, with the lock open. A process of another machine can't be seen,
-    so in a folder that may be `shared` a lock has to be ten minutes old.
-    """
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path(cache) / "torch_extensions")
-    locks = {str(lock.resolve()): lock for depth in ("*", "*/*") for lock in root.glob(f"{depth}/lock")}
-    for link in Path("/proc").glob("[0-9]*/fd/*") if locks else ():
-        with contextlib.suppress(OSError):  # it has just ended, or is another user's
-            locks.pop(os.readlink(link), None)
-    for lock in locks.values():
-        with contextlib.suppress(OSError):
-            if time.time() - lock.stat().st_mtime > (MIN_SHARED_LOCK_AGE_SECONDS if shared else MIN_LOCK_AGE_SECONDS):
-                lock.unlink()
-                print_line(f"{lock}: removed; the compilation that held it was killed")
 
 
 def print_line(text: str) -> None:

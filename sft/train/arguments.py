@@ -14,8 +14,8 @@ from typing import Any, NoReturn
 import torch
 from transformers import HfArgumentParser
 
-from sft.launch.deepspeed import deepspeed_config, start_deepspeed_on_cpu
-from sft.launch.environment import complete_single_process, read_launcher_flags
+from sft.launch.deepspeed import deepspeed_config, remove_dead_build_locks, start_deepspeed_on_cpu
+from sft.launch.environment import complete_single_process, read_launcher_flags, wait_for_first_rank
 from sft.model.load import choose_compute
 from sft.train.checks import FLAGS, check_arguments, check_buildable
 
@@ -104,6 +104,7 @@ def _make_settings(groups: tuple[type, type, type], given: dict[str, Any]) -> Se
     if given["dry_run"] and not given["probe_steps"]:
         given |= {"deepspeed": None, "use_cpu": on_cpu}
     elif deepspeed:
+        remove_dead_build_locks()
         complete_single_process()
         given |= {"accelerator_config": start_deepspeed_on_cpu(), "use_cpu": True} if on_cpu else {}
     else:
@@ -166,10 +167,11 @@ def fail(problems: Sequence[str], *, printed_by: str = "machines") -> NoReturn:
     """Print each problem on a line, and exit with code 2.
 
     `printed_by`: the "first rank" for a problem that all have, the first one of all "machines", or "all" ranks.
+    Others print it where a launcher shows that the first rank didn't have it.
     """
     rank = int(os.environ.get("RANK", 0))
     number = {"first rank": rank, "machines": int(os.environ.get("LOCAL_RANK", rank)), "all": 0}[printed_by]
-    if number == 0:
+    if number == 0 or wait_for_first_rank():
         for problem in problems:
             print(f"train.py: {f'rank {rank}: ' if rank else ''}{problem}", file=sys.stderr, flush=True)
     sys.exit(2)

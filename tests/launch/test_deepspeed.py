@@ -1,10 +1,12 @@
-"""Settings of DeepSpeed that are refused, and what --offload adds to them."""
+"""Settings of DeepSpeed that are refused, what --offload adds to them, and the locks of killed compilations."""
 
 import json
+import os
+import time
 
 import pytest
 
-from sft.launch.deepspeed import check_deepspeed_config, deepspeed_config
+from sft.launch.deepspeed import check_deepspeed_config, deepspeed_config, remove_dead_build_locks
 from tests.conftest import ROOT
 
 FLAGS = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 8, "max_grad_norm": 1.0, "offload": False}
@@ -92,3 +94,22 @@ def test_offload_without_zero_is_refused(tmp_path):
         ),
     ):
         assert check_deepspeed_config({**FLAGS, "deepspeed": path, "offload": True}) == [problem]
+
+
+def test_the_lock_of_a_killed_compilation_is_removed_and_that_of_a_living_one_is_not(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    dead, living, new = (tmp_path / name / "lock" for name in ("py311_cpu/dead", "living", "new"))
+    for lock in (dead, living, new):
+        lock.parent.mkdir(parents=True)
+        lock.touch()
+        os.utime(lock, (time.time() - 60, time.time() - 60))
+    os.utime(new)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    remove_dead_build_locks()
+    assert dead.exists(), "a process of the other machine may have it"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with open(living):
+        remove_dead_build_locks()
+    assert [dead.exists(), living.exists(), new.exists()] == [False, True, True]
+    assert capsys.readouterr().err == f"train.py: {dead}: removed; the compilation that held it was killed\n"

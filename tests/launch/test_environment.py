@@ -1,10 +1,12 @@
 """Settings of other launchers reach train.py as its own flags, or are refused by name."""
 
+import signal
 import subprocess
 import sys
 
 import pytest
 
+from sft.launch import environment as launched
 from sft.launch.environment import complete_single_process, find_launcher_problems, read_launcher_flags
 from tests.conftest import ROOT
 
@@ -72,3 +74,14 @@ def test_a_process_without_a_launcher_becomes_a_group_of_one():
     launched = {"RANK": "1", "MASTER_PORT": "29500"}
     complete_single_process(launched)
     assert launched == {"RANK": "1", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize("name", ["TORCHELASTIC_RUN_ID", "LOCAL_SIZE"])
+def test_a_rank_waits_where_the_launcher_would_kill_the_first_one_before_it_prints_its_error(name, monkeypatch):
+    done = []
+    monkeypatch.setattr(launched.signal, "signal", lambda *arguments: done.append(arguments))
+    monkeypatch.setattr(launched.time, "sleep", done.append)
+    assert not launched.wait_for_first_rank({"RANK": "1", "LOCAL_WORLD_SIZE": "2"})
+    assert done == []
+    assert launched.wait_for_first_rank({"RANK": "1", name: "2"})
+    assert done == [(signal.SIGTERM, signal.SIG_DFL), launched.FIRST_RANK_SECONDS]

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import train
+from sft.train import arguments
 from sft.train.arguments import OF_TRANSFORMERS, Settings, fail, flag, is_within, parse_arguments
 from sft.train.checks import (
     GIB,
@@ -430,6 +431,29 @@ def test_quantised_weights_are_trained_under_adapters_alone(tmp_path):
 def test_a_problem_of_one_machine_alone_is_printed(printed_by, rank, local_rank, printed, monkeypatch, capsys):
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("LOCAL_RANK", local_rank)
+    monkeypatch.setattr(arguments, "wait_for_first_rank", lambda: False)
     with pytest.raises(SystemExit):
         fail(["no such file"], printed_by=printed_by)
     assert capsys.readouterr().err == printed
+
+
+def test_a_problem_that_the_first_rank_does_not_have_is_printed(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(arguments, "wait_for_first_rank", lambda: True)
+    with pytest.raises(SystemExit):
+        fail(["no such file"])
+    assert capsys.readouterr().err == "train.py: rank 1: no such file\n"
+
+
+def test_locks_of_killed_compilations_are_removed_under_any_launcher(tmp_path, tiny_base, data, monkeypatch):  # noqa: F811
+    done = []
+
+    def stop() -> None:
+        raise ValueError("the processes would be started here")
+
+    monkeypatch.setattr(arguments, "remove_dead_build_locks", lambda: done.append("locks"))
+    monkeypatch.setattr(arguments, "complete_single_process", stop)
+    with pytest.raises(SystemExit):
+        train.main([*flags_of(tiny_base("qwen2"), data, tmp_path / "run"), "--deepspeed", "ds_zero2.json"])
+    assert done == ["locks"]
