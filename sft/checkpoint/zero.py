@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from sft.launch.processes import UserError
+
 # All classes in deepspeed 0.19's files beside tensors; plain records of numbers.
 ALLOWED = (
     ("deepspeed.runtime.fp16.loss_scaler", "LossScaler"),
@@ -113,7 +115,8 @@ class Shards:
         state = self._ranks[rank]
         if kind == "weight":
             return state["single_partition_of_fp32_groups" if self.stage == 2 else "fp32_flat_groups"][group]
-        return state["base_optimizer_state" if self.stage == 2 else "optimizer_state_dict"]["state"][group][kind]
+        states = state["base_optimizer_state" if self.stage == 2 else "optimizer_state_dict"]["state"]
+        return _find_moment(states.get(group, {}), kind)
 
     @property
     def step(self) -> float:
@@ -162,11 +165,11 @@ class PlainCheckpoint:
         if [len(group) for group in names] != [len(group) for group in numbers]:
             raise ValueError(f"{checkpoint}: its optimizer holds other parameters than the model")
         self._states = {
-            name: saved["state"][number]
+            name: saved["state"].get(number, {})
             for of_names, of_numbers in zip(names, numbers, strict=True)
             for name, number in zip(of_names, of_numbers, strict=True)
         }
-        self.step = float(next(iter(self._states.values()))["step"])
+        self.step = float(next(iter(self._states.values())).get("step", 0))
         self._files = {}
         for path in checkpoint.glob("*.safetensors"):
             opened = safe_open(path, framework="pt")
@@ -174,11 +177,21 @@ class PlainCheckpoint:
 
     def get(self, name: str, kind: str) -> torch.Tensor:
         if kind != "weight":
-            return self._states[name][kind].float()
+            return _find_moment(self._states[name], kind).float()
         for known in (name, name.replace(".default", "")):
             if known in self._files:
                 return self._files[known].get_tensor(known).float()
         raise ValueError(f"{name} is not in the checkpoint's weights")
+
+
+def _find_moment(state: dict, kind: str) -> torch.Tensor:
+    """Return a moment of AdamW; UserError, which all ranks raise, for a state of another optimizer."""
+    if kind not in state:
+        raise UserError(
+            "another number of processes or ZeRO stage can take over the optimizer states of AdamW alone; resume with "
+            "the old ones"
+        )
+    return state[kind]
 
 
 def load_checkpoint(folder: Path, model, optimizer, *, decayed: Sequence[str]) -> None:

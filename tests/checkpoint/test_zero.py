@@ -6,7 +6,8 @@ import pytest
 import torch
 from deepspeed.runtime.zero.config import ZeroStageEnum
 
-from sft.checkpoint.zero import load_safely, load_schedule
+from sft.checkpoint.zero import PlainCheckpoint, load_safely, load_schedule
+from sft.launch.processes import UserError
 
 
 class Pickled:
@@ -50,3 +51,14 @@ def test_a_schedule_is_loaded_into_another_number_of_parameter_groups(saved, loa
     after.optimizer.step()
     after.step()
     assert after.get_last_lr() == [2.0] * loaded
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_states_of_another_optimizer_than_adamw_are_refused_in_a_line(momentum, tmp_path):
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([weight], lr=1.0, momentum=momentum)
+    weight.grad = torch.ones(1)
+    optimizer.step()
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    with pytest.raises(UserError, match=r"the optimizer states of AdamW alone; resume with the old ones"):
+        PlainCheckpoint(tmp_path, [["weight"]]).get("weight", "exp_avg")
