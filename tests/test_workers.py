@@ -165,7 +165,7 @@ def test_the_quota_of_a_container_limits_the_cores(tmp_path, monkeypatch):
         assert workers.count_cores() == cores
 
 
-def test_this_process_stands_in_until_the_workers_have_started():
+def test_this_process_does_the_tasks_until_the_workers_have_started():
     def tasks():
         number = 0
         while started._stand_in:
