@@ -104,7 +104,9 @@ def read_record(
     if form is None:
         raise _unknown_form(record)
     is_own = _OWN_KEYS <= record.keys() <= _OWN_KEYS | {"tools"}
-    count_unread(record, form.read | {"source"} if is_own else form.read, "", counts.unread)
+    holds_lists = form.keys[-1] == "answers" or (form not in MESSAGE_LISTS and isinstance(record[form.keys[0]], list))
+    read = form.read_beside_lists if holds_lists else form.read
+    count_unread(record, read | {"source"} if is_own else read, "", counts.unread)
     messages = _read_system(record) + _read_form(record, form, counts)
     if learned is False:
         messages = [m | {"train": False} if m["role"] == "assistant" else m for m in messages]

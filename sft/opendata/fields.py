@@ -79,6 +79,7 @@ SYSTEM_KEYS = ("system", "system_prompt")
 TOOL_KEYS = ("tools", "functions")
 # The text that a model thinks before it replies.
 THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking")
+CALL_KEYS = ("tool_calls", "function_call")
 # Whether a reply is learned, in the words of several toolkits: train (ours, axolotl), loss (ms-swift), weight (OpenAI),
 # loss_weight (LLaMA-Factory v1), training and trainable.
 SWITCHES = ("train", "loss", "training", "trainable", "weight", "loss_weight")
@@ -107,9 +108,14 @@ class Form:
 
     @cached_property
     def read(self) -> frozenset[str]:
-        """All keys of a record that are read or checked."""
-        thoughts = () if self in MESSAGE_LISTS else THOUGHT_KEYS  # lists have them in their messages
-        return MEANING_KEYS.union(("id",), SYSTEM_KEYS, TOOL_KEYS, thoughts, self.keys, self.optional)
+        """All keys of a record of texts that are read or checked; a label is read where it says good or bad."""
+        beside = () if self in MESSAGE_LISTS else (*THOUGHT_KEYS, *CALL_KEYS, *self.optional)
+        return MEANING_KEYS.difference(("label",)).union(("id",), SYSTEM_KEYS, TOOL_KEYS, self.keys, beside)
+
+    @cached_property
+    def read_beside_lists(self) -> frozenset[str]:
+        """The same where the keys hold messages or calls, which have their own thoughts."""
+        return self.read.difference(THOUGHT_KEYS, CALL_KEYS, self.optional)
 
 
 MESSAGE_LISTS = (Form(("messages",)), Form(("conversations",)))
@@ -128,7 +134,7 @@ PAIRS = (
 )
 
 MESSAGE_KEYS = frozenset(("role", "from", "content", "value", *SWITCHES, *OTHER_SWITCHES, *MEDIA_KEYS))
-ASSISTANT_KEYS = MESSAGE_KEYS.union(THOUGHT_KEYS, ("tool_calls", "function_call"))
+ASSISTANT_KEYS = MESSAGE_KEYS.union(THOUGHT_KEYS, CALL_KEYS)
 TOOL_MESSAGE_KEYS = MESSAGE_KEYS.union(("tool_call_id", "name"))
 
 
@@ -340,9 +346,13 @@ def take_chosen(record: dict, preference: str | None) -> dict:
         raise RecordError("preference", f"{shown}: preference data, of which half is bad; {advice}")
     if label is False:
         raise NotChosen("not_chosen", "label is false: left out by --preference chosen")
-    rest = {key: value for key, value in record.items() if key not in (*keys, "label")}
-    chosen = next((record[key] for key in CHOSEN_KEYS if key in keys), None)
-    return rest if chosen is None else _put_chosen(rest, chosen)
+    if label is not None:
+        keys.append("label")
+    rest = {key: value for key, value in record.items() if key not in keys}
+    found = {key: record[key] for key in CHOSEN_KEYS if key in keys}
+    if any(value != next(iter(found.values())) for value in found.values()):
+        raise RecordError("preference", f"{' and '.join(found)} differ; keep one")
+    return _put_chosen(rest, next(iter(found.values()))) if found else rest
 
 
 def _put_chosen(record: dict, chosen: object) -> dict:
@@ -351,7 +361,7 @@ def _put_chosen(record: dict, chosen: object) -> dict:
     if isinstance(chosen, list) and chosen and isinstance(chosen[0], dict):
         first = chosen[0].get("role") or chosen[0].get("from")
         if first in ("user", "human", "system"):
-            return {key: value for key, value in record.items() if key != "prompt"} | {"messages": chosen}
+            return _put_conversation(record, chosen)
     inner = record.get("input")
     if isinstance(inner, dict) and isinstance(inner.get("messages"), list):
         record = {key: value for key, value in record.items() if key != "input"} | inner
@@ -363,6 +373,8 @@ def _put_chosen(record: dict, chosen: object) -> dict:
         question = form.keys[0]
         answer = form.keys[-1]
         if record.get(question) is not None and len(form.keys) == 2:
+            if record.get(answer) not in (None, "", chosen):
+                raise RecordError("preference", f"{answer} and the chosen reply differ; keep one")
             if isinstance(record[question], list) == isinstance(chosen, list):
                 return record | {answer: chosen}
             if isinstance(chosen, list):
@@ -370,3 +382,16 @@ def _put_chosen(record: dict, chosen: object) -> dict:
                 return {key: value for key, value in record.items() if key != question} | {"messages": [asked, *chosen]}
             return record | {answer: [{"role": "assistant", "content": chosen}]}
     raise RecordError("preference", "the chosen reply has no question beside it; write prompt, chosen and rejected")
+
+
+def _put_conversation(record: dict, chosen: list[dict]) -> dict:
+    """Return a record whose chosen messages are a whole conversation; `prompt` is left out where they repeat it."""
+    prompt = record.get("prompt")
+    if isinstance(prompt, list) and prompt and isinstance(prompt[0], dict):
+        num_system = int((prompt[0].get("role") or prompt[0].get("from")) == "system")
+        if prompt[num_system:] == chosen[: len(prompt) - num_system]:
+            chosen = [*prompt[:num_system], *chosen]
+    first_text = chosen[0].get("content", chosen[0].get("value"))
+    is_repeated = prompt == first_text or (isinstance(prompt, list) and prompt == chosen[: len(prompt)])
+    rest = {key: value for key, value in record.items() if key != "prompt" or not is_repeated}
+    return rest | {"messages": chosen}

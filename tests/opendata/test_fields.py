@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from sft.dataset.ledger import check_losses, ledger_lines
-from sft.opendata.conversation import read_conversations
-from sft.opendata.fields import FieldCounts
+from sft.opendata.conversation import read_conversations, read_record
+from sft.opendata.fields import FieldCounts, RecordError
 from tests.opendata.make import build, read_lines, write
 
 CASES = [json.loads(line) for line in (Path(__file__).parent / "cases.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -220,6 +220,49 @@ def test_fields_that_change_the_meaning_and_cannot_be_honoured_reject_the_record
     build(path, tmp_path / "out", without=["fix_roles", "cut_at_empty_turn"])
     assert [row["reason"] for row in read_lines(tmp_path / "out/rejects.jsonl")] == [reason]
     assert [error.reason for _, error, *_ in read_conversations([path])] == [reason]
+
+
+@pytest.mark.parametrize(
+    ("record", "unread"),
+    [
+        ({"prompt": [user("q")], "completion": [assistant("a")], "reasoning": "r", "history": [["b", "c"]]}, 2),
+        ({"query": "q", "tools": [PLAIN_F], "answers": [{"name": "f", "arguments": {}}], "thinking": "r"}, 1),
+        ({"instruction": "q", "output": "a", "label": "bad"}, 1),
+        ({"instruction": "q", "output": "", "tool_calls": [{"name": "f", "arguments": {}}], "tools": [PLAIN_F]}, 0),
+    ],
+)
+def test_fields_that_a_form_has_no_place_for_are_counted(record, unread):
+    counts = FieldCounts()
+    read_record(record, source="a.json", line=1, counts=counts)
+    assert counts.unread.total() == unread
+
+
+SYSTEM = {"role": "system", "content": "s"}
+
+
+@pytest.mark.parametrize(
+    ("record", "messages", "unread"),
+    [
+        ({"prompt": [SYSTEM, user("q")], "chosen": [user("q"), assistant("a")]}, 3, {}),
+        ({"prompt": [SYSTEM, user("q")], "chosen": [SYSTEM, user("q"), assistant("a")]}, 3, {}),
+        ({"prompt": "q", "chosen": [user("q"), assistant("a")]}, 2, {}),
+        ({"prompt": "another", "chosen": [user("q"), assistant("a")]}, 2, {"prompt": 1}),
+        ({"prompt": [SYSTEM, user("another")], "chosen": [user("q"), assistant("a")]}, 2, {"prompt": 1}),
+        ({"instruction": "q", "output": "a", "chosen": "a"}, 2, {}),
+    ],
+)
+def test_what_stands_beside_a_chosen_reply_is_kept_or_counted(record, messages, unread):
+    counts = FieldCounts()
+    found = read_record(record | {"rejected": "bad"}, source="a.json", line=1, preference="chosen", counts=counts)
+    assert len(found["messages"]) == messages
+    assert dict(counts.unread) == unread
+
+
+@pytest.mark.parametrize("other", [{"chosen_response": "b"}, {"output": "b"}])
+def test_two_chosen_replies_are_refused(other):
+    record = {"instruction": "q", "chosen": "a", "rejected": "bad"} | other
+    with pytest.raises(RecordError, match="differ; keep one"):
+        read_record(record, source="a.json", line=1, preference="chosen")
 
 
 def test_training_says_what_it_did_not_read_and_stops_for_thoughts_without_a_place(tmp_path, tokenizer_of):
