@@ -251,7 +251,7 @@ SYSTEM = {"role": "system", "content": "s"}
         ({"instruction": "q", "output": "a", "chosen": "a"}, 2, {}),
     ],
 )
-def test_what_stands_beside_a_chosen_reply_is_kept_or_counted(record, messages, unread):
+def test_fields_beside_a_chosen_reply_are_kept_or_counted(record, messages, unread):
     counts = FieldCounts()
     found = read_record(record | {"rejected": "bad"}, source="a.json", line=1, preference="chosen", counts=counts)
     assert len(found["messages"]) == messages
