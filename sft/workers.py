@@ -313,7 +313,10 @@ def fork_workers(descriptors: Sequence[int]) -> None:
     """
     _end_with_parent()
     control = _Channel(socket.socket(fileno=descriptors[0]))
-    setup = control.receive_bytes()
+    try:
+        setup = control.receive_bytes()
+    except (EOFError, OSError):  # the parent was stopped while this process started
+        return
     gc.set_threshold(OBJECTS_BETWEEN_COLLECTIONS)
     try:
         function = pickle.loads(setup)()
@@ -383,6 +386,9 @@ def _receive_tasks(parent: _Channel, tasks: queue.SimpleQueue) -> None:
             tasks.put(parent.receive())
         except (EOFError, OSError):  # the parent is gone, or has closed the socket
             os._exit(0)
+        except BaseException as error:  # no memory for a task: the main thread would wait for it forever
+            print(f"worker: {describe_error(error)}", file=sys.stderr, flush=True)
+            os._exit(1)
 
 
 def _raise_error(error: Exception, _task: Task) -> None:
