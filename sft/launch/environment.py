@@ -25,6 +25,8 @@ NO_DEEPSPEED_FILE = (
     "add --deepspeed ds_zero2.json or ds_zero3.json"
 )
 
+# The variable with a folder of sft.launch, for errors that a rank doesn't print as the first one has them as well.
+ERRORS_OF_RANKS = "SFT_ERRORS_OF_RANKS"
 FIRST_RANK_SECONDS = 10  # by which a rank may start later than another
 
 

@@ -13,9 +13,11 @@ import shlex
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 
+from sft.launch.environment import ERRORS_OF_RANKS
 from sft.launch.nodes import Nodes
 from sft.launch.plan import Job, count_gpus, plan_job
 from sft.launch.supervise import supervise_children
@@ -56,10 +58,11 @@ def run_node(job: Job, command: Sequence[str], *, by_pipe: bool = False) -> int:
     if job.node == 0:
         listener = bind_port(job.port, "127.0.0.1" if len(job.slots) == 1 else "")
     job = replace(job, port=listener.getsockname()[1] if listener else job.port)
-    workers = start_workers(job, command, dict(os.environ))
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # a closed connection is no error of a launcher
-    nodes = Nodes(job, listener, by_pipe=by_pipe)  # imports torch, while the workers do the same
-    code = supervise_children(workers, signals, nodes)
+    with tempfile.TemporaryDirectory(prefix="sft-launch-", ignore_cleanup_errors=True) as errors:
+        workers = start_workers(job, command, os.environ | {ERRORS_OF_RANKS: errors})
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # a closed connection is no error of a launcher
+        nodes = Nodes(job, listener, by_pipe=by_pipe)  # imports torch, while the workers do the same
+        code = supervise_children(workers, signals, nodes, errors=errors)
     nodes.leave()
     return code
 

@@ -3,8 +3,10 @@
 import contextlib
 import os
 import signal
+import sys
 import time
 from collections import deque
+from pathlib import Path
 
 from sft.launch.nodes import Nodes, Problem
 from sft.launch.plan import GRACE_SECONDS, read_number
@@ -15,10 +17,13 @@ POLL_SECONDS = 0.05
 ARGUMENT_ERROR = 2  # exit code of train.py after a mistake in the arguments, which it has printed itself
 
 
-def supervise_children(children: list[Child], signals: deque, nodes: Nodes | None = None) -> int:
+def supervise_children(
+    children: list[Child], signals: deque, nodes: Nodes | None = None, *, errors: str | None = None
+) -> int:
     """Wait for all children and return the exit code of the job.
 
-    A signal gives GRACE seconds to save a checkpoint; a failure gives the others EXIT_SECONDS.
+    A signal gives GRACE seconds to save a checkpoint; a failure gives the others EXIT_SECONDS. `errors` is the folder
+    in which ranks leave an error that they didn't print.
     """
     grace = read_number(os.environ, "GRACE", GRACE_SECONDS)
     passed_on = set()
@@ -46,6 +51,8 @@ def supervise_children(children: list[Child], signals: deque, nodes: Nodes | Non
             _kill_children(children)
     if {child.code for child in children} != {ARGUMENT_ERROR}:
         for child in failed:
+            if errors and (words := Path(errors, child.name)).is_file():
+                print(words.read_text(encoding="utf-8"), file=sys.stderr, flush=True)
             print_line(child.ending())
     return problem.code if problem else max((_exit_code(c.code) for c in children), key=lambda c: (c == STOPPED, c))
 

@@ -1,5 +1,6 @@
 """Flags of train.py: parse them, and say every mistake at once before anything is loaded."""
 
+import contextlib
 import copy
 import math
 import operator
@@ -8,6 +9,7 @@ import sys
 from argparse import ArgumentError
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NoReturn
 
@@ -15,7 +17,12 @@ import torch
 from transformers import HfArgumentParser
 
 from sft.launch.deepspeed import deepspeed_config, remove_dead_build_locks, start_deepspeed_on_cpu
-from sft.launch.environment import complete_single_process, read_launcher_flags, wait_for_first_rank
+from sft.launch.environment import (
+    ERRORS_OF_RANKS,
+    complete_single_process,
+    read_launcher_flags,
+    wait_for_first_rank,
+)
 from sft.model.load import choose_compute
 from sft.train.checks import FLAGS, check_arguments, check_buildable
 
@@ -167,13 +174,16 @@ def fail(problems: Sequence[str], *, printed_by: str = "machines") -> NoReturn:
     """Print each problem on a line, and exit with code 2.
 
     `printed_by`: the "first rank" for a problem that all have, the first one of all "machines", or "all" ranks.
-    Others print it where a launcher shows that the first rank didn't have it.
+    Others print it where a launcher shows that the first rank didn't have it; sft.launch prints it for them.
     """
     rank = int(os.environ.get("RANK", 0))
     number = {"first rank": rank, "machines": int(os.environ.get("LOCAL_RANK", rank)), "all": 0}[printed_by]
+    lines = [f"train.py: {f'rank {rank}: ' if rank else ''}{problem}" for problem in problems]
     if number == 0 or wait_for_first_rank():
-        for problem in problems:
-            print(f"train.py: {f'rank {rank}: ' if rank else ''}{problem}", file=sys.stderr, flush=True)
+        print(*lines, sep="\n", file=sys.stderr, flush=True)
+    elif folder := os.environ.get(ERRORS_OF_RANKS):
+        with contextlib.suppress(OSError):
+            Path(folder, f"rank {rank}").write_text("\n".join(lines), encoding="utf-8")
     sys.exit(2)
 
 

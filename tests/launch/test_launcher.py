@@ -88,6 +88,27 @@ def test_a_signal_reaches_every_worker_and_their_exit_code_comes_back(tmp_path, 
     assert run.living() == []
 
 
+FAILING = """
+import os, time
+from sft.train.arguments import fail
+
+if os.environ["RANK"] == "1":
+    fail(["no tokenizer here", "no base here"])
+time.sleep(1)
+"""
+
+
+@pytest.mark.slow
+def test_an_error_that_only_a_later_rank_has_is_printed(tmp_path):
+    (tmp_path / "failing.py").write_text(FAILING)
+    command = [sys.executable, "-m", "sft.launch", str(tmp_path / "failing.py")]
+    settings = os.environ | {"NUM_PROCESSES": "2", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=settings, capture_output=True, text=True)
+    assert done.returncode == 2
+    expected = ["train.py: rank 1: no tokenizer here", "train.py: rank 1: no base here"]
+    assert done.stderr.splitlines()[-3:] == [*expected, "launch: rank 1 ended with exit code 2"]
+
+
 @pytest.mark.slow
 def test_one_rank_that_exits_cleanly_leaves_the_others_time_to_do_so(tmp_path):
     run = Run(tmp_path, "stop")
