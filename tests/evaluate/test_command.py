@@ -28,6 +28,7 @@ def turn_of(body: dict) -> int:
     return 2 if "### User:" in body["messages"][1]["content"] else 1
 
 
+@pytest.mark.slow
 def mt_script(body, times):
     """Answer; grade first turns 8 and second ones 5."""
     if body["model"] == "m":

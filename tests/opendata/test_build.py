@@ -252,6 +252,7 @@ def test_a_run_that_is_stopped_leaves_no_process_and_no_file(tmp_path, receiver,
         assert re.fullmatch(rf"{path} line \d+ to \d+: a worker was killed by SIGKILL while it read them, .*\n", error)
 
 
+@pytest.mark.slow
 def test_memory_stays_flat(tmp_path):
     path = write(tmp_path / "a.json", map(record, range(50_000)))
     code = (

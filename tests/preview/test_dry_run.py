@@ -108,6 +108,7 @@ def test_a_fault_that_would_fail_or_spoil_a_run_is_a_problem(set_up, capsys, cha
     assert [line for line in problems if problem in line], problems
 
 
+@pytest.mark.slow
 def test_held_out_questions_that_are_trained_on_are_a_problem(set_up, capsys, tmp_path):
     write(tmp_path / "eval.json", ["What is 7?", "Who is 7?"], answer="other {}")
     code, _text, problems = dry_run(capsys, set_up)

@@ -265,6 +265,7 @@ def test_disk_is_counted_from_what_a_checkpoint_holds():
     assert memory.disk_of_model(shape, step, Plan()).bytes == 4 * 559_214_592
 
 
+@pytest.mark.slow
 def bytes_of(parts) -> dict[str, int]:
     return {part.name: part.bytes for part in parts}
 

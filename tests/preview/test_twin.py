@@ -32,6 +32,7 @@ def test_a_part_that_did_not_end_failed():
     assert parts.table()[2][1] == "passed"
 
 
+@pytest.mark.slow
 def test_a_dry_run_refuses_a_type_that_a_run_refuses(copied, capsys, tmp_path):  # noqa: F811
     code = "from transformers import Qwen2Config as C\nfrom transformers import Qwen2ForCausalLM as M\n"
     code += "class C(C):\n    model_type = 'mine'\n"

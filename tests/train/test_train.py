@@ -276,6 +276,7 @@ def test_gradient_checkpointing_changes_nothing_and_bf16_hardly_anything(family,
     assert losses("--bf16", "true") == pytest.approx(plain, abs=0.02)
 
 
+@pytest.mark.slow
 def test_accumulated_batches_weigh_every_trained_token_alike(tiny_base, data, tmp_path):
     """1 x 4 rows and 4 x 1 row are the same update, though the rows have different numbers of trained tokens."""
     whole = run(tiny_base("bloom"), data, tmp_path / "whole", "--max_steps", "2")
@@ -287,6 +288,7 @@ def test_accumulated_batches_weigh_every_trained_token_alike(tiny_base, data, tm
     assert tokens == [656, 656]  # 328 in each of two epochs, however they are padded
 
 
+@pytest.mark.slow
 def test_a_finished_run_that_is_started_again_keeps_its_model(tiny_base, data, tmp_path):
     flags = ("--max_steps", "6", "--save_steps", "3", "--lr_scheduler_type", "constant")
     first = run(tiny_base("qwen2"), data, tmp_path / "run", *flags)
